@@ -1,0 +1,71 @@
+"""Adapter files: adapter_config.json and adapter_model.safetensors. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
+
+from zo_opt.adapters.config import AdapterConfig, config_from_dict
+from zo_opt.errors import ZOError
+from zo_opt.files import write_atomically
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+
+
+def save(directory: Path, config: AdapterConfig, tensors: dict[str, Tensor], base_model: str | None) -> None:
+    """Write both files, each atomically."""
+    values: dict[str, Any] = {"format": "zo_opt/1", "base_model_name_or_path": base_model} | config.to_dict()
+    write_atomically(directory / WEIGHTS_NAME, safetensors_bytes({k: v.contiguous().cpu() for k, v in tensors.items()}))
+    write_atomically(directory / CONFIG_NAME, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def load(directory: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """Read both files; the sentence of the error says which is missing or damaged."""
+    path = directory / CONFIG_NAME
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ZOError(f"{directory} holds no {CONFIG_NAME}; give a directory written by save_pretrained.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ZOError(f"{path} is damaged ({error}); copy it anew from where the adapter was saved.") from error
+    if not isinstance(values, dict) or values.pop("format", None) != "zo_opt/1":
+        raise ZOError(f"{path} was not written by zo_opt (its format is not 'zo_opt/1').")
+    values.pop("base_model_name_or_path", None)
+    return config_from_dict(values), read_tensors(directory / WEIGHTS_NAME)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file."""
+    if not path.is_file():
+        raise ZOError(f"{path} does not exist; give a directory written by zo_opt.")
+    try:
+        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ZOError(f"{path} is damaged ({error}); copy it anew from where it was saved.") from error
+
+
+@torch.no_grad()
+def restore(trainables: dict[str, Tensor], tensors: dict[str, Tensor], what: str) -> None:
+    """Copy saved tensors into the trainables; all names, shapes and dtypes must agree before anything is written."""
+    missing, extra = sorted(trainables.keys() - tensors.keys()), sorted(tensors.keys() - trainables.keys())
+    if missing or extra:
+        raise ZOError(f"{what} does not fit this model: {len(missing)} tensors missing, {len(extra)} unknown (such as {(missing + extra)[0]!r}).")
+    for name, parameter in trainables.items():
+        saved = tensors[name]
+        if saved.shape != parameter.shape or saved.dtype != parameter.dtype:
+            raise ZOError(
+                f"{what} does not fit this model: {name!r} is {saved.dtype} {tuple(saved.shape)}, "
+                f"expected {parameter.dtype} {tuple(parameter.shape)}."
+            )
+        if not saved.isfinite().all():
+            raise ZOError(f"{what} holds NaN or infinity in {name!r}; it cannot be used.")
+    for name, parameter in trainables.items():
+        parameter.copy_(tensors[name])

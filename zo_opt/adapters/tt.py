@@ -1,0 +1,148 @@
+"""The tensorised adapter of AdaZeta (arXiv 2406.18060, section 3.1) and LoRETTA_adp (arXiv 2402.11417)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tt_kernels import core_shapes, factorize, tt_linear
+
+from zo_opt.adapters.config import AdapterConfig, register
+from zo_opt.adapters.serial import SerialAdapter
+from zo_opt.adapters.targets import Target
+from zo_opt.errors import ZOError
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "identity": lambda x: x,
+}
+
+# After attention output and feed-forward in encoders and in models with plain feed-forwards; around the gated
+# feed-forward of the Llama family: before gate and up, after down (methods of arXiv 2406.18060, appendix).
+_GATED = ("gate_proj", "up_proj", "down_proj")
+_ENCODER = ("attention.output.dense", "output.dense")
+_T5 = ("SelfAttention.o", "EncDecAttention.o", "DenseReluDense.wo")
+_TARGETS: dict[str, Sequence[str]] = {
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "olmo2", "granite"), _GATED
+    ),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "deberta", "deberta-v2", "electra"), _ENCODER),
+    **dict.fromkeys(("t5", "mt5"), _T5),
+    "opt": ("self_attn.out_proj", "fc2"),
+    "gpt2": ("attn.c_proj", "mlp.c_proj"),
+    "bart": ("self_attn.out_proj", "encoder_attn.out_proj", "fc2"),
+}
+_BEFORE = ("gate_proj", "up_proj")
+
+
+@register
+@dataclass
+class TTConfig(AdapterConfig):
+    """Serial tensor-train adapters: x + up(act(down(x))), down and up tensor-train linear layers.
+
+    The start is an exact identity. With the defaults the trainable parameters are AdaZeta's published ones: 610,560 on Llama-2-7B,
+    136,704 on RoBERTa-large. Sizes are factorised automatically: the hidden size into ceil(log16) factors
+    as equal as possible, the bottleneck into floor(log16(hidden size)).
+
+    >>> from torch import nn
+    >>> from zo_opt import get_adapter_model, trainable_parameters
+    >>> net = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 3))
+    >>> model = get_adapter_model(net, TTConfig(rank=2, bottleneck=4, target_modules=["0"]))
+    >>> sum(p.numel() for p in trainable_parameters(model))
+    60
+    """
+
+    adapter_type: ClassVar[str] = "tt"
+
+    rank: int = field(default=5, metadata={"help": "inner ranks of the tensor trains"})
+    bottleneck: int = field(default=64, metadata={"help": "features between down and up"})
+    activation: str = field(default="tanh", metadata={"help": f"between down and up: {', '.join(ACTIVATIONS)}"})
+    bias: bool = field(default=True, metadata={"help": "biases of down and up"})
+    seed: int = field(default=0, metadata={"help": "of the initial cores"})
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "bottleneck"):
+            if getattr(self, name) < 1:
+                raise ZOError(f"{name}={getattr(self, name)} is not possible; give a whole number of at least 1.")
+        if self.activation not in ACTIVATIONS:
+            raise ZOError(f"activation={self.activation!r} is not known; choose one of {', '.join(ACTIVATIONS)}.")
+
+    def default_targets(self, model_type: str) -> Sequence[str] | None:
+        return _TARGETS.get(model_type)
+
+    def wrap(self, target: Target, number: int) -> nn.Module:
+        before = target.name.rsplit(".", 1)[-1] in _BEFORE
+        size = target.in_features if before else target.out_features
+        device = next(target.module.parameters()).device
+        adapter = TTAdapter(size, self, seed=self.seed * 100_003 + number, device=device)
+        return SerialAdapter(target.module, adapter, "before" if before else "after")
+
+
+class TTLinear(nn.Module):
+    """A linear layer whose weight is a tensor train: x (..., prod in_dims) -> (..., prod out_dims), float32."""
+
+    def __init__(
+        self, in_dims: Sequence[int], out_dims: Sequence[int], rank: int, *, bias: bool, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.in_dims, self.out_dims = tuple(in_dims), tuple(out_dims)
+        shapes = core_shapes(in_dims, out_dims, rank)
+        self.cores = nn.ParameterList(nn.Parameter(torch.empty(s, device=device)) for s in shapes)
+        self.bias = nn.Parameter(torch.zeros(math.prod(out_dims), device=device)) if bias else None
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        """Gaussian cores such that the reconstructed weight has variance 1 / prod(in_dims); drawn on the CPU."""
+        paths = math.prod(core.shape[2] for core in self.cores)
+        std = (math.prod(self.in_dims) * paths) ** (-0.5 / len(self.cores))
+        for core in self.cores:
+            core.copy_(torch.randn(core.shape, generator=generator) * std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return tt_linear(x, list(self.cores), in_dims=self.in_dims, out_dims=self.out_dims, bias=self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_dims={self.in_dims}, out_dims={self.out_dims}, ranks={[c.shape[2] for c in self.cores][:-1]}"
+
+
+class TTAdapter(nn.Module):
+    """x + up(act(down(x))) in float32; returns the dtype of x. ``up``'s last core starts at zero: an exact identity."""
+
+    def __init__(self, size: int, config: TTConfig, *, seed: int, device: torch.device) -> None:
+        super().__init__()
+        hidden, bottleneck = adapter_dims(size, config.bottleneck)
+        self.down = TTLinear(hidden, bottleneck, config.rank, bias=config.bias, device=device)
+        self.up = TTLinear(bottleneck, hidden[::-1], config.rank, bias=config.bias, device=device)
+        self._activation = ACTIVATIONS[config.activation]
+        if device.type != "meta":
+            generator = torch.Generator().manual_seed(seed)
+            self.down.reset(generator)
+            self.up.reset(generator)
+            with torch.no_grad():
+                self.up.cores[-1].zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        delta = self.up(self._activation(self.down(x.float())))
+        return (x + delta).to(x.dtype)
+
+
+def adapter_dims(size: int, bottleneck: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Factors of the hidden size and of the bottleneck.
+
+    [choice] ceil and floor of log16(size): this gives the published shapes of Llama-2-7B, RoBERTa-base and -large.
+
+    >>> adapter_dims(4096, 64), adapter_dims(1024, 64), adapter_dims(768, 64)
+    (((16, 16, 16), (4, 4, 4)), ((8, 8, 16), (8, 8)), ((8, 8, 12), (8, 8)))
+    """
+    floor = 0
+    while 16 ** (floor + 1) <= size:
+        floor += 1
+    ceil = floor if 16**floor == size else floor + 1
+    return factorize(size, max(ceil, 1)), factorize(bottleneck, max(floor, 1))

@@ -1,0 +1,59 @@
+"""``zo-opt``: one subcommand a module."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from rich.console import Console
+
+from zo_opt import __version__
+from zo_opt.errors import NonFiniteLossError, ZOError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 1 (training failed), 2 (a mistake in what was given), 128 + signal."""
+    from zo_opt.training.loop import InterruptedRunError
+
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    parsed = _parser().parse_args(arguments or ["--help"])
+    try:
+        _run(parsed, shlex.join(["zo-opt", *arguments]))
+    except ZOError as error:
+        errors.print(f"zo-opt: error: {error}", markup=False)
+        return 2
+    except NonFiniteLossError as error:
+        errors.print(f"zo-opt: training failed: {error}", markup=False)
+        return 1
+    except InterruptedRunError as stop:
+        errors.print(f"zo-opt: {stop}", markup=False)
+        return stop.exit_code
+    except KeyboardInterrupt:
+        errors.print("zo-opt: interrupted")
+        return 130
+    return 0
+
+
+def _run(parsed: Namespace, command: str) -> None:
+    from zo_opt.cli import train
+
+    train.run(parsed["train"], command)
+
+
+def _parser() -> ArgumentParser:
+    from zo_opt.training.config import TrainConfig
+
+    parser = ArgumentParser(prog="zo-opt", description="Fine-tune language models with forward passes alone.", version=__version__)
+    commands = parser.add_subcommands(dest="command")
+    train = ArgumentParser(description="Tune a model, evaluate it before and after, and write a report. Without options: the built-in model and task.")
+    train.add_argument("--config", action=ActionConfigFile, help="a YAML file of options")
+    train.add_class_arguments(TrainConfig, None)
+    commands.add_subcommand("train", train, help="tune a model on labelled rows")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,11 @@
+"""The errors users meet. Each carries one sentence: what was given, what was expected, what to do."""
+
+from __future__ import annotations
+
+
+class ZOError(ValueError):
+    """A mistake in what was given to zo_opt; the command line prints its sentence and exits with code 2."""
+
+
+class NonFiniteLossError(RuntimeError):
+    """Too many steps in a row had no finite loss; the trainables hold their last good values."""

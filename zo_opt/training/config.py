@@ -1,0 +1,174 @@
+"""Everything ``zo-opt train`` can be told, with its defaults: the recipe of docs/recipe.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zo_opt.adapters import AdapterConfig, TTConfig
+from zo_opt.errors import ZOError
+from zo_opt.optim import SGD, UPDATE_RULES, ClipProjectedGrads, StepControl, UpdateRule
+from zo_opt.schedules import QuerySchedule, adazeta_queries, constant_queries
+from zo_opt.training import builtin
+
+LR_SCHEDULES = ("linear", "cosine", "constant")
+
+
+@dataclass
+class TrainConfig:
+    """Options of a training run.
+
+    Args:
+        model_name_or_path: the built-in model, a Hugging Face id or a local directory.
+        head: "lm" scores label words with the language-model head; "classification" trains a new head.
+        trust_remote_code: let the checkpoint's own Python code run.
+        device: cpu, cuda or auto.
+        precision: of the frozen base: "mixed" (bf16 matrix products, fp32 everything else), "fp32", or "auto".
+        task: a built-in task (sst2, rte, cb, boolq, copa); its prompt is used for --train_file too unless --template is given.
+        train_file: your own rows, .jsonl, .csv or .tsv.
+        eval_file: held-out rows; without it some training rows are held out.
+        text_column: the column that {text} in the template stands for.
+        label_column: the column of the label.
+        template: prompt with columns in braces, such as "{text} It was".
+        verbalizers: label words, as "label=word,label=word" or in the labels' sorted order "word,word".
+        max_train_rows: use only the first so many training rows.
+        held_out: rows to hold out where there is no eval_file (at most 30 % of all).
+        max_length: tokens a prompt may have; the model's context if not given.
+        adapter: adapter method.
+        rank: inner ranks of the tensor trains.
+        bottleneck: features between the adapter's down and up.
+        activation: between down and up.
+        target_modules: names of the modules to adapt; the architecture's defaults if not given.
+        layers: an integer: the last so many layers; a list: these layers; not given: all.
+        optimizer: adazeta or mezo.
+        lr: learning rate.
+        lr_schedule: linear (to zero), cosine or constant.
+        warmup_steps: steps over which the learning rate rises from zero.
+        update_rule: sgd or adam, on the estimated gradient.
+        beta1: Adam's decay of the first moment.
+        beta2: Adam's decay of the second moment.
+        clip: clip projected gradients at so many times their running root mean square; 0 turns it off.
+        weight_decay: decoupled.
+        zo_eps: perturbation scale.
+        directions: gaussian or rademacher.
+        query_mode: sequential, batched, split or auto.
+        query_schedule: adazeta (paper) or constant.
+        alpha: AdaZeta's alpha, between 0 and 1.
+        beta: AdaZeta's beta, between 0 and 1.
+        max_queries: AdaZeta's Q_max; the number of queries of the constant schedule.
+        min_queries: fewest queries a step takes.
+        batch_size: examples a step.
+        eval_batch_size: examples in an evaluation batch.
+        batch_order: balanced (classes take turns) or shuffled.
+        steps: optimizer steps.
+        seed: of directions, cores and the order of examples.
+        prefix_cache_mb: bound on cached hidden states below the first adapter, in MiB; 0 turns the cache off.
+        output_dir: where everything goes; runs/<task>-<optimizer>-<time> if not given. Must be empty unless resuming.
+        save_steps: steps between checkpoints.
+        resume: continue the run in output_dir.
+    """
+
+    model_name_or_path: str = builtin.DEFAULT_MODEL
+    head: str = "lm"
+    trust_remote_code: bool = False
+    device: str = "auto"
+    precision: str = "auto"
+
+    task: str = "sst2"
+    train_file: Path | None = None
+    eval_file: Path | None = None
+    text_column: str = "text"
+    label_column: str = "label"
+    template: str | None = None
+    verbalizers: str | None = None
+    max_train_rows: int | None = None
+    held_out: int = 256
+    max_length: int | None = None
+
+    adapter: str = "tt"
+    rank: int = 5
+    bottleneck: int = 64
+    activation: str = "tanh"
+    target_modules: list[str] | None = None
+    layers: int | list[int] | None = None
+
+    optimizer: str = "adazeta"
+    lr: float = 1e-2
+    lr_schedule: str = "linear"
+    warmup_steps: int = 0
+    update_rule: str = "adam"
+    beta1: float = 0.9
+    beta2: float = 0.99
+    clip: float = 3.0
+    weight_decay: float = 0.0
+    zo_eps: float = 1e-2
+    directions: str = "rademacher"
+    query_mode: str = "split"
+    query_schedule: str = "adazeta"
+    alpha: float = 0.85
+    beta: float = 0.4
+    max_queries: int = 15
+    min_queries: int = 8
+
+    batch_size: int = 16
+    eval_batch_size: int = 32
+    batch_order: str = "balanced"
+    steps: int = 200
+    seed: int = 0
+    prefix_cache_mb: int = 1024
+
+    output_dir: Path | None = None
+    save_steps: int = 100
+    resume: bool = False
+
+    def check(self) -> None:
+        """Everything that can be wrong before anything is loaded.
+
+        Raises:
+            ZOError: with a sentence on the first mistake.
+        """
+        for name in ("batch_size", "eval_batch_size", "steps", "held_out", "save_steps"):
+            if getattr(self, name) < 1:
+                raise ZOError(f"{name}={getattr(self, name)} is not possible; give a whole number of at least 1.")
+        if self.warmup_steps < 0 or self.prefix_cache_mb < 0 or self.clip < 0:
+            raise ZOError("warmup_steps, prefix_cache_mb and clip cannot be negative; 0 turns each of them off.")
+        if self.lr_schedule not in LR_SCHEDULES:
+            raise ZOError(f"lr_schedule={self.lr_schedule!r} is not known; choose one of {', '.join(LR_SCHEDULES)}.")
+        if self.eval_file is not None and self.train_file is None:
+            raise ZOError("eval_file was given without train_file; give both, or neither for the built-in rows.")
+        self.adapter_config()
+        self.make_query_schedule()
+        self.make_update_rule()
+
+    def adapter_config(self) -> AdapterConfig:
+        """The adapter asked for."""
+        if self.adapter != "tt":
+            raise ZOError(f"adapter={self.adapter!r} is not known; choose one of tt.")
+        return TTConfig(
+            target_modules=self.target_modules, layers=self.layers, rank=self.rank, bottleneck=self.bottleneck,
+            activation=self.activation, seed=self.seed,
+        )  # fmt: skip
+
+    def make_query_schedule(self) -> QuerySchedule:
+        """The query schedule asked for."""
+        if self.query_schedule == "constant":
+            return constant_queries(self.max_queries)
+        if self.query_schedule == "adazeta":
+            return adazeta_queries(self.alpha, self.beta, self.max_queries, self.min_queries)
+        raise ZOError(f"query_schedule={self.query_schedule!r} is not known; choose adazeta or constant.")
+
+    def make_update_rule(self) -> UpdateRule:
+        """The update rule asked for."""
+        if self.update_rule not in UPDATE_RULES:
+            raise ZOError(f"update_rule={self.update_rule!r} is not known; choose one of {', '.join(UPDATE_RULES)}.")
+        rule = UPDATE_RULES[self.update_rule]
+        return SGD() if rule is SGD else rule(beta1=self.beta1, beta2=self.beta2)  # type: ignore[call-arg]
+
+    def make_step_control(self) -> tuple[StepControl, ...]:
+        """The step control asked for."""
+        return (ClipProjectedGrads(self.clip),) if self.clip else ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for run.json."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in vars(self).items()}

@@ -1,0 +1,125 @@
+"""Tables of examples: read, checked, split into training and held-out rows."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zo_opt.errors import ZOError
+from zo_opt.training.tasks import Task
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row: the text of each placeholder, and the label's number."""
+
+    fields: dict[str, str]
+    label: int
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a .jsonl, .csv or .tsv file (header line first).
+
+    Raises:
+        ZOError: the file is missing, empty, of another kind, or a line cannot be read.
+    """
+    if not path.is_file():
+        raise ZOError(f"{path} does not exist or is no file; give the path of a .jsonl, .csv or .tsv file.")
+    if path.suffix not in (".jsonl", ".csv", ".tsv"):
+        raise ZOError(f"{path} ends in {path.suffix or 'nothing'!r}; give a .jsonl, .csv or .tsv file.")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ZOError(f"{path} cannot be read ({error}); give a readable file in UTF-8.") from error
+    rows = _read_jsonl(path, text) if path.suffix == ".jsonl" else _read_table(path, text)
+    if not rows:
+        raise ZOError(f"{path} is empty; it needs at least one row{' under its header line' if path.suffix != '.jsonl' else ''}.")
+    return rows
+
+
+def make_examples(rows: Sequence[Row], task: Task, source: str) -> list[Example]:
+    """Check the columns and labels of all rows and turn them into examples.
+
+    Raises:
+        ZOError: a column is missing, or a label is unknown.
+    """
+    examples = []
+    for number, row in enumerate(rows, start=1):
+        for column in task.required_columns():
+            if row.get(column) is None:
+                raise ZOError(f"{source}, row {number}: there is no column {column!r}; its columns are {', '.join(map(str, row))}.")
+        label = task.label_of(row[task.label_column])
+        if label is None:
+            raise ZOError(
+                f"{source}, row {number}: label {row[task.label_column]!r} is unknown; "
+                f"this task's labels are {', '.join(task.labels)}."
+            )
+        examples.append(Example(task.fields(row), label))
+    return examples
+
+
+def check_classes(examples: Sequence[Example], task: Task, source: str) -> None:
+    """Training needs at least two classes."""
+    present = {e.label for e in examples}
+    if len(present) < 2:
+        only = task.labels[present.pop()]
+        raise ZOError(f"{source} holds one class only ({only!r} in all {len(examples)} rows); add rows of another label.")
+
+
+def column_values(rows: Sequence[Row], column: str, source: str) -> list[str]:
+    """The different values of a column, sorted (numbers by size)."""
+    for number, row in enumerate(rows, start=1):
+        if row.get(column) is None:
+            raise ZOError(f"{source}, row {number}: there is no column {column!r}; its columns are {', '.join(map(str, row))}.")
+    values = {str(row[column]).strip() for row in rows}
+    return sorted(values, key=lambda v: (0, int(v), v) if v.lstrip("-").isdecimal() else (1, 0, v))
+
+
+def hold_out(rows: Sequence[Row], held_out: int) -> tuple[list[Row], list[Row]]:
+    """Split rows into training and held-out ones, in an order fixed for good (seed 0, whatever the run's seed).
+
+    At most 30 % are held out, so that small tables keep most of their rows for training.
+    """
+    count = max(1, min(held_out, round(0.3 * len(rows))))
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    return [rows[i] for i in sorted(order[count:])], [rows[i] for i in sorted(order[:count])]
+
+
+def _read_jsonl(path: Path, text: str) -> list[Row]:
+    rows = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ZOError(f"{path}, line {number}: not JSON ({error}); each line must be one JSON object.") from error
+        if not isinstance(row, dict):
+            raise ZOError(f"{path}, line {number}: a {type(row).__name__}; each line must be one JSON object.")
+        rows.append(row)
+    return rows
+
+
+def _read_table(path: Path, text: str) -> list[Row]:
+    # GLUE's .tsv files hold bare quotation marks; in .csv they delimit fields.
+    if path.suffix == ".tsv":
+        reader = csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
+    else:
+        reader = csv.DictReader(text.splitlines(keepends=True))
+    rows = []
+    try:
+        for row in reader:
+            if None in row:
+                raise ZOError(f"{path}, line {reader.line_num}: more fields than the header has columns; quote or remove the extra ones.")
+            rows.append(row)
+    except csv.Error as error:
+        raise ZOError(f"{path}, line {reader.line_num}: not readable as a table ({error}).") from error
+    return rows

@@ -1,0 +1,289 @@
+"""The loop behind ``zo-opt train``: evaluate, tune, evaluate, save, report."""
+
+from __future__ import annotations
+
+import json
+import platform
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+
+from zo_opt.adapters import AdapterModel, trainable_parameters
+from zo_opt.errors import ZOError
+from zo_opt.files import write_atomically
+from zo_opt.memory import current_memory, peak_memory, readable
+from zo_opt.optim import OPTIMIZERS, ZerothOrderOptimizer
+from zo_opt.training import checkpoint, report
+from zo_opt.training.batches import BatchOrder
+from zo_opt.training.config import TrainConfig
+from zo_opt.training.evaluation import Evaluation, evaluate
+from zo_opt.training.metrics import MetricsWriter
+from zo_opt.training.progress import Reporter
+from zo_opt.training.setup import Tools, build_tools, load_examples
+
+RUN_NAME = "run.json"
+
+
+class InterruptedRunError(RuntimeError):
+    """The run was asked to stop and left a checkpoint; ``exit_code`` is 128 + the signal."""
+
+    def __init__(self, output_dir: Path, step: int, signum: int) -> None:
+        super().__init__(f"stopped after step {step}; continue with: zo-opt train --output_dir {output_dir} --resume")
+        self.exit_code = 128 + signum
+
+
+@dataclass
+class Progress:
+    """What a run has measured so far; saved in every checkpoint."""
+
+    before: dict[str, float] = field(default_factory=dict)
+    train_seconds: float = 0.0
+    other_seconds: float = 0.0
+    loss: float | None = None  # running mean, for the progress bar
+
+    def smooth(self, loss: float) -> float:
+        """Update the running mean of the loss with one step's (non-finite ones are skipped)."""
+        if loss == loss:
+            self.loss = loss if self.loss is None else 0.9 * self.loss + 0.1 * loss
+        return self.loss if self.loss is not None else loss
+
+
+def train(config: TrainConfig, reporter: Reporter, command: str) -> tuple[report.Summary, Path]:
+    """One run from options to report; returns what it measured and where it wrote.
+
+    Raises:
+        ZOError: a mistake in the options or files; nothing was overwritten.
+        NonFiniteLossError: training failed; the last checkpoint is intact.
+        InterruptedRunError: SIGINT or SIGTERM; a checkpoint was left.
+    """
+    if config.resume:
+        config = _resumed_config(config)
+    config.check()
+    with _output_directory(config) as output_dir:
+        examples = load_examples(config, reporter)
+        tools = build_tools(config, examples, reporter)
+        optimizer = make_optimizer(config, tools)
+        if not config.resume:
+            record = {"command": command, "config": config.to_dict(), "versions": versions(), "started": _now()}
+            write_atomically(output_dir / RUN_NAME, (json.dumps(record, indent=2) + "\n").encode())
+    reporter.say(f"{tools.model.trainable_summary()}, frozen base in {tools.precision} on {tools.device.type}")
+    return _Run(config, reporter, command, output_dir, tools, optimizer).go(), output_dir
+
+
+def make_optimizer(config: TrainConfig, tools: Tools) -> ZerothOrderOptimizer:
+    """The optimizer that the options describe."""
+    if config.optimizer not in OPTIMIZERS:
+        raise ZOError(f"optimizer={config.optimizer!r} is not known; choose one of {', '.join(OPTIMIZERS)}.")
+    return OPTIMIZERS[config.optimizer](
+        trainable_parameters(tools.model),
+        lr=config.lr,
+        zo_eps=config.zo_eps,
+        weight_decay=config.weight_decay,
+        seed=config.seed,
+        directions=config.directions,
+        query_schedule=config.make_query_schedule(),
+        steps_per_epoch=-(-len(tools.train) // config.batch_size),
+        query_mode=config.query_mode,
+        module=tools.model,
+        update_rule=config.make_update_rule(),
+        step_control=config.make_step_control(),
+    )
+
+
+class _Run:
+    """One run's state; ``go`` takes it from start (or checkpoint) to report."""
+
+    def __init__(
+        self, config: TrainConfig, reporter: Reporter, command: str, output_dir: Path, tools: Tools, optimizer: ZerothOrderOptimizer
+    ) -> None:
+        from transformers import get_scheduler
+
+        self.config, self.reporter, self.command, self.output_dir = config, reporter, command, output_dir
+        self.tools, self.optimizer, self.progress = tools, optimizer, Progress()
+        self.lr_scheduler = get_scheduler(config.lr_schedule, optimizer, config.warmup_steps, config.steps)
+        self.order = BatchOrder(tools.train.labels, config.batch_size, config.seed, config.batch_order)
+
+    def go(self) -> report.Summary:
+        start = time.monotonic()
+        if self.config.resume:
+            extra = checkpoint.load_checkpoint(self.checkpoint_path, self.tools.model, self.optimizer, self.lr_scheduler)
+            self.progress = Progress(**extra)
+            self.reporter.say(f"resuming after step {self.optimizer.step_count} of {self.config.steps}")
+        self.tools.record_prefixes(self.config, self.reporter)
+        if not self.config.resume:
+            self.progress.before = self._evaluate("zero-shot evaluation").to_dict()
+        self.progress.other_seconds += time.monotonic() - start
+        self._train()
+        start = time.monotonic()
+        after = self._evaluate("evaluation")
+        self.tools.model.save_pretrained(self.output_dir)
+        self.progress.other_seconds += time.monotonic() - start
+        summary = self._summary(after)
+        report.write(self.output_dir, summary)
+        self.checkpoint_path.unlink(missing_ok=True)
+        return summary
+
+    @property
+    def checkpoint_path(self) -> Path:
+        return self.output_dir / checkpoint.NAME
+
+    def _evaluate(self, what: str) -> Evaluation:
+        with self.reporter.track(what, len(self.tools.held_out), "rows") as tracker:
+            result = evaluate(self.tools.model, self.tools.held_out, self.config.eval_batch_size, tracker.advance)
+        self.reporter.say(f"{what}: accuracy {result.accuracy:.1%}, loss {result.loss:.3f} on {result.rows} held-out rows")
+        return result
+
+    def _train(self) -> None:
+        config, optimizer, prepared = self.config, self.optimizer, self.tools.train
+        model: AdapterModel = self.tools.model
+        offset = self.progress.train_seconds
+        start = time.monotonic()
+        metrics = MetricsWriter(self.output_dir, keep_steps=optimizer.step_count)
+        self._save()
+        with metrics, _stop_signals() as stop, self.reporter.track("training", config.steps, "steps") as tracker:
+            tracker.advance(optimizer.step_count)
+            while optimizer.step_count < config.steps:
+                batch = prepared.batch(self.order.indices(optimizer.step_count))
+                lr = self.lr_scheduler.get_last_lr()[0]
+                optimizer.step(lambda b: prepared.loss(model, b), batch)
+                self.lr_scheduler.step()
+                self.progress.train_seconds = offset + time.monotonic() - start
+                record = optimizer.last_record
+                assert record is not None
+                metrics.write(record, lr, optimizer.history, self.progress.train_seconds)
+                tracker.advance(1, self._note(record.loss, record.queries))
+                done = optimizer.step_count
+                if done % config.save_steps == 0 and done < config.steps:
+                    self._save()
+                if stop.signum is not None:
+                    self._save()
+                    raise InterruptedRunError(self.output_dir, done, stop.signum)
+
+    def _save(self) -> None:
+        checkpoint.save_checkpoint(
+            self.checkpoint_path, self.tools.model, self.optimizer, self.lr_scheduler, vars(self.progress)
+        )
+
+    def _note(self, loss: float, queries: int) -> str:
+        forwards, memory = self.optimizer.history.forwards, readable(current_memory(self.tools.device))
+        note = f"loss {self.progress.smooth(loss):.3f}  queries {queries}  forwards {forwards}  memory {memory}"
+        dropped = self.optimizer.dropped_queries
+        return note + (f"  dropped {dropped}" if dropped else "")
+
+    def _summary(self, after: Evaluation) -> report.Summary:
+        tools, cache = self.tools, self.tools.cache
+        depth = (cache.depth - cache.cut) / cache.depth if cache is not None else 1.0
+        return report.Summary(
+            command=self.command,
+            model=self.config.model_name_or_path,
+            task=self.config.task if self.config.train_file is None else str(self.config.train_file),
+            optimizer=self.config.optimizer,
+            adapter=tools.model.trainable_summary(),
+            trainable=sum(p.numel() for p in trainable_parameters(tools.model)),
+            before=Evaluation(**self.progress.before),  # type: ignore[arg-type]
+            after=after,
+            train_rows=len(tools.train),
+            steps=self.optimizer.step_count,
+            queries=self.optimizer.history.queries,
+            forwards=self.optimizer.history.forwards,
+            forward_depth=depth,
+            cached_rows=cache.recorded_examples if cache is not None else 0,
+            cache_bytes=cache.bytes if cache is not None else 0,
+            dropped=self.optimizer.dropped_queries,
+            truncated=tools.train.truncated + tools.held_out.truncated,
+            train_seconds=self.progress.train_seconds,
+            other_seconds=self.progress.other_seconds,
+            peak_memory=peak_memory(tools.device),
+            device=tools.device.type,
+            precision=tools.precision,
+            batch_size=self.config.batch_size,
+            versions=versions(),
+        )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    from importlib.metadata import version
+
+    packages = ("zo-opt", "torch", "transformers", "tensorly", "numpy")
+    return {"python": platform.python_version()} | {p: version(p) for p in packages}
+
+
+@dataclass
+class _Stop:
+    signum: int | None = None
+
+
+@contextmanager
+def _stop_signals() -> Iterator[_Stop]:
+    """The first SIGINT or SIGTERM asks the loop to stop after the step; a second SIGINT stops at once."""
+    stop = _Stop()
+
+    def ask(signum: int, _frame: FrameType | None) -> None:
+        if stop.signum is not None:
+            raise KeyboardInterrupt
+        stop.signum = signum
+
+    try:
+        previous = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: signals are somebody else's
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+@contextmanager
+def _output_directory(config: TrainConfig) -> Iterator[Path]:
+    """Create the output directory; remove it again if setting up fails before anything was written."""
+    output_dir = config.output_dir
+    if output_dir is None:
+        task = config.task if config.train_file is None else config.train_file.stem
+        output_dir = Path("runs") / f"{task}-{config.optimizer}-{_now().replace(':', '')}"
+    try:
+        created = not output_dir.exists()
+        output_dir.mkdir(parents=True, exist_ok=True)
+        occupied = any(output_dir.iterdir())
+        (probe := output_dir / ".writable").write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ZOError(f"output_dir {output_dir} cannot be written ({error.strerror}); give a directory that can.") from error
+    if occupied and not config.resume:
+        raise ZOError(f"output_dir {output_dir} is not empty; give a new one, or --resume to continue the run in it.")
+    try:
+        yield output_dir
+    except BaseException:
+        if created and not any(output_dir.iterdir()):
+            output_dir.rmdir()
+        raise
+
+
+def _resumed_config(config: TrainConfig) -> TrainConfig:
+    """The options that the interrupted run was started with; those given now count only for where and how long to save."""
+    if config.output_dir is None:
+        raise ZOError("--resume needs --output_dir, the directory of the interrupted run.")
+    path = config.output_dir / RUN_NAME
+    checkpoint.read_state(config.output_dir / checkpoint.NAME)
+    try:
+        saved: dict[str, Any] = json.loads(path.read_text())["config"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ZOError(f"{path} is missing or damaged ({error}); the run cannot be resumed without it.") from error
+    for name in ("train_file", "eval_file", "output_dir"):
+        saved[name] = Path(saved[name]) if saved[name] is not None else None
+    return TrainConfig(**saved | {"resume": True, "output_dir": config.output_dir, "save_steps": config.save_steps})
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")[:19]
+
+

@@ -1,0 +1,106 @@
+"""Loading a model and its tokenizer, checked."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from zo_opt.errors import ZOError
+from zo_opt.training import builtin
+
+HEADS = ("lm", "classification")
+
+
+def load_model(
+    name_or_path: str,
+    *,
+    head: str = "lm",
+    labels: int = 2,
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> tuple[nn.Module, Any]:
+    """A model of transformers and its tokenizer, in evaluation mode, weights in the checkpoint's dtype.
+
+    Args:
+        name_or_path: the built-in name, a Hugging Face id or a local directory.
+        head: "lm" (label words; causal, masked or encoder-decoder, by the checkpoint's architecture) or "classification".
+        labels: number of classes of a classification head.
+        trust_remote_code: let the checkpoint's own Python code run; never the default.
+        say: told what is fetched.
+
+    Raises:
+        ZOError: it cannot be found or loaded, has no head for the task, or holds NaN weights.
+    """
+    if head not in HEADS:
+        raise ZOError(f"head={head!r} is not known; choose one of {', '.join(HEADS)}.")
+    built_in = name_or_path == builtin.DEFAULT_MODEL
+    source = str(builtin.model_directory(say)) if built_in else name_or_path
+    import transformers
+
+    # Its own progress bars and load reports would tear ours.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    if Path(source).exists() and not (Path(source) / "config.json").is_file():
+        raise ZOError(f"{source} holds no config.json; give a directory written by save_pretrained, or a Hugging Face id.")
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = transformers.AutoConfig.from_pretrained(source, **options)
+            auto = _auto_class(transformers, config, head, name_or_path)
+            if head == "classification":
+                options["num_labels"] = labels
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+            model: nn.Module = auto.from_pretrained(source, dtype="auto", **options)
+    except ZOError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ZOError(f"model {name_or_path!r} could not be loaded ({reason}); give {builtin.DEFAULT_MODEL!r}, a local directory or a Hugging Face id.") from error
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ZOError(f"model {name_or_path!r} holds NaN or infinity in {name!r}; load sound weights.")
+    if head == "classification" and model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return model.eval(), tokenizer
+
+
+def classification_heads(model: nn.Module) -> list[str]:
+    """Children of a classification model outside its base: new modules, trained whole."""
+    base: Any = model.base_model
+    return [n for n, child in model.named_children() if child is not base and any(True for _ in child.parameters())]
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto": CUDA where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ZOError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); give cpu, cuda or auto.") from error
+    return device
+
+
+def _auto_class(transformers: Any, config: Any, head: str, name: str) -> Any:
+    if head == "classification":
+        return transformers.AutoModelForSequenceClassification
+    architectures = " ".join(getattr(config, "architectures", None) or ())
+    if getattr(config, "is_encoder_decoder", False):
+        return transformers.AutoModelForSeq2SeqLM
+    if "MaskedLM" in architectures:
+        return transformers.AutoModelForMaskedLM
+    if "CausalLM" in architectures or "LMHead" in architectures:
+        return transformers.AutoModelForCausalLM
+    given = architectures or "no architecture"
+    raise ZOError(
+        f"model {name!r} (its config says {given}) has no language-model head for label words; "
+        "give --head classification to train a new classification head."
+    )

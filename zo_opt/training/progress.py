@@ -1,0 +1,81 @@
+"""What a person sees while a run goes on: a live bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+
+class Reporter:
+    """Says sentences and shows progress on one console."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console if console is not None else Console(highlight=False, soft_wrap=True)
+
+    def say(self, sentence: str) -> None:
+        """One line."""
+        self.console.print(sentence, markup=False)
+
+    @contextmanager
+    def track(self, what: str, total: int, unit: str) -> Iterator[Tracker]:
+        """A stretch of work of ``total`` units."""
+        if not self.console.is_terminal:
+            yield _Lines(self, what, total, unit)
+            return
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), _Done(unit), TimeElapsedColumn(), _Left(), TextColumn("{task.fields[note]}"))
+        with Progress(*columns, console=self.console, transient=False) as progress:
+            yield _Bar(progress, progress.add_task(what, total=total, note=""))
+
+
+class Tracker:
+    """Told how far the work has come."""
+
+    def advance(self, count: int, note: str = "") -> None:
+        """``count`` more units are done; ``note`` is what to show beside the bar."""
+        raise NotImplementedError
+
+
+class _Bar(Tracker):
+    def __init__(self, progress: Progress, task: object) -> None:
+        self._progress, self._task = progress, task
+
+    def advance(self, count: int, note: str = "") -> None:
+        self._progress.update(self._task, advance=count, note=note)  # type: ignore[arg-type]
+
+
+class _Lines(Tracker):
+    """Ten lines for the whole stretch, so that logs stay short."""
+
+    def __init__(self, reporter: Reporter, what: str, total: int, unit: str) -> None:
+        self._reporter, self._what, self._total, self._unit = reporter, what, total, unit
+        self._done, self._shown, self._start = 0, 0, time.monotonic()
+
+    def advance(self, count: int, note: str = "") -> None:
+        self._done += count
+        tenth = 10 * self._done // self._total
+        if tenth > self._shown:
+            self._shown = tenth
+            elapsed = time.monotonic() - self._start
+            left = elapsed * (self._total - self._done) / self._done
+            parts = [f"{self._what}: {self._done}/{self._total} {self._unit}", f"{elapsed:.0f} s", f"{left:.0f} s left", note]
+            self._reporter.say("  ".join(p for p in parts if p))
+
+
+class _Done(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{int(task.completed)}/{int(task.total or 0)} {self._unit}")
+
+
+class _Left(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        left = task.time_remaining
+        return Text("" if left is None else f"{int(left) // 60}:{int(left) % 60:02d} left", style="cyan")

@@ -1,0 +1,136 @@
+"""From options to things: task and rows, model with adapters, batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from zo_opt.adapters import AdapterModel, get_adapter_model
+from zo_opt.errors import ZOError
+from zo_opt.training import builtin, data
+from zo_opt.training.config import TrainConfig
+from zo_opt.training.data import Example
+from zo_opt.training.evaluation import Prepared
+from zo_opt.training.models import classification_heads, load_model, pick_device
+from zo_opt.training.precision import set_precision
+from zo_opt.training.prefix_cache import PrefixCache, first_adapted_layer
+from zo_opt.training.progress import Reporter
+from zo_opt.training.scoring import make_scorer
+from zo_opt.training.tasks import Task, custom_task, get_task
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A task with its training and held-out examples."""
+
+    task: Task
+    train: Sequence[Example]
+    held_out: Sequence[Example]
+
+
+@dataclass(frozen=True)
+class Tools:
+    """A model ready to be tuned on prepared examples."""
+
+    model: AdapterModel
+    train: Prepared
+    held_out: Prepared
+    cache: PrefixCache | None
+    precision: str
+    device: torch.device
+
+    def record_prefixes(self, config: TrainConfig, reporter: Reporter) -> None:
+        """Fill the prefix cache, where there is one."""
+        if self.cache is None:
+            return
+        total = len(self.train) + len(self.held_out)
+        with reporter.track("caching the frozen layers", total, "rows") as tracker:
+            for prepared in (self.held_out, self.train):
+                prepared.record(config.eval_batch_size, tracker.advance)
+        if self.cache.full:
+            reporter.say("the prefix cache is full; rows beyond it are computed whole (raise --prefix_cache_mb).")
+
+
+def load_examples(config: TrainConfig, reporter: Reporter) -> Examples:
+    """Read and check the rows.
+
+    Raises:
+        ZOError: on the first thing wrong with files, columns or labels.
+    """
+    if config.train_file is None:
+        task = _with_prompt(get_task(config.task), config)
+        train_rows, held_out_rows = data.hold_out(builtin.task_rows(config.task, reporter.say), config.held_out)
+        sources = (f"built-in {config.task}",) * 2
+    else:
+        train_rows = data.read_rows(config.train_file)
+        held_out_rows = data.read_rows(config.eval_file) if config.eval_file is not None else []
+        task = _task_for_file(config, train_rows)
+        sources = (str(config.train_file), str(config.eval_file or config.train_file))
+        if config.eval_file is None:
+            if len(train_rows) < 2:
+                raise ZOError(f"{config.train_file} has one row only; give more, or an eval_file.")
+            train_rows, held_out_rows = data.hold_out(train_rows, config.held_out)
+    train_rows = train_rows[: config.max_train_rows] if config.max_train_rows is not None else train_rows
+    train = data.make_examples(train_rows, task, sources[0])
+    data.check_classes(train, task, sources[0])
+    return Examples(task, train, data.make_examples(held_out_rows, task, sources[1]))
+
+
+def build_tools(config: TrainConfig, examples: Examples, reporter: Reporter) -> Tools:
+    """Load the model, put adapters in, tokenise the examples.
+
+    Raises:
+        ZOError: on the first thing wrong with the model or the adapter's targets.
+    """
+    device = pick_device(config.device)
+    base, tokenizer = load_model(
+        config.model_name_or_path, head=config.head, labels=len(examples.task.labels),
+        trust_remote_code=config.trust_remote_code, say=reporter.say,
+    )  # fmt: skip
+    scorer = make_scorer(base, tokenizer, examples.task, config.max_length)
+    precision = set_precision(base, config.precision, device)
+    adapter = config.adapter_config()
+    if config.head == "classification":
+        adapter = replace(adapter, modules_to_save=classification_heads(base))
+    model = get_adapter_model(base, adapter)
+    model.to(device)
+    model.eval()
+    cached = config.prefix_cache_mb > 0 and first_adapted_layer(model) is not None
+    cache = PrefixCache(model, config.prefix_cache_mb << 20) if cached else None
+    train = Prepared(examples.train, scorer, device, cache, 0)
+    held_out = Prepared(examples.held_out, scorer, device, cache, len(train))
+    for name, prepared in (("training", train), ("held-out", held_out)):
+        if prepared.truncated:
+            reporter.say(
+                f"{prepared.truncated} of {len(prepared)} {name} prompts were longer than {scorer.max_length} tokens; "
+                "their longest column was cut, template and label words are whole."
+            )
+    return Tools(model, train, held_out, cache, precision, device)
+
+
+def _task_for_file(config: TrainConfig, rows: Sequence[data.Row]) -> Task:
+    """The user's own task if a template or column is named or the built-in columns are not there."""
+    task = get_task(config.task)
+    columns = set(rows[0])
+    if config.template is None and config.verbalizers is None and set(task.required_columns()) <= columns:
+        return task
+    labels = data.column_values(rows, config.label_column, str(config.train_file))
+    if len(labels) > 100:
+        raise ZOError(f"column {config.label_column!r} holds {len(labels)} different labels; name the label column with --label_column.")
+    return custom_task(
+        labels, text_column=config.text_column, label_column=config.label_column,
+        template=config.template, verbalizers=config.verbalizers,
+    )  # fmt: skip
+
+
+def _with_prompt(task: Task, config: TrainConfig) -> Task:
+    """A built-in task under the user's template or label words."""
+    if config.template is None and config.verbalizers is None:
+        return task
+    custom = custom_task(
+        task.labels, text_column=config.text_column, label_column=task.label_column,
+        template=config.template if config.template is not None else task.template, verbalizers=config.verbalizers,
+    )  # fmt: skip
+    return replace(custom, name=task.name)
