@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -55,6 +54,7 @@ def tt_linear(
     Raises:
         ValueError: shapes or dtypes do not fit.
 
+    >>> import torch
     >>> cores = [torch.ones(1, 2, 3), torch.ones(3, 4, 1)]
     >>> tt_linear(torch.ones(5, 2), cores, in_dims=(2,), out_dims=(4,)).shape
     torch.Size([5, 4])

@@ -23,15 +23,33 @@ def factorize(size: int, parts: int) -> tuple[int, ...]:
     return min(best, key=lambda f: (f[-1], -f[0], len(f))) if best else (size,)
 
 
-def core_shapes(in_dims: Sequence[int], out_dims: Sequence[int], rank: int) -> list[tuple[int, int, int]]:
-    """Shapes (r_{k-1}, n_k, r_k) of a train's cores, input dims first, r_0 = r_end = 1, all inner ranks ``rank``.
+def core_shapes(
+    in_dims: Sequence[int], out_dims: Sequence[int], ranks: int | Sequence[int]
+) -> list[tuple[int, int, int]]:
+    """Shapes (r_{k-1}, n_k, r_k) of a train's cores, input dims first, r_0 = r_end = 1; ``ranks``: one, or one a bond.
 
     >>> core_shapes((8, 9), (4,), 5)
     [(1, 8, 5), (5, 9, 5), (5, 4, 1)]
     """
     dims = [*in_dims, *out_dims]
-    ranks = [1, *[rank] * (len(dims) - 1), 1]
-    return [(ranks[k], n, ranks[k + 1]) for k, n in enumerate(dims)]
+    bonds = [ranks] * (len(dims) - 1) if isinstance(ranks, int) else list(ranks)
+    if len(bonds) != len(dims) - 1:
+        raise ValueError(f"{len(bonds)} ranks do not fit {len(dims)} dims; give one for each of {len(dims) - 1} bonds")
+    left, right = [1, *bonds], [*bonds, 1]
+    return [(left[k], n, right[k]) for k, n in enumerate(dims)]
+
+
+def useful_ranks(dims: Sequence[int], ranks: int | Sequence[int]) -> list[int]:
+    """Ranks lowered to what a tensor of these dims can use: the product of the dims on a bond's smaller side.
+
+    >>> useful_ranks((8, 8, 9, 2), 32)
+    [8, 18, 2]
+    """
+    bonds = [ranks] * (len(dims) - 1) if isinstance(ranks, int) else list(ranks)
+    useful = [1]
+    for k, rank in enumerate(bonds, start=1):
+        useful.append(min(rank, useful[-1] * dims[k - 1], math.prod(dims[k:])))
+    return useful[1:]
 
 
 def reconstruct(cores: Sequence[Tensor], in_dims: Sequence[int], out_dims: Sequence[int]) -> Tensor:
@@ -44,7 +62,7 @@ def reconstruct(cores: Sequence[Tensor], in_dims: Sequence[int], out_dims: Seque
 
 def _factors(size: int, parts: int, least: int) -> list[tuple[int, ...]]:
     """All ascending factorisations of ``size`` into 1 to ``parts`` factors of at least ``least``."""
-    found = [(size,)] if size >= least else []
+    found: list[tuple[int, ...]] = [(size,)] if size >= least else []
     if parts > 1:
         for first in range(least, math.isqrt(size) + 1):
             if size % first == 0:

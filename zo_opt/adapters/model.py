@@ -38,10 +38,17 @@ class AdapterModel(nn.Module):
         """The trainables by their path in the wrapped model."""
         return {n: p.detach() for n, p in self.wrapped.named_parameters() if p.requires_grad}
 
+    def adapter_state(self) -> dict[str, torch.Tensor]:
+        """Everything the frozen model does not have: the adapters' tensors, frozen ones included, and modules_to_save."""
+        prefixes = tuple(f"{name}.adapter." for name in self.adapted)
+        return {
+            n: p.detach() for n, p in self.wrapped.named_parameters() if p.requires_grad or n.startswith(prefixes)
+        }
+
     def save_pretrained(self, directory: str | Path, **_: Any) -> None:
-        """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (the trainables alone, to the bit)."""
+        """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (the adapters alone, to the bit)."""
         base = getattr(getattr(self.wrapped, "config", None), "_name_or_path", None)
-        storage.save(Path(directory), self.adapter_config, self.trainable_state(), base or None)
+        storage.save(Path(directory), self.adapter_config, self.adapter_state(), base or None)
 
     def merge_and_unload(self) -> nn.Module:
         """Fold the adapters into the weights and return the plain model.
@@ -109,7 +116,7 @@ def load_adapter_model(model: nn.Module, directory: str | Path) -> AdapterModel:
     config, tensors = storage.load(Path(directory))
     adapted = get_adapter_model(model, config)
     try:
-        storage.restore(adapted.trainable_state(), tensors, f"the adapter in {directory}")
+        storage.restore(adapted.adapter_state(), tensors, f"the adapter in {directory}")
     except ZOError:
         adapted.unload()
         raise

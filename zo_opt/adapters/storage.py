@@ -53,12 +53,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def restore(trainables: dict[str, Tensor], tensors: dict[str, Tensor], what: str) -> None:
-    """Copy saved tensors into the trainables; all names, shapes and dtypes must agree before anything is written."""
-    missing, extra = sorted(trainables.keys() - tensors.keys()), sorted(tensors.keys() - trainables.keys())
+def restore(parameters: dict[str, Tensor], tensors: dict[str, Tensor], what: str) -> None:
+    """Copy saved tensors into parameters; all names, shapes and dtypes must agree before anything is written."""
+    missing, extra = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
     if missing or extra:
         raise ZOError(f"{what} does not fit this model: {len(missing)} tensors missing, {len(extra)} unknown (such as {(missing + extra)[0]!r}).")
-    for name, parameter in trainables.items():
+    for name, parameter in parameters.items():
         saved = tensors[name]
         if saved.shape != parameter.shape or saved.dtype != parameter.dtype:
             raise ZOError(
@@ -67,5 +67,5 @@ def restore(trainables: dict[str, Tensor], tensors: dict[str, Tensor], what: str
             )
         if not saved.isfinite().all():
             raise ZOError(f"{what} holds NaN or infinity in {name!r}; it cannot be used.")
-    for name, parameter in trainables.items():
+    for name, parameter in parameters.items():
         parameter.copy_(tensors[name])

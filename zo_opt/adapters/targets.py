@@ -10,6 +10,7 @@ from torch import nn
 
 from zo_opt.errors import ZOError
 
+RESIDUAL = "residual"  # as a target name: the residual stream where it enters a layer
 _LAYER = re.compile(r"^(.*?\b(?:layers|layer|h|block|blocks))\.(\d+)\.")
 
 
@@ -31,6 +32,10 @@ def find_targets(model: nn.Module, names: Sequence[str], layers: int | Sequence[
     """
     if isinstance(names, str):
         names = [names]
+    if RESIDUAL in names:
+        return _residual_targets(model, layers) + (
+            find_targets(model, others, layers) if (others := [n for n in names if n != RESIDUAL]) else []
+        )
     matches = {n: m for n, m in model.named_modules() if any(n == t or n.endswith("." + t) for t in names)}
     for wanted in names:
         if not any(n == wanted or n.endswith("." + wanted) for n in matches):
@@ -51,6 +56,25 @@ def layer_of(name: str) -> tuple[str, int] | None:
     """(stack, index) of a module path: "model.layers.3.mlp.up_proj" -> ("model.layers", 3)."""
     found = _LAYER.match(name)
     return (found[1], int(found[2])) if found else None
+
+
+def _residual_targets(model: nn.Module, layers: int | Sequence[int] | None) -> list[Target]:
+    """Whole layers of every stack; an adapter before one acts on the residual stream."""
+    size = getattr(getattr(model, "config", None), "hidden_size", None)
+    stacks = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and _LAYER.match(f"{name}.0.") and layer_of(f"{name}.0.") == (name, 0)
+    }
+    if size is None or not stacks:
+        raise ZOError(f"target {RESIDUAL!r} needs a transformer with a list of layers and config.hidden_size.")
+    targets = [
+        Target(f"{stack}.{i}", layer, size, size)
+        for stack, stacked in stacks.items()
+        for i, layer in enumerate(stacked)
+        if _in_layers(model, f"{stack}.{i}.", layers)
+    ]
+    return targets
 
 
 def _in_layers(model: nn.Module, name: str, layers: int | Sequence[int] | None) -> bool:

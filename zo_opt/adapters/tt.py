@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tt_kernels import core_shapes, factorize, tt_linear
+from tt_kernels import core_shapes, factorize, tt_linear, useful_ranks
 
 from zo_opt.adapters.config import AdapterConfig, register
 from zo_opt.adapters.serial import SerialAdapter
@@ -40,6 +40,7 @@ _TARGETS: dict[str, Sequence[str]] = {
     "bart": ("self_attn.out_proj", "encoder_attn.out_proj", "fc2"),
 }
 _BEFORE = ("gate_proj", "up_proj")
+TRAINABLE = ("all", "mixing")
 
 
 @register
@@ -65,12 +66,22 @@ class TTConfig(AdapterConfig):
     bottleneck: int = field(default=64, metadata={"help": "features between down and up"})
     activation: str = field(default="tanh", metadata={"help": f"between down and up: {', '.join(ACTIVATIONS)}"})
     bias: bool = field(default=True, metadata={"help": "biases of down and up"})
+    trainable: str = field(
+        default="all", metadata={"help": "all cores, or only the mixing cores: those of up's input dims (no biases)"}
+    )
+    output_rank: int | None = field(
+        default=None, metadata={"help": "rank between up's mixing cores and its output cores; None: rank"}
+    )
     seed: int = field(default=0, metadata={"help": "of the initial cores"})
 
     def __post_init__(self) -> None:
         for name in ("rank", "bottleneck"):
             if getattr(self, name) < 1:
                 raise ZOError(f"{name}={getattr(self, name)} is not possible; give a whole number of at least 1.")
+        if self.trainable not in TRAINABLE:
+            raise ZOError(f"trainable={self.trainable!r} is not known; choose one of {', '.join(TRAINABLE)}.")
+        if self.output_rank is not None and self.output_rank < 1:
+            raise ZOError(f"output_rank={self.output_rank} is not possible; give a whole number of at least 1.")
         if self.activation not in ACTIVATIONS:
             raise ZOError(f"activation={self.activation!r} is not known; choose one of {', '.join(ACTIVATIONS)}.")
 
@@ -78,7 +89,8 @@ class TTConfig(AdapterConfig):
         return _TARGETS.get(model_type)
 
     def wrap(self, target: Target, number: int) -> nn.Module:
-        before = target.name.rsplit(".", 1)[-1] in _BEFORE
+        last = target.name.rsplit(".", 1)[-1]
+        before = last in _BEFORE or last.isdecimal()  # a number: a whole layer, adapted on its residual stream
         size = target.in_features if before else target.out_features
         device = next(target.module.parameters()).device
         adapter = TTAdapter(size, self, seed=self.seed * 100_003 + number, device=device)
@@ -89,11 +101,17 @@ class TTLinear(nn.Module):
     """A linear layer whose weight is a tensor train: x (..., prod in_dims) -> (..., prod out_dims), float32."""
 
     def __init__(
-        self, in_dims: Sequence[int], out_dims: Sequence[int], rank: int, *, bias: bool, device: torch.device
+        self,
+        in_dims: Sequence[int],
+        out_dims: Sequence[int],
+        ranks: int | Sequence[int],
+        *,
+        bias: bool,
+        device: torch.device,
     ) -> None:
         super().__init__()
         self.in_dims, self.out_dims = tuple(in_dims), tuple(out_dims)
-        shapes = core_shapes(in_dims, out_dims, rank)
+        shapes = core_shapes(in_dims, out_dims, ranks)
         self.cores = nn.ParameterList(nn.Parameter(torch.empty(s, device=device)) for s in shapes)
         self.bias = nn.Parameter(torch.zeros(math.prod(out_dims), device=device)) if bias else None
 
@@ -109,34 +127,60 @@ class TTLinear(nn.Module):
         return tt_linear(x, list(self.cores), in_dims=self.in_dims, out_dims=self.out_dims, bias=self.bias)
 
     def extra_repr(self) -> str:
-        return f"in_dims={self.in_dims}, out_dims={self.out_dims}, ranks={[c.shape[2] for c in self.cores][:-1]}"
+        ranks = [core.shape[2] for core in self.cores][:-1]
+        return f"in_dims={self.in_dims}, out_dims={self.out_dims}, ranks={ranks}"
 
 
 class TTAdapter(nn.Module):
-    """x + up(act(down(x))) in float32; returns the dtype of x. ``up``'s last core starts at zero: an exact identity."""
+    """x + up(act(down(x))) in float32; returns the dtype of x. One core of ``up`` starts at zero: an exact identity.
+
+    That core is the last one where all are trained (arXiv 2406.18060), else the last mixing core.
+    """
 
     def __init__(self, size: int, config: TTConfig, *, seed: int, device: torch.device) -> None:
         super().__init__()
         hidden, bottleneck = adapter_dims(size, config.bottleneck)
-        self.down = TTLinear(hidden, bottleneck, config.rank, bias=config.bias, device=device)
-        self.up = TTLinear(bottleneck, hidden[::-1], config.rank, bias=config.bias, device=device)
+        bonds = len(bottleneck) + len(hidden) - 1
+        down_ranks, up_ranks = [config.rank] * bonds, [config.rank] * bonds
+        if config.output_rank is not None:
+            up_ranks[len(bottleneck) - 1] = config.output_rank
+        self._only_mixing = config.trainable == "mixing"
+        if self._only_mixing:  # the other cores hold truncated decompositions, which need no more than these
+            down_ranks = useful_ranks((*hidden, *bottleneck), down_ranks)
+            up_ranks = useful_ranks((*bottleneck, *hidden[::-1]), up_ranks)
+        self.down = TTLinear(hidden, bottleneck, down_ranks, bias=config.bias, device=device)
+        self.up = TTLinear(bottleneck, hidden[::-1], up_ranks, bias=config.bias, device=device)
         self._activation = ACTIVATIONS[config.activation]
+        if self._only_mixing:
+            self.requires_grad_(False)
+            for core in self.mixing:
+                core.requires_grad_(True)
         if device.type != "meta":
             generator = torch.Generator().manual_seed(seed)
             self.down.reset(generator)
             self.up.reset(generator)
-            with torch.no_grad():
-                self.up.cores[-1].zero_()
+            self.start_at_identity()
+
+    @property
+    def mixing(self) -> list[nn.Parameter]:
+        """``up``'s cores of its input dims: how bottleneck features mix into output directions."""
+        return list(self.up.cores)[: len(self.up.in_dims)]
+
+    @torch.no_grad()
+    def start_at_identity(self) -> None:
+        """Zero one core of ``up``."""
+        (self.mixing[-1] if self._only_mixing else self.up.cores[-1]).zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        delta = self.up(self._activation(self.down(x.float())))
+        delta: Tensor = self.up(self._activation(self.down(x.float())))
         return (x + delta).to(x.dtype)
 
 
 def adapter_dims(size: int, bottleneck: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Factors of the hidden size and of the bottleneck.
 
-    [choice] ceil and floor of log16(size): this gives the published shapes of Llama-2-7B, RoBERTa-base and -large.
+    [choice] ceil and floor of log16(size) factors: this gives the published shapes of Llama-2-7B, RoBERTa-base and
+    -large. A bottleneck below 16 stays whole.
 
     >>> adapter_dims(4096, 64), adapter_dims(1024, 64), adapter_dims(768, 64)
     (((16, 16, 16), (4, 4, 4)), ((8, 8, 16), (8, 8)), ((8, 8, 12), (8, 8)))
@@ -145,4 +189,4 @@ def adapter_dims(size: int, bottleneck: int) -> tuple[tuple[int, ...], tuple[int
     while 16 ** (floor + 1) <= size:
         floor += 1
     ceil = floor if 16**floor == size else floor + 1
-    return factorize(size, max(ceil, 1)), factorize(bottleneck, max(floor, 1))
+    return factorize(size, max(ceil, 1)), factorize(bottleneck, max(floor, 1) if bottleneck >= 16 else 1)

@@ -22,9 +22,9 @@ NAME = "checkpoint.safetensors"
 def save_checkpoint(
     path: Path, model: AdapterModel, optimizer: ZerothOrderOptimizer, lr_scheduler: Any, extra: dict[str, Any]
 ) -> None:
-    """Write trainables and optimizer tensors, with the rest as JSON in the file's metadata."""
+    """Write adapters and optimizer tensors, with the rest as JSON in the file's metadata."""
     state = optimizer.state_dict()
-    tensors: dict[str, Tensor] = {f"trainable.{n}": t for n, t in model.trainable_state().items()}
+    tensors: dict[str, Tensor] = {f"adapter.{n}": t for n, t in model.adapter_state().items()}
     for index, slots in state["state"].items():
         tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in slots.items()}
     plain = {
@@ -48,8 +48,8 @@ def load_checkpoint(
     """
     plain = read_state(path)
     tensors = read_tensors(path)
-    trainables = {k.removeprefix("trainable."): v for k, v in tensors.items() if k.startswith("trainable.")}
-    restore(model.trainable_state(), trainables, f"the checkpoint {path}")
+    adapters = {k.removeprefix("adapter."): v for k, v in tensors.items() if k.startswith("adapter.")}
+    restore(model.adapter_state(), adapters, f"the checkpoint {path}")
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):
