@@ -99,21 +99,29 @@ def sequential(
 
 
 def batched(
-    perturbed: Perturbed, closure: Callable[..., Any], batch: Any, queries: int, scales: Sequence[float], module: nn.Module
+    perturbed: Perturbed,
+    closure: Callable[..., Any],
+    batch: Any,
+    queries: int,
+    scales: Sequence[float],
+    module: nn.Module,
 ) -> Losses:
     """All perturbed copies see the whole batch, several in one forward (``vmap``)."""
     runner = _Copies(module, perturbed, closure)
     points = [(q, s) for q in range(queries) for s in scales]
     chunk = max(1, BATCHED_TOKENS // max(1, _tokens(batch)))
-    values = [
-        runner(points[i : i + chunk], batch, split=False) for i in range(0, len(points), chunk)
-    ]
+    values = [runner(points[i : i + chunk], batch, split=False) for i in range(0, len(points), chunk)]
     weights = torch.ones(queries, dtype=torch.float64)
     return Losses(torch.cat(values).view(queries, len(scales)), weights, len(points))
 
 
 def split(
-    perturbed: Perturbed, closure: Callable[..., Any], batch: Any, queries: int, scales: Sequence[float], module: nn.Module
+    perturbed: Perturbed,
+    closure: Callable[..., Any],
+    batch: Any,
+    queries: int,
+    scales: Sequence[float],
+    module: nn.Module,
 ) -> Losses:
     """The queries partition the batch: direction q sees the q-th slice alone; one forward for each scale in all.
 
@@ -121,7 +129,9 @@ def split(
     """
     examples = batch_size(batch)
     if queries > examples:
-        raise ZOError(f"{queries} queries cannot split a batch of {examples} examples; lower max_queries or raise the batch.")
+        raise ZOError(
+            f"{queries} queries cannot split a batch of {examples} examples; lower max_queries or raise the batch."
+        )
     runner = _Copies(module, perturbed, closure)
     values = torch.empty(queries, len(scales), dtype=torch.float64)
     weights = torch.empty(queries, dtype=torch.float64)
@@ -134,7 +144,8 @@ def split(
         count = last - first
 
         def cut(x: Tensor, offset: int = offset, count: int = count, rows: int = rows) -> Tensor:
-            return x[offset : offset + count * rows].unflatten(0, (count, rows))
+            pieces: Tensor = x[offset : offset + count * rows].unflatten(0, (count, rows))
+            return pieces
 
         slices = map_tensors(cut, batch)
         for s, scale in enumerate(scales):
@@ -155,7 +166,9 @@ def batch_size(batch: Any) -> int:
     sizes: set[int] = set()
     map_tensors(lambda x: sizes.add(x.shape[0]) if x.ndim else None, batch)
     if len(sizes) != 1:
-        raise ZOError(f"the batch's tensors have first axes {sorted(sizes)}; give one tensor or more, all with the example axis first.")
+        raise ZOError(
+            f"the batch's tensors have first axes {sorted(sizes)}; give one tensor or more, all with the example axis first."
+        )
     return sizes.pop()
 
 
@@ -177,7 +190,9 @@ class _Copies:
         names = {id(p): name for name, p in module.named_parameters()}
         missing = sum(id(p) not in names for p in perturbed.parameters)
         if missing:
-            raise ZOError(f"{missing} of the optimizer's parameters are not in the module given; pass the module that owns them.")
+            raise ZOError(
+                f"{missing} of the optimizer's parameters are not in the module given; pass the module that owns them."
+            )
         self._names = [f"module.{names[id(p)]}" for p in perturbed.parameters]
         self._perturbed = perturbed
         self._closure = _ClosureModule(module, closure)
@@ -202,7 +217,9 @@ class _Copies:
                     raise
                 self._closure.give_up(error)
         values = [
-            _scalar(loss({k: v[i] for k, v in copies.items()}, [x[i] for x in tensors.leaves] if split else tensors.leaves))
+            _scalar(
+                loss({k: v[i] for k, v in copies.items()}, [x[i] for x in tensors.leaves] if split else tensors.leaves)
+            )
             for i in range(len(points))
         ]
         return torch.tensor(values, dtype=torch.float64)
@@ -257,7 +274,9 @@ class _ClosureModule(nn.Module):
     def give_up(self, error: Exception) -> None:
         _UNMAPPABLE.add(self.module)
         reason = str(error).strip().splitlines()[0]
-        warnings.warn(f"copies of this model cannot share a forward ({reason}); evaluating them one by one.", stacklevel=6)
+        warnings.warn(
+            f"copies of this model cannot share a forward ({reason}); evaluating them one by one.", stacklevel=6
+        )
 
 
 @contextmanager
@@ -296,7 +315,9 @@ def _tokens(batch: Any) -> int:
 def flat(parameter: Tensor) -> Tensor:
     """The parameter as one axis, sharing its memory."""
     if not parameter.is_contiguous():
-        raise ZOError("a trainable is not contiguous in memory; call .contiguous() on it before giving it to the optimizer.")
+        raise ZOError(
+            "a trainable is not contiguous in memory; call .contiguous() on it before giving it to the optimizer."
+        )
     return parameter.detach().view(-1)
 
 

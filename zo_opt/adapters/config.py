@@ -20,7 +20,10 @@ class AdapterConfig(ABC):
     adapter_type: ClassVar[str]
 
     target_modules: Sequence[str] | None = field(
-        default=None, metadata={"help": "names (path endings) of the modules to adapt; None: the method's default for the architecture"}
+        default=None,
+        metadata={
+            "help": "names (path endings) of the modules to adapt; None: the method's default for the architecture"
+        },
     )
     layers: int | Sequence[int] | None = field(
         default=None, metadata={"help": "an integer: the last so many layers; a list: these layers; None: all"}
@@ -40,7 +43,9 @@ class AdapterConfig(ABC):
     def to_dict(self) -> dict[str, Any]:
         """Plain values for adapter_config.json."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()} | {"adapter_type": self.adapter_type}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()} | {
+            "adapter_type": self.adapter_type
+        }
 
 
 ADAPTERS: dict[str, type[AdapterConfig]] = {}

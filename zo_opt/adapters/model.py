@@ -41,9 +41,7 @@ class AdapterModel(nn.Module):
     def adapter_state(self) -> dict[str, torch.Tensor]:
         """Everything the frozen model does not have: the adapters' tensors, frozen ones included, and modules_to_save."""
         prefixes = tuple(f"{name}.adapter." for name in self.adapted)
-        return {
-            n: p.detach() for n, p in self.wrapped.named_parameters() if p.requires_grad or n.startswith(prefixes)
-        }
+        return {n: p.detach() for n, p in self.wrapped.named_parameters() if p.requires_grad or n.startswith(prefixes)}
 
     def save_pretrained(self, directory: str | Path, **_: Any) -> None:
         """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (the adapters alone, to the bit)."""
@@ -67,14 +65,16 @@ class AdapterModel(nn.Module):
     def unload(self) -> nn.Module:
         """Remove the adapters and return the frozen model as it was given."""
         for name in self.adapted:
-            _replace(self.wrapped, name, self.wrapped.get_submodule(name).base_layer)
+            adapted: Any = self.wrapped.get_submodule(name)
+            _replace(self.wrapped, name, adapted.base_layer)
         return self.wrapped
 
     def trainable_summary(self) -> str:
         """One line: how many parameters are trained, of how many, in how many adapters."""
         trained = sum(p.numel() for p in trainable_parameters(self))
         total = sum(p.numel() for p in self.parameters())
-        return f"{trained:,} trainable parameters of {total:,} ({100 * trained / total:.3f} %) in {len(self.adapted)} adapters"
+        adapters = "1 adapter" if len(self.adapted) == 1 else f"{len(self.adapted)} adapters"
+        return f"{trained:,} trainable parameters of {total:,} ({100 * trained / total:.2g} %) in {adapters}"
 
 
 def get_adapter_model(model: nn.Module, config: AdapterConfig) -> AdapterModel:
@@ -97,7 +97,9 @@ def get_adapter_model(model: nn.Module, config: AdapterConfig) -> AdapterModel:
         model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
         names = config.default_targets(model_type)
         if names is None:
-            raise ZOError(f"there are no default targets for model type {model_type or type(model).__name__!r}; give target_modules=[...].")
+            raise ZOError(
+                f"there are no default targets for model type {model_type or type(model).__name__!r}; give target_modules=[...]."
+            )
     targets = find_targets(model, names, config.layers)
     model.requires_grad_(False)
     for number, target in enumerate(targets):

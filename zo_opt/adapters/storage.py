@@ -46,7 +46,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ZOError(f"{path} does not exist; give a directory written by zo_opt.")
     try:
-        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ZOError(f"{path} is damaged ({error}); copy it anew from where it was saved.") from error
@@ -57,7 +57,9 @@ def restore(parameters: dict[str, Tensor], tensors: dict[str, Tensor], what: str
     """Copy saved tensors into parameters; all names, shapes and dtypes must agree before anything is written."""
     missing, extra = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
     if missing or extra:
-        raise ZOError(f"{what} does not fit this model: {len(missing)} tensors missing, {len(extra)} unknown (such as {(missing + extra)[0]!r}).")
+        raise ZOError(
+            f"{what} does not fit this model: {len(missing)} tensors missing, {len(extra)} unknown (such as {(missing + extra)[0]!r})."
+        )
     for name, parameter in parameters.items():
         saved = tensors[name]
         if saved.shape != parameter.shape or saved.dtype != parameter.dtype:

@@ -11,7 +11,7 @@ from torch import nn
 from zo_opt.errors import ZOError
 
 RESIDUAL = "residual"  # as a target name: the residual stream where it enters a layer
-_LAYER = re.compile(r"^(.*?\b(?:layers|layer|h|block|blocks))\.(\d+)\.")
+_LAYER = re.compile(r"^(.*?\b(?:layers|layer|h|block|blocks))\.(\d+)(?:\.|$)")
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,22 @@ def find_targets(model: nn.Module, names: Sequence[str], layers: int | Sequence[
     matches = {n: m for n, m in model.named_modules() if any(n == t or n.endswith("." + t) for t in names)}
     for wanted in names:
         if not any(n == wanted or n.endswith("." + wanted) for n in matches):
-            raise ZOError(f"target module {wanted!r} matches nothing in this model; its linear modules are named {_linear_names(model)}.")
+            raise ZOError(
+                f"target module {wanted!r} matches nothing in this model; its linear modules are named {_linear_names(model)}."
+            )
     targets = []
     for name, module in matches.items():
         sizes = _sizes(module)
         if sizes is None:
-            raise ZOError(f"target module {name!r} is a {type(module).__name__}, not a linear layer; name one of {_linear_names(model)}.")
+            raise ZOError(
+                f"target module {name!r} is a {type(module).__name__}, not a linear layer; name one of {_linear_names(model)}."
+            )
         if _in_layers(model, name, layers):
             targets.append(Target(name, module, *sizes))
     if not targets:
-        raise ZOError(f"layers={layers!r} leaves no target module; this model's layers are numbered {_layer_range(model, matches)}.")
+        raise ZOError(
+            f"layers={layers!r} leaves no target module; this model's layers are numbered {_layer_range(model, matches)}."
+        )
     return targets
 
 
@@ -64,7 +70,7 @@ def _residual_targets(model: nn.Module, layers: int | Sequence[int] | None) -> l
     stacks = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and _LAYER.match(f"{name}.0.") and layer_of(f"{name}.0.") == (name, 0)
+        if isinstance(module, nn.ModuleList) and layer_of(f"{name}.0") == (name, 0)
     }
     if size is None or not stacks:
         raise ZOError(f"target {RESIDUAL!r} needs a transformer with a list of layers and config.hidden_size.")
@@ -72,7 +78,7 @@ def _residual_targets(model: nn.Module, layers: int | Sequence[int] | None) -> l
         Target(f"{stack}.{i}", layer, size, size)
         for stack, stacked in stacks.items()
         for i, layer in enumerate(stacked)
-        if _in_layers(model, f"{stack}.{i}.", layers)
+        if _in_layers(model, f"{stack}.{i}", layers)
     ]
     return targets
 
@@ -87,7 +93,9 @@ def _in_layers(model: nn.Module, name: str, layers: int | Sequence[int] | None) 
     depth = len(list(model.get_submodule(stack).children()))
     if isinstance(layers, int):
         if not 1 <= layers <= depth:
-            raise ZOError(f"layers={layers} is not possible in a stack of {depth}; give 1 to {depth}, a list, or None for all.")
+            raise ZOError(
+                f"layers={layers} is not possible in a stack of {depth}; give 1 to {depth}, a list, or None for all."
+            )
         return index >= depth - layers
     wrong = [i for i in layers if not 0 <= i < depth]
     if wrong:

@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
 from zo_opt import __version__
@@ -46,10 +46,14 @@ def _run(parsed: Namespace, command: str) -> None:
 def _parser() -> ArgumentParser:
     from zo_opt.training.config import TrainConfig
 
-    parser = ArgumentParser(prog="zo-opt", description="Fine-tune language models with forward passes alone.", version=__version__)
+    parser = ArgumentParser(
+        prog="zo-opt", description="Fine-tune language models with forward passes alone.", version=__version__
+    )
     commands = parser.add_subcommands(dest="command")
-    train = ArgumentParser(description="Tune a model, evaluate it before and after, and write a report. Without options: the built-in model and task.")
-    train.add_argument("--config", action=ActionConfigFile, help="a YAML file of options")
+    train = ArgumentParser(
+        description="Tune a model, evaluate it before and after, and write a report. Without options: the built-in model and task."
+    )
+    train.add_argument("--config", action="config", help="a YAML file of options")
     train.add_class_arguments(TrainConfig, None)
     commands.add_subcommand("train", train, help="tune a model on labelled rows")
     return parser

@@ -83,11 +83,17 @@ class ZerothOrderOptimizer(Optimizer):
         if not 0 < zo_eps < float("inf"):
             raise ZOError(f"zo_eps={zo_eps} is not possible; give a positive perturbation scale such as 1e-3.")
         if query_mode not in query_modes.QUERY_MODES:
-            raise ZOError(f"query_mode={query_mode!r} is not known; choose one of {', '.join(query_modes.QUERY_MODES)}.")
+            raise ZOError(
+                f"query_mode={query_mode!r} is not known; choose one of {', '.join(query_modes.QUERY_MODES)}."
+            )
         if query_mode in ("batched", "split") and module is None:
-            raise ZOError(f"query_mode={query_mode!r} replaces the module's trainables; pass module=model to the optimizer.")
+            raise ZOError(
+                f"query_mode={query_mode!r} replaces the module's trainables; pass module=model to the optimizer."
+            )
         if steps_per_epoch < 1:
-            raise ZOError(f"steps_per_epoch={steps_per_epoch} is not possible; give ceil(examples / batch size), at least 1.")
+            raise ZOError(
+                f"steps_per_epoch={steps_per_epoch} is not possible; give ceil(examples / batch size), at least 1."
+            )
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.zo_eps, self.seed = zo_eps, seed
         self.directions = get_directions(directions)
@@ -223,7 +229,9 @@ class ZerothOrderOptimizer(Optimizer):
     def _schedule_queries(self, batch: Any) -> int:
         queries = int(self.query_schedule(self.step_count, self.epoch, self.history))
         if queries < 1:
-            raise ZOError(f"the query schedule returned {queries} at step {self.step_count}; it must return at least 1.")
+            raise ZOError(
+                f"the query schedule returned {queries} at step {self.step_count}; it must return at least 1."
+            )
         if self.query_mode == "split" and batch is not None:
             return min(queries, query_modes.batch_size(batch))
         return queries

@@ -23,6 +23,7 @@ class StepControl(ABC):
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Take back what ``state_dict`` gave."""
+        del state
 
 
 class ClipProjectedGrads(StepControl):

@@ -144,7 +144,9 @@ def _staging() -> Iterator[Path]:
         cache_directory().mkdir(parents=True, exist_ok=True)
         directory = Path(tempfile.mkdtemp(dir=cache_directory(), prefix=".staging-"))
     except OSError as error:
-        raise ZOError(f"the cache directory {cache_directory()} cannot be written ({error}); set ZO_OPT_CACHE to one that can.") from error
+        raise ZOError(
+            f"the cache directory {cache_directory()} cannot be written ({error}); set ZO_OPT_CACHE to one that can."
+        ) from error
     try:
         yield directory
     finally:

@@ -64,9 +64,11 @@ def load_checkpoint(
 def read_state(path: Path) -> dict[str, Any]:
     """A checkpoint's JSON part."""
     if not path.is_file():
-        raise ZOError(f"{path.parent} holds no {path.name}; give the output_dir of an interrupted run, or leave --resume out.")
+        raise ZOError(
+            f"{path.parent} holds no {path.name}; give the output_dir of an interrupted run, or leave --resume out."
+        )
     try:
-        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(path, framework="pt") as file:
             plain = json.loads(file.metadata()["state"])
     except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ZOError(f"{path} is damaged ({error}); delete it and start anew, or restore it from a copy.") from error

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zo_opt.adapters import AdapterConfig, TTConfig
+from zo_opt.adapters import ADAPTERS, TTConfig
+from zo_opt.adapters.tt_init import FEATURES
 from zo_opt.errors import ZOError
 from zo_opt.optim import SGD, UPDATE_RULES, ClipProjectedGrads, StepControl, UpdateRule
 from zo_opt.schedules import QuerySchedule, adazeta_queries, constant_queries
@@ -36,13 +37,20 @@ class TrainConfig:
         held_out: rows to hold out where there is no eval_file (at most 30 % of all).
         max_length: tokens a prompt may have; the model's context if not given.
         adapter: adapter method.
-        rank: inner ranks of the tensor trains.
-        bottleneck: features between the adapter's down and up.
+        adapter_init: where adapters start: "class_means" (features that tell the classes apart, from training rows' hidden
+            states), "components" (their principal components, no labels used), "random", or "auto": class_means where the
+            model and the task allow it and no target_modules are given.
+        feature_components: principal components among which class_means looks.
+        output_scale: norm of a placed adapter's output directions, relative to the hidden states'.
+        rank: inner ranks of the tensor trains (5 if random, else 32).
+        bottleneck: features between the adapter's down and up (64 if random, else the number of classes).
         activation: between down and up.
-        target_modules: names of the modules to adapt; the architecture's defaults if not given.
-        layers: an integer: the last so many layers; a list: these layers; not given: all.
+        target_modules: names of the modules to adapt ("residual": the residual stream where it enters a layer); the
+            architecture's defaults if random, else residual.
+        layers: an integer: the last so many layers; a list: these layers; not given: all if random, else the one at two
+            thirds of the depth.
         optimizer: adazeta or mezo.
-        lr: learning rate.
+        lr: learning rate (0.01 if random, else 0.1).
         lr_schedule: linear (to zero), cosine or constant.
         warmup_steps: steps over which the learning rate rises from zero.
         update_rule: sgd or adam, on the estimated gradient.
@@ -87,14 +95,17 @@ class TrainConfig:
     max_length: int | None = None
 
     adapter: str = "tt"
-    rank: int = 5
-    bottleneck: int = 64
+    adapter_init: str = "auto"
+    feature_components: int = 64
+    output_scale: float = 0.3
+    rank: int | None = None
+    bottleneck: int | None = None
     activation: str = "tanh"
     target_modules: list[str] | None = None
     layers: int | list[int] | None = None
 
     optimizer: str = "adazeta"
-    lr: float = 1e-2
+    lr: float | None = None
     lr_schedule: str = "linear"
     warmup_steps: int = 0
     update_rule: str = "adam"
@@ -137,18 +148,17 @@ class TrainConfig:
             raise ZOError(f"lr_schedule={self.lr_schedule!r} is not known; choose one of {', '.join(LR_SCHEDULES)}.")
         if self.eval_file is not None and self.train_file is None:
             raise ZOError("eval_file was given without train_file; give both, or neither for the built-in rows.")
-        self.adapter_config()
+        if self.adapter not in ADAPTERS:
+            raise ZOError(f"adapter={self.adapter!r} is not known; choose one of {', '.join(ADAPTERS)}.")
+        if self.adapter_init not in ("auto", "random", *FEATURES):
+            raise ZOError(
+                f"adapter_init={self.adapter_init!r} is not known; choose auto, random, {', '.join(FEATURES)}."
+            )
+        if self.feature_components < 1 or self.output_scale <= 0:
+            raise ZOError("feature_components must be at least 1 and output_scale positive.")
+        TTConfig(rank=self.rank or 1, bottleneck=self.bottleneck or 1, activation=self.activation)
         self.make_query_schedule()
         self.make_update_rule()
-
-    def adapter_config(self) -> AdapterConfig:
-        """The adapter asked for."""
-        if self.adapter != "tt":
-            raise ZOError(f"adapter={self.adapter!r} is not known; choose one of tt.")
-        return TTConfig(
-            target_modules=self.target_modules, layers=self.layers, rank=self.rank, bottleneck=self.bottleneck,
-            activation=self.activation, seed=self.seed,
-        )  # fmt: skip
 
     def make_query_schedule(self) -> QuerySchedule:
         """The query schedule asked for."""

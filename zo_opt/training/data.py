@@ -41,7 +41,9 @@ def read_rows(path: Path) -> list[Row]:
         raise ZOError(f"{path} cannot be read ({error}); give a readable file in UTF-8.") from error
     rows = _read_jsonl(path, text) if path.suffix == ".jsonl" else _read_table(path, text)
     if not rows:
-        raise ZOError(f"{path} is empty; it needs at least one row{' under its header line' if path.suffix != '.jsonl' else ''}.")
+        raise ZOError(
+            f"{path} is empty; it needs at least one row{' under its header line' if path.suffix != '.jsonl' else ''}."
+        )
     return rows
 
 
@@ -55,7 +57,9 @@ def make_examples(rows: Sequence[Row], task: Task, source: str) -> list[Example]
     for number, row in enumerate(rows, start=1):
         for column in task.required_columns():
             if row.get(column) is None:
-                raise ZOError(f"{source}, row {number}: there is no column {column!r}; its columns are {', '.join(map(str, row))}.")
+                raise ZOError(
+                    f"{source}, row {number}: there is no column {column!r}; its columns are {', '.join(map(str, row))}."
+                )
         label = task.label_of(row[task.label_column])
         if label is None:
             raise ZOError(
@@ -71,14 +75,18 @@ def check_classes(examples: Sequence[Example], task: Task, source: str) -> None:
     present = {e.label for e in examples}
     if len(present) < 2:
         only = task.labels[present.pop()]
-        raise ZOError(f"{source} holds one class only ({only!r} in all {len(examples)} rows); add rows of another label.")
+        raise ZOError(
+            f"{source} holds one class only ({only!r} in all {len(examples)} rows); add rows of another label."
+        )
 
 
 def column_values(rows: Sequence[Row], column: str, source: str) -> list[str]:
     """The different values of a column, sorted (numbers by size)."""
     for number, row in enumerate(rows, start=1):
         if row.get(column) is None:
-            raise ZOError(f"{source}, row {number}: there is no column {column!r}; its columns are {', '.join(map(str, row))}.")
+            raise ZOError(
+                f"{source}, row {number}: there is no column {column!r}; its columns are {', '.join(map(str, row))}."
+            )
     values = {str(row[column]).strip() for row in rows}
     return sorted(values, key=lambda v: (0, int(v), v) if v.lstrip("-").isdecimal() else (1, 0, v))
 
@@ -118,7 +126,9 @@ def _read_table(path: Path, text: str) -> list[Row]:
     try:
         for row in reader:
             if None in row:
-                raise ZOError(f"{path}, line {reader.line_num}: more fields than the header has columns; quote or remove the extra ones.")
+                raise ZOError(
+                    f"{path}, line {reader.line_num}: more fields than the header has columns; quote or remove the extra ones."
+                )
             rows.append(row)
     except csv.Error as error:
         raise ZOError(f"{path}, line {reader.line_num}: not readable as a table ({error}).") from error

@@ -14,7 +14,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-
 from zo_opt.adapters import AdapterModel, trainable_parameters
 from zo_opt.errors import ZOError
 from zo_opt.files import write_atomically
@@ -50,7 +49,7 @@ class Progress:
 
     def smooth(self, loss: float) -> float:
         """Update the running mean of the loss with one step's (non-finite ones are skipped)."""
-        if loss == loss:
+        if isfinite(loss):
             self.loss = loss if self.loss is None else 0.9 * self.loss + 0.1 * loss
         return self.loss if self.loss is not None else loss
 
@@ -83,7 +82,7 @@ def make_optimizer(config: TrainConfig, tools: Tools) -> ZerothOrderOptimizer:
         raise ZOError(f"optimizer={config.optimizer!r} is not known; choose one of {', '.join(OPTIMIZERS)}.")
     return OPTIMIZERS[config.optimizer](
         trainable_parameters(tools.model),
-        lr=config.lr,
+        lr=tools.recipe.lr,
         zo_eps=config.zo_eps,
         weight_decay=config.weight_decay,
         seed=config.seed,
@@ -101,7 +100,13 @@ class _Run:
     """One run's state; ``go`` takes it from start (or checkpoint) to report."""
 
     def __init__(
-        self, config: TrainConfig, reporter: Reporter, command: str, output_dir: Path, tools: Tools, optimizer: ZerothOrderOptimizer
+        self,
+        config: TrainConfig,
+        reporter: Reporter,
+        command: str,
+        output_dir: Path,
+        tools: Tools,
+        optimizer: ZerothOrderOptimizer,
     ) -> None:
         from transformers import get_scheduler
 
@@ -113,11 +118,14 @@ class _Run:
     def go(self) -> report.Summary:
         start = time.monotonic()
         if self.config.resume:
-            extra = checkpoint.load_checkpoint(self.checkpoint_path, self.tools.model, self.optimizer, self.lr_scheduler)
+            extra = checkpoint.load_checkpoint(
+                self.checkpoint_path, self.tools.model, self.optimizer, self.lr_scheduler
+            )
             self.progress = Progress(**extra)
             self.reporter.say(f"resuming after step {self.optimizer.step_count} of {self.config.steps}")
         self.tools.record_prefixes(self.config, self.reporter)
         if not self.config.resume:
+            self.tools.place_adapters(self.config, self.reporter)
             self.progress.before = self._evaluate("zero-shot evaluation").to_dict()
         self.progress.other_seconds += time.monotonic() - start
         self._train()
@@ -137,7 +145,9 @@ class _Run:
     def _evaluate(self, what: str) -> Evaluation:
         with self.reporter.track(what, len(self.tools.held_out), "rows") as tracker:
             result = evaluate(self.tools.model, self.tools.held_out, self.config.eval_batch_size, tracker.advance)
-        self.reporter.say(f"{what}: accuracy {result.accuracy:.1%}, loss {result.loss:.3f} on {result.rows} held-out rows")
+        self.reporter.say(
+            f"{what}: accuracy {result.accuracy:.1%}, loss {result.loss:.3f} on {result.rows} held-out rows"
+        )
         return result
 
     def _train(self) -> None:
@@ -257,7 +267,9 @@ def _output_directory(config: TrainConfig) -> Iterator[Path]:
         (probe := output_dir / ".writable").write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise ZOError(f"output_dir {output_dir} cannot be written ({error.strerror}); give a directory that can.") from error
+        raise ZOError(
+            f"output_dir {output_dir} cannot be written ({error.strerror}); give a directory that can."
+        ) from error
     if occupied and not config.resume:
         raise ZOError(f"output_dir {output_dir} is not empty; give a new one, or --resume to continue the run in it.")
     try:
@@ -285,5 +297,3 @@ def _resumed_config(config: TrainConfig) -> TrainConfig:
 
 def _now() -> str:
     return datetime.now().astimezone().isoformat(timespec="seconds")[:19]
-
-

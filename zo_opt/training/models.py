@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from zo_opt.errors import ZOError
 from zo_opt.training import builtin
@@ -24,7 +23,7 @@ def load_model(
     labels: int = 2,
     trust_remote_code: bool = False,
     say: Callable[[str], None] = lambda _: None,
-) -> tuple[nn.Module, Any]:
+) -> tuple[Any, Any]:
     """A model of transformers and its tokenizer, in evaluation mode, weights in the checkpoint's dtype.
 
     Args:
@@ -47,7 +46,9 @@ def load_model(
     logging.getLogger("transformers").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     if Path(source).exists() and not (Path(source) / "config.json").is_file():
-        raise ZOError(f"{source} holds no config.json; give a directory written by save_pretrained, or a Hugging Face id.")
+        raise ZOError(
+            f"{source} holds no config.json; give a directory written by save_pretrained, or a Hugging Face id."
+        )
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
         with warnings.catch_warnings():
@@ -57,24 +58,31 @@ def load_model(
             if head == "classification":
                 options["num_labels"] = labels
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-            model: nn.Module = auto.from_pretrained(source, dtype="auto", **options)
+            model: Any = auto.from_pretrained(source, dtype="auto", **options)
     except ZOError:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ZOError(f"model {name_or_path!r} could not be loaded ({reason}); give {builtin.DEFAULT_MODEL!r}, a local directory or a Hugging Face id.") from error
+        raise ZOError(
+            f"model {name_or_path!r} could not be loaded ({reason}); give {builtin.DEFAULT_MODEL!r}, a local directory or a Hugging Face id."
+        ) from error
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise ZOError(f"model {name_or_path!r} holds NaN or infinity in {name!r}; load sound weights.")
     if head == "classification" and model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        model.config.pad_token_id = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        )
     return model.eval(), tokenizer
 
 
-def classification_heads(model: nn.Module) -> list[str]:
+def classification_heads(model: Any) -> list[str]:
     """Children of a classification model outside its base: new modules, trained whole."""
-    base: Any = model.base_model
-    return [n for n, child in model.named_children() if child is not base and any(True for _ in child.parameters())]
+    return [
+        n
+        for n, child in model.named_children()
+        if child is not model.base_model and any(True for _ in child.parameters())
+    ]
 
 
 def pick_device(name: str) -> torch.device:
@@ -85,7 +93,9 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ZOError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); give cpu, cuda or auto.") from error
+        raise ZOError(
+            f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); give cpu, cuda or auto."
+        ) from error
     return device
 
 

@@ -6,6 +6,8 @@ correlate 0.59 with fp32's, in this form 0.96, and 0.9993 at 1e-2, at nearly the
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -53,8 +55,8 @@ def set_precision(model: nn.Module, precision: str, device: torch.device) -> str
 def bf16_is_fast(device: torch.device) -> bool:
     """Whether the device has bf16 matrix instructions (AMX or AVX-512 BF16 on CPUs)."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
         return False
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))

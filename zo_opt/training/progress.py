@@ -27,7 +27,15 @@ class Reporter:
         if not self.console.is_terminal:
             yield _Lines(self, what, total, unit)
             return
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), _Done(unit), TimeElapsedColumn(), _Left(), TextColumn("{task.fields[note]}"))
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            _Done(unit),
+            TimeElapsedColumn(),
+            _Left(),
+            TextColumn("{task.fields[note]}"),
+        )
         with Progress(*columns, console=self.console, transient=False) as progress:
             yield _Bar(progress, progress.add_task(what, total=total, note=""))
 
@@ -62,7 +70,12 @@ class _Lines(Tracker):
             self._shown = tenth
             elapsed = time.monotonic() - self._start
             left = elapsed * (self._total - self._done) / self._done
-            parts = [f"{self._what}: {self._done}/{self._total} {self._unit}", f"{elapsed:.0f} s", f"{left:.0f} s left", note]
+            parts = [
+                f"{self._what}: {self._done}/{self._total} {self._unit}",
+                f"{elapsed:.0f} s",
+                f"{left:.0f} s left",
+                note,
+            ]
             self._reporter.say("  ".join(p for p in parts if p))
 
 

@@ -73,10 +73,16 @@ def markdown(s: Summary) -> str:
         ("loss before, after", f"{s.before.loss:.3f}, {s.after.loss:.3f}"),
         ("rows", f"{s.train_rows:,} training, {s.after.rows:,} held out"),
         ("trainables", s.adapter),
-        ("steps, queries", f"{s.steps:,}, {s.queries:,}" + (f" ({s.dropped} dropped: loss not finite)" if s.dropped else "")),
+        (
+            "steps, queries",
+            f"{s.steps:,}, {s.queries:,}" + (f" ({s.dropped} dropped: loss not finite)" if s.dropped else ""),
+        ),
         ("forward passes", cost),
         ("time", f"{s.train_seconds:.0f} s training, {s.other_seconds:.0f} s caching and evaluation"),
-        ("peak memory", f"{readable(s.peak_memory)} on {s.device}, of which {readable(s.cache_bytes)} cached hidden states"),
+        (
+            "peak memory",
+            f"{readable(s.peak_memory)} on {s.device}, of which {readable(s.cache_bytes)} cached hidden states",
+        ),
         ("frozen base", s.precision),
         ("prompts cut to fit", f"{s.truncated}"),
         ("versions", ", ".join(f"{k} {v}" for k, v in s.versions.items())),
@@ -128,7 +134,10 @@ def draw(metrics: list[dict[str, Any]], s: Summary, path: Path) -> None:
     for axes in (loss_axes, query_axes, accuracy_axes):
         axes.spines[["top", "right"]].set_visible(False)
     name = Path(s.model).name
-    figure.suptitle(f"{name} on {Path(s.task).name}: {s.gain:+.1f} points with {s.forwards:,} forward passes and no backward pass", fontsize=13)
+    figure.suptitle(
+        f"{name} on {Path(s.task).name}: {s.gain:+.1f} points with {s.forwards:,} forward passes and no backward pass",
+        fontsize=13,
+    )
     figure.savefig(path)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zo_opt.errors import ZOError
 from zo_opt.training.data import Example
@@ -47,7 +47,7 @@ class Scorer(ABC):
 
     pad_left = False
 
-    def __init__(self, model: nn.Module, tokenizer: Any, task: Task, max_length: int | None = None) -> None:
+    def __init__(self, model: Any, tokenizer: Any, task: Task, max_length: int | None = None) -> None:
         self.tokenizer, self.task = tokenizer, task
         self.max_length = context_length(model, tokenizer, max_length)
         self._forward_arguments = set(inspect.signature(model.forward).parameters)
@@ -61,13 +61,22 @@ class Scorer(ABC):
         """Tokenise one example; text too long for the context is cut so that template and label survive."""
 
     @abstractmethod
-    def scores(self, model: nn.Module, batch: Batch) -> Tensor:
+    def scores(self, model: Any, batch: Batch) -> Tensor:
         """Scores of the labels, float32, shape (B, C)."""
+
+    def label_positions(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
+        """Rows of the flattened inputs and the position in each from which an example's label is predicted, (B,) each.
+
+        None where this kind of model has no such single position.
+        """
+        return None
 
     def collate(self, encoded: Sequence[Encoded]) -> Batch:
         """Pad to one length: input_ids and attention_mask (B, 1 or C, S), labels (B,)."""
         longest = max(len(p) for e in encoded for p in e.prompts)
-        input_ids = torch.tensor([[self._pad(p, longest, self.tokenizer.pad_token_id) for p in e.prompts] for e in encoded])
+        input_ids = torch.tensor(
+            [[self._pad(p, longest, self.tokenizer.pad_token_id) for p in e.prompts] for e in encoded]
+        )
         mask = torch.tensor([[self._pad([1] * len(p), longest, 0) for p in e.prompts] for e in encoded])
         labels = torch.tensor([e.label for e in encoded])
         return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
@@ -78,7 +87,10 @@ class Scorer(ABC):
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """The model's arguments, examples and labels flattened into one axis."""
-        inputs = {"input_ids": batch["input_ids"].flatten(0, 1), "attention_mask": batch["attention_mask"].flatten(0, 1)}
+        inputs = {
+            "input_ids": batch["input_ids"].flatten(0, 1),
+            "attention_mask": batch["attention_mask"].flatten(0, 1),
+        }
         if self.pad_left and "position_ids" in self._forward_arguments:
             inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
         return inputs
@@ -94,14 +106,18 @@ class Scorer(ABC):
             if excess <= 0:
                 return text, truncated
             if not fields[longest]:
-                raise ZOError(f"the template alone needs {excess} tokens more than the context of {self.max_length}; shorten it or raise max_length.")
+                raise ZOError(
+                    f"the template alone needs {excess} tokens more than the context of {self.max_length}; shorten it or raise max_length."
+                )
             fields[longest], truncated = self._cut(fields[longest], excess), True
 
     def _cut(self, text: str, tokens: int) -> str:
         """The text without its last tokens (at least one character shorter)."""
         keep = max(len(self._ids(text, special=False)) - tokens, 0)
         if self.tokenizer.is_fast:
-            offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+            offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
+                "offset_mapping"
+            ]
             end = offsets[keep][0] if keep < len(offsets) else len(text) - 1
         else:
             end = len(text) * keep // (keep + tokens)
@@ -120,7 +136,9 @@ class Scorer(ABC):
             before, both = self._ids(stem, special=False), self._ids(stem + space + filled, special=False)
             ids = both[len(before) :] if both[: len(before)] == before else self._ids(space + filled, special=False)
             if not ids:
-                raise ZOError(f"the label words {filled!r} of label {label!r} have no tokens; choose other verbalizers.")
+                raise ZOError(
+                    f"the label words {filled!r} of label {label!r} have no tokens; choose other verbalizers."
+                )
             words.append(ids)
         return words
 
@@ -147,7 +165,7 @@ class CausalScorer(Scorer):
             encoded = [e if len(e.prompts) > 1 else _with_words(e) for e in encoded]
         return super().collate(encoded) | {"words": _pad_words(encoded, left=True)}
 
-    def scores(self, model: nn.Module, batch: Batch) -> Tensor:
+    def scores(self, model: Any, batch: Batch) -> Tensor:
         words_BCT = batch["words"]
         alone = batch["input_ids"].shape[1] == 1
         positions = 1 if alone else words_BCT.shape[2] + 1
@@ -158,15 +176,20 @@ class CausalScorer(Scorer):
             inputs["use_cache"] = False
         logits = model(**inputs).logits[:, -positions:].float()
         if alone:
-            return logits[:, -1].gather(1, words_BCT[:, :, 0])
+            return _word_logits(logits[:, -1], words_BCT)
         logits_BCTV = logits[:, :-1].unflatten(0, batch["input_ids"].shape[:2])
         return _sequence_scores(logits_BCTV, words_BCT)
+
+    def label_positions(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
+        B, labels, S = batch["input_ids"].shape
+        own_words = (batch["words"][:, 0] != IGNORED).sum(1) if labels > 1 else torch.zeros_like(batch["labels"])
+        return torch.arange(B, device=own_words.device) * labels, S - 1 - own_words
 
 
 class MaskedScorer(Scorer):
     """Encoders with a masked-language-model head: one mask a token of the label words."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, task: Task, max_length: int | None = None) -> None:
+    def __init__(self, model: Any, tokenizer: Any, task: Task, max_length: int | None = None) -> None:
         super().__init__(model, tokenizer, task, max_length)
         if tokenizer.mask_token_id is None:
             raise ZOError("the tokenizer of this masked model has no mask token; choose another model.")
@@ -195,7 +218,7 @@ class MaskedScorer(Scorer):
             raise ZOError("some rows have label words of one token and others of several; give candidates of one kind.")
         return super().collate(encoded) | {"words": _pad_words(encoded, left=False)}
 
-    def scores(self, model: nn.Module, batch: Batch) -> Tensor:
+    def scores(self, model: Any, batch: Batch) -> Tensor:
         words_BCT, ids = batch["words"], batch["input_ids"]
         inputs = self.inputs(batch)
         masked = (inputs["input_ids"] == self.tokenizer.mask_token_id).int()
@@ -210,8 +233,13 @@ class MaskedScorer(Scorer):
             logits = model.get_submodule(self._head)(label_positions)
         logits_BCTV = logits.float().unflatten(0, ids.shape[:2])
         if ids.shape[1] == 1:
-            return logits_BCTV[:, 0, 0].gather(1, words_BCT[:, :, 0])
+            return _word_logits(logits_BCTV[:, 0, 0], words_BCT)
         return _sequence_scores(logits_BCTV, words_BCT)
+
+    def label_positions(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
+        first = batch["input_ids"][:, 0]
+        rows = torch.arange(len(first), device=first.device) * batch["input_ids"].shape[1]
+        return rows, (first == self.tokenizer.mask_token_id).int().argmax(1)
 
 
 class Seq2SeqScorer(Scorer):
@@ -224,7 +252,7 @@ class Seq2SeqScorer(Scorer):
     def collate(self, encoded: Sequence[Encoded]) -> Batch:
         return super().collate(encoded) | {"words": _pad_words(encoded, left=False)}
 
-    def scores(self, model: nn.Module, batch: Batch) -> Tensor:
+    def scores(self, model: Any, batch: Batch) -> Tensor:
         from transformers.modeling_outputs import BaseModelOutput
 
         words_BCT = batch["words"]
@@ -242,7 +270,7 @@ class Seq2SeqScorer(Scorer):
             encoder_outputs=outputs, attention_mask=mask, decoder_input_ids=decoder_ids, use_cache=False
         ).logits.float()
         if T == 1:
-            return logits[:, 0].gather(1, words_BCT[:, :, 0])
+            return _word_logits(logits[:, 0], words_BCT)
         return _sequence_scores(logits.unflatten(0, (B, C)), words_BCT)
 
 
@@ -254,12 +282,12 @@ class ClassificationScorer(Scorer):
         text, truncated = self._prompt(example, room=0, **mask)
         return Encoded([self._ids(text)], [], example.label, truncated)
 
-    def scores(self, model: nn.Module, batch: Batch) -> Tensor:
+    def scores(self, model: Any, batch: Batch) -> Tensor:
         logits: Tensor = model(**self.inputs(batch)).logits.float()
         return logits
 
 
-def make_scorer(model: nn.Module, tokenizer: Any, task: Task, max_length: int | None = None) -> Scorer:
+def make_scorer(model: Any, tokenizer: Any, task: Task, max_length: int | None = None) -> Scorer:
     """The scorer for a model of transformers, by the kind of its head.
 
     Raises:
@@ -276,10 +304,12 @@ def make_scorer(model: nn.Module, tokenizer: Any, task: Task, max_length: int | 
     for ending, kind in kinds.items():
         if architecture.endswith(ending):
             return kind(model, tokenizer, task, max_length)
-    raise ZOError(f"{architecture} has no output head that can score labels; load a causal, masked, encoder-decoder or sequence-classification model.")
+    raise ZOError(
+        f"{architecture} has no output head that can score labels; load a causal, masked, encoder-decoder or sequence-classification model."
+    )
 
 
-def context_length(model: nn.Module, tokenizer: Any, max_length: int | None) -> int:
+def context_length(model: Any, tokenizer: Any, max_length: int | None) -> int:
     """The tokens a sequence may have: the least of the model's positions, the tokenizer's limit and ``max_length``."""
     config: Any = getattr(model, "config", None)
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
@@ -292,10 +322,16 @@ def context_length(model: nn.Module, tokenizer: Any, max_length: int | None) -> 
     return limit
 
 
+def _word_logits(logits_BV: Tensor, words_BCT: Tensor) -> Tensor:
+    """Logits of label words of one token; a softmax over labels restricts the vocabulary to them."""
+    return logits_BV.gather(1, words_BCT[:, :, 0])
+
+
 def _sequence_scores(logits_BCTV: Tensor, words_BCT: Tensor) -> Tensor:
     """Sum over the label words' tokens of their log-probabilities; padded positions (IGNORED) count nothing."""
     log_probs = logits_BCTV.log_softmax(-1).gather(-1, words_BCT.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return (log_probs * (words_BCT != IGNORED)).sum(-1)
+    scores: Tensor = (log_probs * (words_BCT != IGNORED)).sum(-1)
+    return scores
 
 
 def _pad_words(encoded: Sequence[Encoded], left: bool) -> Tensor:
@@ -313,10 +349,12 @@ def _with_words(e: Encoded) -> Encoded:
     return Encoded([e.prompts[0] + w for w in e.words], e.words, e.label, e.truncated)
 
 
-def _output_head(model: nn.Module) -> str | None:
+def _output_head(model: Any) -> str | None:
     """The child that turns hidden states into logits, or None where it is not one module."""
     embeddings = model.get_output_embeddings()
     base = model.base_model
-    heads = [n for n, child in model.named_children() if child is not base and any(m is embeddings for m in child.modules())]
+    heads = [
+        n for n, child in model.named_children() if child is not base and any(m is embeddings for m in child.modules())
+    ]
     others = [n for n, child in model.named_children() if child is not base and n not in heads]
     return heads[0] if len(heads) == 1 and not others else None

@@ -10,13 +10,15 @@ import torch
 from zo_opt.adapters import AdapterModel, get_adapter_model
 from zo_opt.errors import ZOError
 from zo_opt.training import builtin, data
+from zo_opt.training.adapter_init import initialise
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.data import Example
 from zo_opt.training.evaluation import Prepared
-from zo_opt.training.models import classification_heads, load_model, pick_device
+from zo_opt.training.models import load_model, pick_device
 from zo_opt.training.precision import set_precision
 from zo_opt.training.prefix_cache import PrefixCache, first_adapted_layer
 from zo_opt.training.progress import Reporter
+from zo_opt.training.recipe import Recipe, resolve
 from zo_opt.training.scoring import make_scorer
 from zo_opt.training.tasks import Task, custom_task, get_task
 
@@ -40,6 +42,7 @@ class Tools:
     cache: PrefixCache | None
     precision: str
     device: torch.device
+    recipe: Recipe
 
     def record_prefixes(self, config: TrainConfig, reporter: Reporter) -> None:
         """Fill the prefix cache, where there is one."""
@@ -51,6 +54,16 @@ class Tools:
                 prepared.record(config.eval_batch_size, tracker.advance)
         if self.cache.full:
             reporter.say("the prefix cache is full; rows beyond it are computed whole (raise --prefix_cache_mb).")
+
+    def place_adapters(self, config: TrainConfig, reporter: Reporter) -> None:
+        """Start the adapters where they matter, where the recipe says so."""
+        if self.recipe.init == "random":
+            return
+        with reporter.track("placing adapters", len(self.train), "rows") as tracker:
+            initialise(
+                self.model, self.train, self.recipe.init, components=config.feature_components,
+                output_scale=config.output_scale, batch_size=config.eval_batch_size, progress=tracker.advance,
+            )  # fmt: skip
 
 
 def load_examples(config: TrainConfig, reporter: Reporter) -> Examples:
@@ -91,10 +104,8 @@ def build_tools(config: TrainConfig, examples: Examples, reporter: Reporter) -> 
     )  # fmt: skip
     scorer = make_scorer(base, tokenizer, examples.task, config.max_length)
     precision = set_precision(base, config.precision, device)
-    adapter = config.adapter_config()
-    if config.head == "classification":
-        adapter = replace(adapter, modules_to_save=classification_heads(base))
-    model = get_adapter_model(base, adapter)
+    recipe = resolve(config, base, scorer, examples.task, examples.train[0])
+    model = get_adapter_model(base, recipe.adapter)
     model.to(device)
     model.eval()
     cached = config.prefix_cache_mb > 0 and first_adapted_layer(model) is not None
@@ -107,7 +118,7 @@ def build_tools(config: TrainConfig, examples: Examples, reporter: Reporter) -> 
                 f"{prepared.truncated} of {len(prepared)} {name} prompts were longer than {scorer.max_length} tokens; "
                 "their longest column was cut, template and label words are whole."
             )
-    return Tools(model, train, held_out, cache, precision, device)
+    return Tools(model, train, held_out, cache, precision, device, recipe)
 
 
 def _task_for_file(config: TrainConfig, rows: Sequence[data.Row]) -> Task:
@@ -118,7 +129,9 @@ def _task_for_file(config: TrainConfig, rows: Sequence[data.Row]) -> Task:
         return task
     labels = data.column_values(rows, config.label_column, str(config.train_file))
     if len(labels) > 100:
-        raise ZOError(f"column {config.label_column!r} holds {len(labels)} different labels; name the label column with --label_column.")
+        raise ZOError(
+            f"column {config.label_column!r} holds {len(labels)} different labels; name the label column with --label_column."
+        )
     return custom_task(
         labels, text_column=config.text_column, label_column=config.label_column,
         template=config.template, verbalizers=config.verbalizers,

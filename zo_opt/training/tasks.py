@@ -73,7 +73,9 @@ def placeholders(template: str) -> list[str]:
     try:
         return [name for _, name, _, _ in Formatter().parse(template) if name is not None]
     except ValueError as error:
-        raise ZOError(f"template {template!r} is not well formed ({error}); write columns as {{name}} and a literal brace twice.") from error
+        raise ZOError(
+            f"template {template!r} is not well formed ({error}); write columns as {{name}} and a literal brace twice."
+        ) from error
 
 
 TASKS: dict[str, Task] = {
@@ -104,7 +106,9 @@ TASKS: dict[str, Task] = {
 def get_task(name: str) -> Task:
     """The built-in task of that name."""
     if name not in TASKS:
-        raise ZOError(f"task {name!r} is not known; choose one of {', '.join(TASKS)}, or give --train_file with --template.")
+        raise ZOError(
+            f"task {name!r} is not known; choose one of {', '.join(TASKS)}, or give --train_file with --template."
+        )
     return TASKS[name]
 
 
@@ -133,7 +137,9 @@ def parse_verbalizers(text: str, labels: Sequence[str]) -> dict[str, str]:
     elif len(parts) == len(labels):
         words = dict(zip(labels, parts, strict=True))
     else:
-        raise ZOError(f"verbalizers {text!r} give {len(parts)} words for the labels {', '.join(labels)}; give one a label, as label=word,label=word.")
+        raise ZOError(
+            f"verbalizers {text!r} give {len(parts)} words for the labels {', '.join(labels)}; give one a label, as label=word,label=word."
+        )
     if "" in words.values() or len(set(words.values())) < len(words):
         raise ZOError(f"verbalizers {text!r} must be different words, none empty.")
     return words

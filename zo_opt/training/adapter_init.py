@@ -1,0 +1,119 @@
+"""Collects what tt_init needs from a model and its training rows, and places the adapters."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zo_opt.adapters import AdapterModel, TTConfig
+from zo_opt.adapters.tt_init import class_mean_features, component_features, label_word_directions, place
+from zo_opt.training.data import Example
+from zo_opt.training.evaluation import Prepared, Progress
+from zo_opt.training.scoring import Scorer
+from zo_opt.training.tasks import Task, placeholders
+
+
+def can_place(scorer: Scorer, task: Task, example: Example) -> bool:
+    """Whether hidden states at a label position and fixed, distinct label words are there to place adapters by."""
+    if type(scorer).label_positions is Scorer.label_positions or any(
+        placeholders(w) for w in task.verbalizers.values()
+    ):
+        return False
+    first_tokens = {words[0] for words in scorer.encode(example).words}
+    return len(first_tokens) == len(task.labels)
+
+
+@torch.no_grad()
+def initialise(
+    model: AdapterModel,
+    prepared: Prepared,
+    features: str,
+    *,
+    components: int,
+    output_scale: float,
+    batch_size: int,
+    progress: Progress,
+) -> None:
+    """Place every adapter by the hidden states it sees at the label positions of the training rows.
+
+    Args:
+        model: with tensor-train adapters that train their mixing cores.
+        prepared: the training rows.
+        features: "class_means" or "components".
+        components: principal components among which discriminants are sought.
+        output_scale: norm of the output directions relative to the hidden states' root mean square norm.
+        batch_size: rows in a forward.
+        progress: told how many rows are done.
+    """
+    config = model.adapter_config
+    assert isinstance(config, TTConfig)
+    states, labels = _adapter_inputs(model, prepared, batch_size, progress)
+    rows_CH = _label_rows(model, [w[0] for w in prepared.encoded[0].words])
+    for name, x_NH in states.items():
+        found = (
+            class_mean_features(x_NH, labels, config.bottleneck, components=components)
+            if features == "class_means"
+            else component_features(x_NH, config.bottleneck)
+        )
+        norm = float(x_NH.norm(dim=1).square().mean().sqrt())
+        adapter: Any = model.wrapped.get_submodule(name).adapter
+        place(adapter, found, label_word_directions(rows_CH, output_scale * norm))
+
+
+def _adapter_inputs(
+    model: AdapterModel, prepared: Prepared, batch_size: int, progress: Progress
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Each adapter's input at every row's label position, (N, H) float32 on the CPU; and the labels (N,)."""
+    seen: dict[str, Tensor] = {}
+
+    def watch(name: str, last: bool) -> Any:
+        def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            seen[name] = arguments[0]
+            if last:
+                raise _SeenError
+
+        return hook
+
+    handles = []
+    for name in model.adapted:
+        target: Any = model.wrapped.get_submodule(name)
+        handles.append(target.adapter.register_forward_pre_hook(watch(name, name == model.adapted[-1])))
+    collected: dict[str, list[Tensor]] = {name: [] for name in model.adapted}
+    labels = []
+    try:
+        for indices in prepared.by_length(batch_size):
+            batch = prepared.batch(indices)
+            with suppress(_SeenError):
+                prepared.scores(model, batch)
+            places = prepared.scorer.label_positions(batch)
+            assert places is not None, "ask can_place() first"
+            rows, positions = places
+            for name, x in seen.items():
+                collected[name].append(x[rows, positions].float().cpu())
+            labels.append(batch["labels"].cpu())
+            progress(len(indices))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: torch.cat(parts) for name, parts in collected.items()}, torch.cat(labels)
+
+
+def _label_rows(model: AdapterModel, tokens: list[int]) -> Tensor:
+    """Rows of the output head for the tokens, times the final norm's weight where the model has one: (C, H), float32."""
+    head: Any = model.get_output_embeddings()
+    rows: Tensor = head.weight[tokens].float().cpu()
+    base: Any = model.base_model
+    for owner in (base, getattr(base, "decoder", None)):
+        for name in ("norm", "final_layer_norm", "ln_f"):
+            weight = getattr(getattr(owner, name, None), "weight", None)
+            if weight is not None and weight.shape == rows.shape[1:]:
+                rows = rows * weight.float().cpu()
+                return rows
+    return rows
+
+
+class _SeenError(Exception):
+    pass
