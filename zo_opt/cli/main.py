@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
@@ -38,9 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(parsed: Namespace, command: str) -> None:
+    from zo_opt.cli import eval as evaluate
     from zo_opt.cli import train
 
-    train.run(parsed["train"], command)
+    if parsed.command == "train":
+        train.run(parsed["train"], command)
+    else:
+        evaluate.run(parsed["eval"])
 
 
 def _parser() -> ArgumentParser:
@@ -56,6 +61,11 @@ def _parser() -> ArgumentParser:
     train.add_argument("--config", action="config", help="a YAML file of options")
     train.add_class_arguments(TrainConfig, None)
     commands.add_subcommand("train", train, help="tune a model on labelled rows")
+    evaluate = ArgumentParser(description="Evaluate the model that a run of zo-opt train made.")
+    evaluate.add_argument("run_dir", type=Path, help="the run's output_dir")
+    evaluate.add_argument("--eval_file", type=Path | None, help="other rows, with the columns of the run's own")
+    evaluate.add_argument("--zero_shot", type=bool, default=False, help="leave the adapter out")
+    commands.add_subcommand("eval", evaluate, help="evaluate a run again, or on other rows")
     return parser
 
 

@@ -8,11 +8,11 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
+from math import isfinite
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from zo_opt.adapters import AdapterModel, trainable_parameters
 from zo_opt.errors import ZOError
@@ -22,12 +22,11 @@ from zo_opt.optim import OPTIMIZERS, ZerothOrderOptimizer
 from zo_opt.training import checkpoint, report
 from zo_opt.training.batches import BatchOrder
 from zo_opt.training.config import TrainConfig
+from zo_opt.training.evaluate_run import RUN_NAME, read_config
 from zo_opt.training.evaluation import Evaluation, evaluate
 from zo_opt.training.metrics import MetricsWriter
 from zo_opt.training.progress import Reporter
 from zo_opt.training.setup import Tools, build_tools, load_examples
-
-RUN_NAME = "run.json"
 
 
 class InterruptedRunError(RuntimeError):
@@ -284,15 +283,9 @@ def _resumed_config(config: TrainConfig) -> TrainConfig:
     """The options that the interrupted run was started with; those given now count only for where and how long to save."""
     if config.output_dir is None:
         raise ZOError("--resume needs --output_dir, the directory of the interrupted run.")
-    path = config.output_dir / RUN_NAME
     checkpoint.read_state(config.output_dir / checkpoint.NAME)
-    try:
-        saved: dict[str, Any] = json.loads(path.read_text())["config"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ZOError(f"{path} is missing or damaged ({error}); the run cannot be resumed without it.") from error
-    for name in ("train_file", "eval_file", "output_dir"):
-        saved[name] = Path(saved[name]) if saved[name] is not None else None
-    return TrainConfig(**saved | {"resume": True, "output_dir": config.output_dir, "save_steps": config.save_steps})
+    saved = read_config(config.output_dir)
+    return replace(saved, resume=True, output_dir=config.output_dir, save_steps=config.save_steps)
 
 
 def _now() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ from zo_opt.training.precision import set_precision
 from zo_opt.training.prefix_cache import PrefixCache, first_adapted_layer
 from zo_opt.training.progress import Reporter
 from zo_opt.training.recipe import Recipe, resolve
-from zo_opt.training.scoring import make_scorer
+from zo_opt.training.scoring import Scorer, make_scorer
 from zo_opt.training.tasks import Task, custom_task, get_task
 
 
@@ -30,6 +31,16 @@ class Examples:
     task: Task
     train: Sequence[Example]
     held_out: Sequence[Example]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen model and what scores labels with it."""
+
+    model: Any
+    scorer: Scorer
+    precision: str
+    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -91,21 +102,34 @@ def load_examples(config: TrainConfig, reporter: Reporter) -> Examples:
     return Examples(task, train, data.make_examples(held_out_rows, task, sources[1]))
 
 
+def load_base(config: TrainConfig, task: Task, reporter: Reporter) -> Base:
+    """Load the frozen model in its precision, and what scores labels with it.
+
+    Raises:
+        ZOError: it cannot be loaded, or has no head for the task.
+    """
+    device = pick_device(config.device)
+    model, tokenizer = load_model(
+        config.model_name_or_path,
+        head=config.head,
+        labels=len(task.labels),
+        trust_remote_code=config.trust_remote_code,
+        say=reporter.say,
+    )
+    scorer = make_scorer(model, tokenizer, task, config.max_length)
+    return Base(model, scorer, set_precision(model, config.precision, device), device)
+
+
 def build_tools(config: TrainConfig, examples: Examples, reporter: Reporter) -> Tools:
     """Load the model, put adapters in, tokenise the examples.
 
     Raises:
         ZOError: on the first thing wrong with the model or the adapter's targets.
     """
-    device = pick_device(config.device)
-    base, tokenizer = load_model(
-        config.model_name_or_path, head=config.head, labels=len(examples.task.labels),
-        trust_remote_code=config.trust_remote_code, say=reporter.say,
-    )  # fmt: skip
-    scorer = make_scorer(base, tokenizer, examples.task, config.max_length)
-    precision = set_precision(base, config.precision, device)
-    recipe = resolve(config, base, scorer, examples.task, examples.train[0])
-    model = get_adapter_model(base, recipe.adapter)
+    base = load_base(config, examples.task, reporter)
+    scorer, device = base.scorer, base.device
+    recipe = resolve(config, base.model, scorer, examples.task, examples.train[0])
+    model = get_adapter_model(base.model, recipe.adapter)
     model.to(device)
     model.eval()
     cached = config.prefix_cache_mb > 0 and first_adapted_layer(model) is not None
@@ -118,7 +142,7 @@ def build_tools(config: TrainConfig, examples: Examples, reporter: Reporter) -> 
                 f"{prepared.truncated} of {len(prepared)} {name} prompts were longer than {scorer.max_length} tokens; "
                 "their longest column was cut, template and label words are whole."
             )
-    return Tools(model, train, held_out, cache, precision, device, recipe)
+    return Tools(model, train, held_out, cache, base.precision, device, recipe)
 
 
 def _task_for_file(config: TrainConfig, rows: Sequence[data.Row]) -> Task:

@@ -1,0 +1,16 @@
+"""``zo-opt eval``."""
+
+from __future__ import annotations
+
+from jsonargparse import Namespace
+
+from zo_opt.training.evaluate_run import evaluate_run
+from zo_opt.training.progress import Reporter
+
+
+def run(options: Namespace) -> None:
+    """Evaluate a run and say what came out."""
+    reporter = Reporter()
+    result = evaluate_run(options.run_dir, options.eval_file, options.zero_shot, reporter)
+    what = "zero-shot" if options.zero_shot else "tuned"
+    reporter.say(f"{what}: accuracy {result.accuracy:.1%}, loss {result.loss:.3f} on {result.rows} held-out rows")

@@ -1,0 +1,60 @@
+"""Evaluation of a finished run: its adapter on its held-out rows, or on others."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from zo_opt.adapters import load_adapter_model
+from zo_opt.errors import ZOError
+from zo_opt.training.config import TrainConfig
+from zo_opt.training.evaluation import Evaluation, Prepared, evaluate
+from zo_opt.training.progress import Reporter
+from zo_opt.training.setup import load_base, load_examples
+
+RUN_NAME = "run.json"
+
+
+def read_config(run_dir: Path) -> TrainConfig:
+    """The options that a run was started with.
+
+    Raises:
+        ZOError: the directory holds no readable run.json.
+    """
+    path = run_dir / RUN_NAME
+    try:
+        saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["config"]
+        for name in ("train_file", "eval_file", "output_dir"):
+            saved[name] = Path(saved[name]) if saved[name] is not None else None
+        return TrainConfig(**saved)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ZOError(
+            f"{path} is missing or damaged ({error}); give the output_dir of a run of zo-opt train."
+        ) from error
+
+
+def evaluate_run(run_dir: Path, eval_file: Path | None, zero_shot: bool, reporter: Reporter) -> Evaluation:
+    """Accuracy and loss of a run's model.
+
+    Args:
+        run_dir: the run's output_dir.
+        eval_file: other rows with the run's columns; the run's held-out rows if None.
+        zero_shot: leave the adapter out.
+        reporter: shows progress.
+    """
+    config = read_config(run_dir)
+    if eval_file is not None and config.train_file is None:
+        raise ZOError(
+            "this run was made on built-in rows; eval_file needs a run with train_file, whose columns it shares."
+        )
+    examples = load_examples(replace(config, eval_file=eval_file or config.eval_file), reporter)
+    base = load_base(config, examples.task, reporter)
+    model = base.model
+    if not zero_shot:
+        model = load_adapter_model(model, run_dir)
+    model.to(base.device).eval()
+    prepared = Prepared(examples.held_out, base.scorer, base.device, None, 0)
+    with reporter.track("evaluation", len(prepared), "rows") as tracker:
+        return evaluate(model, prepared, config.eval_batch_size, tracker.advance)
