@@ -27,14 +27,13 @@ from zo_opt.training.progress import Reporter
 
 RANDOM = {"adapter_init": "random", "layers": 8}
 PLACED: dict[str, Any] = {}
-COMPONENTS = {"adapter_init": "components", "bottleneck": 16, "lr": 0.05, "steps": 400}
+COMPONENTS = {"adapter_init": "components", "layers": [26], "bottleneck": 16, "lr": 0.05, "steps": 400}
 
 # Selection: one change at a time from the defaults, and the ladder of adapters from AdaZeta's own start to ours.
 SELECT: list[dict[str, Any]] = [
     {"steps": 25},
     {"steps": 50},
     {"steps": 100},
-    {"steps": 200},
     {"steps": 50, "layers": [14]},
     {"steps": 50, "layers": [17]},
     {"steps": 50, "layers": [23]},
@@ -48,8 +47,6 @@ SELECT: list[dict[str, Any]] = [
     {"steps": 50, "bottleneck": 16},
     {"steps": 50, "rank": 5},
     {"steps": 50, "rank": 16},
-    {"steps": 50, "output_scale": 0.15},
-    {"steps": 50, "output_scale": 0.6},
     {"steps": 50, "feature_components": 32},
     {"steps": 50, "feature_components": 128},
     {"steps": 50, "min_queries": 1},
@@ -59,9 +56,7 @@ SELECT: list[dict[str, Any]] = [
     {"steps": 50, "clip": 0.0},
     {"steps": 50, "update_rule": "sgd", "lr": 0.02},
     {"steps": 50, "directions": "gaussian"},
-    COMPONENTS | {"steps": 100},
     COMPONENTS,
-    RANDOM | {"steps": 100, "lr": 0.003},
     RANDOM | {"steps": 100, "lr": 0.01},
     RANDOM | {"steps": 100, "lr": 0.03},
 ]

@@ -1,0 +1,65 @@
+"""Every code block of the README runs: Python as it stands, command lines on a tiny model and toy rows."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from zo_opt.cli.main import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+COMMANDS = [
+    line.split("#")[0].strip()
+    for language, block in BLOCKS
+    if language == "bash"
+    for line in block.splitlines()
+    if line.strip()
+]
+
+
+def test_all_blocks_are_of_a_language_that_is_run_here() -> None:
+    assert {language for language, _ in BLOCKS} == {"bash", "python"}
+
+
+def test_python_blocks(
+    tiny_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for language, block in BLOCKS:
+        if language == "python":
+            source = block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tiny_dir("llama")))
+            exec(compile(source.replace("layers=8", "layers=2"), "README.md", "exec"), names)
+    assert (tmp_path / "my-adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("zo-opt")])
+def test_make_and_pip_commands_are_what_ci_runs(command: str) -> None:
+    ci = (ROOT / ".ci" / "run").read_text()
+    if command.startswith("make"):
+        assert command in ci
+        assert re.search(rf"^{command.split()[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    else:
+        assert command == "pip install ." and "-m pip install" in ci
+
+
+def test_command_lines(
+    tiny_dir: Callable[[str], Path], sentiment_files: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The documented options as they stand, on toy files; built-in model and rows are replaced."""
+    monkeypatch.chdir(tmp_path)
+    toy = tmp_path / "my.jsonl"
+    rows = sentiment_files.train.read_text()  # type: ignore[attr-defined]
+    toy.write_text(rows.replace('"label": 0', '"label": "no"').replace('"label": 1', '"label": "yes"'))
+    own = ["--train_file", str(toy), "--steps", "2", "--model_name_or_path", str(tiny_dir("llama"))]
+    for command in (c for c in COMMANDS if c.startswith("zo-opt")):
+        arguments = shlex.split(command)[1:]
+        if arguments[0] == "train":
+            arguments = [a for a in arguments if a != "./my-model" and a != "--model_name_or_path"] + own
+        assert main(arguments) == 0, command
