@@ -80,7 +80,7 @@ class Perturbed:
             for start in range(0, parameter.numel(), CHUNK):
                 stop = min(start + CHUNK, parameter.numel())
                 z = self.directions.slice(query, index, start, stop).to(parameter.dtype)
-                moved = torch.add(original.view(-1)[start:stop], z, alpha=scale)
+                moved = torch.add(flat(original)[start:stop], z, alpha=scale)
                 flat(parameter)[start:stop].copy_(moved)
 
 
@@ -164,8 +164,8 @@ def choose(batch: Any, module: nn.Module | None, parameters: Sequence[Tensor]) -
 def batch_size(batch: Any) -> int:
     """Examples in a batch: the common first axis of all its tensors."""
     sizes: set[int] = set()
-    map_tensors(lambda x: sizes.add(x.shape[0]) if x.ndim else None, batch)
-    if len(sizes) != 1:
+    map_tensors(lambda x: sizes.add(x.shape[0] if x.ndim else -1), batch)
+    if len(sizes) != 1 or -1 in sizes:  # -1: a tensor without axes
         raise ZOError(
             f"the batch's tensors have first axes {sorted(sizes)}; give one tensor or more, all with the example axis first."
         )
@@ -179,7 +179,7 @@ def map_tensors(fn: Callable[[Tensor], Any], batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return {k: map_tensors(fn, v) for k, v in batch.items()}
     if isinstance(batch, tuple | list):
-        return type(batch)(map_tensors(fn, v) for v in batch)
+        return _like(batch, [map_tensors(fn, v) for v in batch])
     return batch
 
 
@@ -187,26 +187,33 @@ class _Copies:
     """Runs the closure on several copies of the trainables in one forward."""
 
     def __init__(self, module: nn.Module, perturbed: Perturbed, closure: Callable[..., Any]) -> None:
-        names = {id(p): name for name, p in module.named_parameters()}
+        # Every place that holds a parameter, each module once: functional_call's own tying restores a module that has
+        # two names with the copies instead of the parameters.
+        names: dict[int, list[str]] = {}
+        for prefix, owner in module.named_modules(prefix="module"):
+            for name, p in owner.named_parameters(recurse=False, remove_duplicate=False):
+                names.setdefault(id(p), []).append(f"{prefix}.{name}")
         missing = sum(id(p) not in names for p in perturbed.parameters)
         if missing:
             raise ZOError(
                 f"{missing} of the optimizer's parameters are not in the module given; pass the module that owns them."
             )
-        self._names = [f"module.{names[id(p)]}" for p in perturbed.parameters]
+        self._names = [names[id(p)] for p in perturbed.parameters]
         self._perturbed = perturbed
         self._closure = _ClosureModule(module, closure)
 
     def __call__(self, points: Sequence[tuple[int, float]], batch: Any, *, split: bool) -> Tensor:
         """Losses at ``theta + scale * z_query`` for each (query, scale): float64, shape (len(points),)."""
         self._perturbed.directions.keep(1 + max(q for q, _ in points))
-        copies = dict(zip(self._names, self._perturbed.stacked(points), strict=True))
+        stacked = zip(self._names, self._perturbed.stacked(points), strict=True)
+        copies = {name: copy for names, copy in stacked for name in names}
         tensors = Leaves(batch)
 
         def loss(parameters: dict[str, Tensor], leaves: list[Tensor]) -> Tensor:
-            value = functional_call(self._closure, parameters, (tensors.rebuild(leaves),))
+            value = functional_call(self._closure, parameters, (tensors.rebuild(leaves),), tie_weights=False)
             return value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
 
+        failure: Exception | None = None
         if not self._closure.unmappable:
             try:
                 with _masks_without_branches(), _attention_that_maps(tensors.leaves):
@@ -215,13 +222,15 @@ class _Copies:
             except (RuntimeError, ValueError) as error:
                 if isinstance(error, ZOError) or "out of memory" in str(error).lower():
                     raise
-                self._closure.give_up(error)
+                failure = error
         values = [
             _scalar(
                 loss({k: v[i] for k, v in copies.items()}, [x[i] for x in tensors.leaves] if split else tensors.leaves)
             )
             for i in range(len(points))
         ]
+        if failure is not None:  # one by one it works, so that vmap is to blame and not the closure
+            self._closure.give_up(failure)
         return torch.tensor(values, dtype=torch.float64)
 
 
@@ -252,8 +261,13 @@ def _fill(tree: Any, leaves: Sequence[Tensor]) -> Any:
     if isinstance(tree, dict):
         return {k: _fill(v, leaves) for k, v in tree.items()}
     if isinstance(tree, tuple | list):
-        return type(tree)(_fill(v, leaves) for v in tree)
+        return _like(tree, [_fill(v, leaves) for v in tree])
     return tree
+
+
+def _like(sequence: Any, values: list[Any]) -> Any:
+    """A sequence of the same type; a named tuple takes its values one by one."""
+    return type(sequence)(*values) if hasattr(sequence, "_fields") else type(sequence)(values)
 
 
 class _ClosureModule(nn.Module):
@@ -262,10 +276,10 @@ class _ClosureModule(nn.Module):
     def __init__(self, module: nn.Module, closure: Callable[..., Any]) -> None:
         super().__init__()
         self.module = module
-        self._closure = closure
+        self._closure = (closure,)  # in a tuple: a closure that is a module must not become a submodule
 
     def forward(self, batch: Any) -> Any:
-        return self._closure(batch)
+        return self._closure[0](batch)
 
     @property
     def unmappable(self) -> bool:

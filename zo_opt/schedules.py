@@ -1,7 +1,7 @@
 """Query schedules: step and epoch -> number of queries.
 
 A schedule is any callable ``(step, epoch, history) -> int``. ``step`` counts optimizer steps from 0, ``epoch`` is
-floor(step / steps_per_epoch), ``history`` says what was spent so far. The optimizer takes at least one query.
+floor(step / steps_per_epoch), ``history`` says what was spent so far. It must return at least 1.
 """
 
 from __future__ import annotations

@@ -81,7 +81,11 @@ def _check(
         rank = core.shape[2]
     if rank != 1:
         raise ValueError(f"the last core ends in rank {rank}; a train ends in rank 1")
+    if x.ndim == 0:
+        raise ValueError("x has no axes; give (..., features)")
     if x.shape[-1] != math.prod(in_dims):
         raise ValueError(f"x ends in {x.shape[-1]} features; in_dims {tuple(in_dims)} need {math.prod(in_dims)}")
+    if bias is not None and bias.dtype != x.dtype:
+        raise ValueError(f"bias is {bias.dtype} but x is {x.dtype}; cast one of them")
     if bias is not None and bias.shape != (math.prod(out_dims),):
         raise ValueError(f"bias has shape {tuple(bias.shape)}; expected ({math.prod(out_dims)},)")

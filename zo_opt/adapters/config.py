@@ -32,6 +32,14 @@ class AdapterConfig(ABC):
         default=None, metadata={"help": "modules trained and saved whole, such as a new classification head"}
     )
 
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "modules_to_save"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str) and not _all(value, str):
+                raise ZOError(f"{name}={value!r} is not possible; give a list of names, or None.")
+        if self.layers is not None and type(self.layers) is not int and not _all(self.layers, int):
+            raise ZOError(f"layers={self.layers!r} is not possible; give a whole number, a list of them, or None.")
+
     @abstractmethod
     def default_targets(self, model_type: str) -> Sequence[str] | None:
         """Target names for an architecture, or None where there is no default."""
@@ -46,6 +54,10 @@ class AdapterConfig(ABC):
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()} | {
             "adapter_type": self.adapter_type
         }
+
+
+def _all(values: Any, kind: type) -> bool:
+    return isinstance(values, list | tuple) and all(type(v) is kind for v in values)
 
 
 ADAPTERS: dict[str, type[AdapterConfig]] = {}

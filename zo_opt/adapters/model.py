@@ -101,11 +101,12 @@ def get_adapter_model(model: nn.Module, config: AdapterConfig) -> AdapterModel:
                 f"there are no default targets for model type {model_type or type(model).__name__!r}; give target_modules=[...]."
             )
     targets = find_targets(model, names, config.layers)
+    saved = [module for name in config.modules_to_save or () for module in _named(model, name)]
     model.requires_grad_(False)
     for number, target in enumerate(targets):
         _replace(model, target.name, config.wrap(target, number))
-    for name in config.modules_to_save or ():
-        _train_whole(model, name)
+    for module in saved:
+        _train_whole(module)
     return AdapterModel(model, config, [t.name for t in targets])
 
 
@@ -135,9 +136,21 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _train_whole(model: nn.Module, name: str) -> None:
+def _named(model: nn.Module, name: str) -> list[nn.Module]:
     modules = [m for n, m in model.named_modules() if n == name or n.endswith("." + name)]
     if not modules:
         raise ZOError(f"module_to_save {name!r} matches nothing in this model.")
-    for module in modules:
-        module.float().requires_grad_(True)
+    return modules
+
+
+def _train_whole(module: nn.Module) -> None:
+    """Train a module in float32; inside a model of another dtype its inputs and outputs are cast."""
+    dtype = next(module.parameters()).dtype
+    module.float().requires_grad_(True)
+    if dtype != torch.float32:
+
+        def cast(x: Any, to: torch.dtype) -> Any:
+            return x.to(to) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+        module.register_forward_pre_hook(lambda _, args: tuple(cast(x, torch.float32) for x in args))
+        module.register_forward_hook(lambda _, args, output: cast(output, dtype))

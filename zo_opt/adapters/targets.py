@@ -16,12 +16,16 @@ _LAYER = re.compile(r"^(.*?\b(?:layers|layer|h|block|blocks))\.(\d+)(?:\.|$)")
 
 @dataclass(frozen=True)
 class Target:
-    """A module to adapt: its path in the model, the module, its input and output sizes."""
+    """A module to adapt: its path in the model, the module, its input and output sizes.
+
+    ``residual``: a whole layer, to be adapted on the residual stream that enters it.
+    """
 
     name: str
     module: nn.Module
     in_features: int
     out_features: int
+    residual: bool = False
 
 
 def find_targets(model: nn.Module, names: Sequence[str], layers: int | Sequence[int] | None) -> list[Target]:
@@ -75,7 +79,7 @@ def _residual_targets(model: nn.Module, layers: int | Sequence[int] | None) -> l
     if size is None or not stacks:
         raise ZOError(f"target {RESIDUAL!r} needs a transformer with a list of layers and config.hidden_size.")
     targets = [
-        Target(f"{stack}.{i}", layer, size, size)
+        Target(f"{stack}.{i}", layer, size, size, residual=True)
         for stack, stacked in stacks.items()
         for i, layer in enumerate(stacked)
         if _in_layers(model, f"{stack}.{i}", layers)

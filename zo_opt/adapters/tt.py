@@ -57,7 +57,7 @@ class TTConfig(AdapterConfig):
     >>> net = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 3))
     >>> model = get_adapter_model(net, TTConfig(rank=2, bottleneck=4, target_modules=["0"]))
     >>> sum(p.numel() for p in trainable_parameters(model))
-    60
+    96
     """
 
     adapter_type: ClassVar[str] = "tt"
@@ -75,8 +75,9 @@ class TTConfig(AdapterConfig):
     seed: int = field(default=0, metadata={"help": "of the initial cores"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("rank", "bottleneck"):
-            if getattr(self, name) < 1:
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ZOError(f"{name}={getattr(self, name)} is not possible; give a whole number of at least 1.")
         if self.trainable not in TRAINABLE:
             raise ZOError(f"trainable={self.trainable!r} is not known; choose one of {', '.join(TRAINABLE)}.")
@@ -89,8 +90,7 @@ class TTConfig(AdapterConfig):
         return _TARGETS.get(model_type)
 
     def wrap(self, target: Target, number: int) -> nn.Module:
-        last = target.name.rsplit(".", 1)[-1]
-        before = last in _BEFORE or last.isdecimal()  # a number: a whole layer, adapted on its residual stream
+        before = target.residual or target.name.rsplit(".", 1)[-1] in _BEFORE
         size = target.in_features if before else target.out_features
         device = next(target.module.parameters()).device
         adapter = TTAdapter(size, self, seed=self.seed * 100_003 + number, device=device)

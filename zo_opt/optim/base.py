@@ -103,6 +103,7 @@ class ZerothOrderOptimizer(Optimizer):
         self.step_control = tuple(step_control)
         self.max_failed_steps = max_failed_steps
         self.step_count = 0
+        self.update_count = 0
         self.history = History()
         self.failed_steps = 0
         self.dropped_queries = 0
@@ -130,8 +131,8 @@ class ZerothOrderOptimizer(Optimizer):
         """
         parameters = [p for _, p in self._trainables()]
         if self._step_directions is None:
-            self._step_directions = StepDirections(self.directions, self.seed, self.step_count, parameters)
             self._queries = self._schedule_queries(batch)
+            self._step_directions = StepDirections(self.directions, self.seed, self.step_count, parameters)
         perturbed = Perturbed(parameters, self._step_directions)
         with self._evaluation_mode():
             estimate = two_sided(self._evaluator(perturbed, closure, batch), self._queries, self.zo_eps)
@@ -175,6 +176,7 @@ class ZerothOrderOptimizer(Optimizer):
         for control in self.step_control:
             projected_grads = control(projected_grads)
         coefficients = dict(zip(kept.nonzero().flatten().tolist(), (weights * projected_grads).tolist(), strict=True))
+        self.update_count += 1
         self._update(coefficients, directions)
         self.step_count += 1
         return torch.tensor(estimate.loss)
@@ -190,8 +192,15 @@ class ZerothOrderOptimizer(Optimizer):
         if "zo" not in state_dict:
             raise ZOError("this state was not written by a zeroth-order optimizer (it has no entry 'zo').")
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "zo"})
+        # torch casts state to the parameters' dtype; ours is float32 whatever they are.
+        packed = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for index, parameter in zip(packed, (p for g in self.param_groups for p in g["params"]), strict=True):
+            for name, tensor in state_dict["state"].get(index, {}).items():
+                self.state[parameter][name] = tensor.to(parameter.device, copy=True)
+        self._pending, self._step_directions = [], None
         zo = state_dict["zo"]
         self.seed, self.step_count, self.zo_eps = int(zo["seed"]), int(zo["step"]), float(zo["zo_eps"])
+        self.update_count = int(zo["updates"])
         self.history = History(**zo["history"])
         self.failed_steps, self.dropped_queries = int(zo["failed_steps"]), int(zo["dropped_queries"])
         for control, state in zip(self.step_control, zo["step_control"], strict=True):
@@ -201,6 +210,7 @@ class ZerothOrderOptimizer(Optimizer):
         return {
             "seed": self.seed,
             "step": self.step_count,
+            "updates": self.update_count,
             "zo_eps": self.zo_eps,
             "history": asdict(self.history),
             "failed_steps": self.failed_steps,
@@ -285,7 +295,7 @@ class ZerothOrderOptimizer(Optimizer):
                 if group["weight_decay"] and parameter.ndim > 1:
                     chunk.mul_(1 - group["lr"] * group["weight_decay"])
                 chunks = {name: tensor.view(-1)[start:stop] for name, tensor in state.items()}
-                self.update_rule.apply(chunk, gradient, chunks, group["lr"], self.step_count + 1)
+                self.update_rule.apply(chunk, gradient, chunks, group["lr"], self.update_count)
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[parameter]
