@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -148,6 +148,10 @@ class CausalScorer(Scorer):
 
     pad_left = True
 
+    def __init__(self, model: Any, tokenizer: Any, task: Task, max_length: int | None = None) -> None:
+        super().__init__(model, tokenizer, task, max_length)
+        self._plain_head = _head_is_linear(model)
+
     def encode(self, example: Example) -> Encoded:
         words = self._words(example)
         longest = max(map(len, words))
@@ -162,7 +166,9 @@ class CausalScorer(Scorer):
     def collate(self, encoded: Sequence[Encoded]) -> Batch:
         multi = any(len(e.prompts) > 1 for e in encoded)
         if multi:  # a batch that mixes both kinds: single words become sequences too
-            encoded = [e if len(e.prompts) > 1 else _with_words(e) for e in encoded]
+            encoded = [
+                e if len(e.prompts) > 1 else replace(e, prompts=[e.prompts[0] + w for w in e.words]) for e in encoded
+            ]
         return super().collate(encoded) | {"words": _pad_words(encoded, left=True)}
 
     def scores(self, model: Any, batch: Batch) -> Tensor:
@@ -170,11 +176,18 @@ class CausalScorer(Scorer):
         alone = batch["input_ids"].shape[1] == 1
         positions = 1 if alone else words_BCT.shape[2] + 1
         inputs: dict[str, Any] = self.inputs(batch)
-        if "logits_to_keep" in self._forward_arguments:
-            inputs["logits_to_keep"] = positions
         if "use_cache" in self._forward_arguments:
             inputs["use_cache"] = False
-        logits = model(**inputs).logits[:, -positions:].float()
+        if alone and self._plain_head:
+            hidden_BH = model.base_model(**inputs).last_hidden_state[:, -1].float()
+            return _restricted_logits(hidden_BH, model.get_output_embeddings(), words_BCT[:, :, 0])
+        if self._plain_head:
+            hidden = model.base_model(**inputs).last_hidden_state[:, -positions:]
+            logits = model.get_output_embeddings()(hidden.contiguous()).float()
+        else:
+            if "logits_to_keep" in self._forward_arguments:
+                inputs["logits_to_keep"] = positions
+            logits = model(**inputs).logits[:, -positions:].float()
         if alone:
             return _word_logits(logits[:, -1], words_BCT)
         logits_BCTV = logits[:, :-1].unflatten(0, batch["input_ids"].shape[:2])
@@ -214,8 +227,8 @@ class MaskedScorer(Scorer):
         return Encoded(prompts, words, example.label, cut)
 
     def collate(self, encoded: Sequence[Encoded]) -> Batch:
-        if len({len(e.prompts) for e in encoded}) > 1:
-            raise ZOError("some rows have label words of one token and others of several; give candidates of one kind.")
+        if any(len(e.prompts) > 1 for e in encoded):  # rows whose words have one token each: a prompt a label as well
+            encoded = [e if len(e.prompts) > 1 else replace(e, prompts=e.prompts * len(e.words)) for e in encoded]
         return super().collate(encoded) | {"words": _pad_words(encoded, left=False)}
 
     def scores(self, model: Any, batch: Batch) -> Tensor:
@@ -322,6 +335,24 @@ def context_length(model: Any, tokenizer: Any, max_length: int | None) -> int:
     return limit
 
 
+@torch.no_grad()
+def _head_is_linear(model: Any) -> bool:
+    """Whether logits are the output embedding of the base's last hidden state, without a cap or scale: tried on one token."""
+    head = model.get_output_embeddings()
+    if not hasattr(head, "weight"):
+        return False
+    token = torch.zeros(1, 1, dtype=torch.long, device=head.weight.device)
+    logits = model(input_ids=token).logits.float()
+    own = head(model.base_model(input_ids=token).last_hidden_state).float()
+    return bool((logits - own).abs().max() <= 1e-4 * logits.abs().max())
+
+
+def _restricted_logits(hidden_BH: Tensor, head: Any, words_BC: Tensor) -> Tensor:
+    """Logits of the label words alone: (B, C). The rest of the vocabulary costs more than several layers."""
+    logits_BC: Tensor = (head.weight[words_BC].float() * hidden_BH.unsqueeze(1)).sum(-1)
+    return logits_BC if head.bias is None else logits_BC + head.bias[words_BC].float()
+
+
 def _word_logits(logits_BV: Tensor, words_BCT: Tensor) -> Tensor:
     """Logits of label words of one token; a softmax over labels restricts the vocabulary to them."""
     return logits_BV.gather(1, words_BCT[:, :, 0])
@@ -343,10 +374,6 @@ def _pad_words(encoded: Sequence[Encoded], left: bool) -> Tensor:
         return filling + ids if left else ids + filling
 
     return torch.tensor([[pad(w) for w in e.words] for e in encoded])
-
-
-def _with_words(e: Encoded) -> Encoded:
-    return Encoded([e.prompts[0] + w for w in e.words], e.words, e.label, e.truncated)
 
 
 def _output_head(model: Any) -> str | None:
