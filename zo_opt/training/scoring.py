@@ -209,6 +209,9 @@ class MaskedScorer(Scorer):
         self._head = _output_head(model)
 
     def encode(self, example: Example) -> Encoded:
+        # A mask in the text itself would be taken for the label position.
+        clean = {name: text.replace(self.tokenizer.mask_token, "") for name, text in example.fields.items()}
+        example = replace(example, fields=clean)
         words = self._words(example)
         longest = max(map(len, words))
         counts = [1] if longest == 1 else [len(w) for w in words]
