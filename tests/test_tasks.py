@@ -1,0 +1,182 @@
+"""The task table: prompts, label words, labels by name and by number; the user's own tasks."""
+
+from __future__ import annotations
+
+import pytest
+
+from zo_opt import ZOError
+from zo_opt.training.data import make_examples
+from zo_opt.training.tasks import TASKS, Task, custom_task, get_task, parse_verbalizers, placeholders
+
+# One row a task as the datasets have it, its label's number, its prompt and its label words.
+ROWS = {
+    "sst2": (
+        {"idx": 7, "sentence": "a charming film ", "label": 1},
+        1,
+        "a charming film It was",
+        ["terrible", "great"],
+    ),
+    "rte": (
+        {"premise": "Two cats sleep.", "hypothesis": "Cats sleep.", "label": 0},
+        0,
+        'Two cats sleep.\nDoes this mean that "Cats sleep." is true? Yes or No?\n',
+        ["Yes", "No"],
+    ),
+    "cb": (
+        {"premise": "It rains.", "hypothesis": "It is dry.", "label": 1},
+        1,
+        'Suppose It rains. Can we infer that "It is dry."? Yes, No, or Maybe?\n',
+        ["Yes", "No", "Maybe"],
+    ),
+    "boolq": (
+        {"passage": "Ice floats.", "question": "does ice float", "answer": True},
+        1,
+        "Ice floats. does ice float?\n",
+        ["No", "Yes"],
+    ),
+    "copa": (
+        {
+            "premise": "The man broke his toe.",
+            "choice1": "He got a hole in his sock.",
+            "choice2": "He dropped a hammer on his foot.",
+            "question": "cause",
+            "label": 1,
+        },
+        1,
+        "The man broke his toe. because",
+        ["He got a hole in his sock.", "He dropped a hammer on his foot."],
+    ),
+}
+
+
+def test_every_task_of_the_table_has_a_row_here() -> None:
+    assert set(ROWS) == set(TASKS)
+
+
+@pytest.mark.parametrize("name", sorted(ROWS))
+def test_a_row_becomes_prompt_label_and_label_words(name: str) -> None:
+    row, number, prompt, words = ROWS[name]
+    task = get_task(name)
+    [example] = make_examples([row], task, "here")
+    assert task.template.format(**example.fields) == prompt
+    assert [text.format(**example.fields) for text in task.verbalizers.values()] == words
+    assert example.label == number
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_labels_are_known_by_name_and_by_number(name: str) -> None:
+    task = get_task(name)
+    for number, label in enumerate(task.labels):
+        for value in (label, f" {label}\n", number, str(number)):
+            assert task.label_of(value) == number, value
+    for wrong in (len(task.labels), -1, "", "nonsense", None, 0.5):
+        assert task.label_of(wrong) is None, wrong
+
+
+def test_names_win_over_numbers() -> None:
+    task = Task("t", "{text}", {"1": "one", "0": "zero"})
+    assert task.label_of("1") == 0
+    assert task.label_of(0) == 1
+
+
+def test_truth_values_are_names() -> None:
+    assert get_task("boolq").label_of(True) == 1
+    assert get_task("boolq").label_of(False) == 0
+    assert get_task("boolq").label_of("true") == 1
+
+
+def test_substitutions_apply_to_their_column_only() -> None:
+    copa = get_task("copa")
+    row = ROWS["copa"][0]
+    assert copa.fields({**row, "question": "effect", "premise": "cause"})["question"] == "so"
+    assert copa.fields({**row, "question": "effect", "premise": "cause"})["premise"] == "cause"
+    assert copa.fields({**row, "question": "why"})["question"] == "why"
+
+
+def test_required_columns_hold_those_of_label_words_and_label() -> None:
+    assert set(get_task("copa").required_columns()) == {"premise", "question", "choice1", "choice2", "label"}
+    assert get_task("boolq").required_columns()[-1] == "answer"
+
+
+def test_an_unknown_task_is_told_the_known_ones() -> None:
+    with pytest.raises(ZOError, match=r"'sst3' is not known; choose one of sst2, rte, cb, boolq, copa"):
+        get_task("sst3")
+
+
+def test_custom_task_reads_its_columns() -> None:
+    task = custom_task(
+        ["bad", "good"], text_column="review", label_column="stars", template="{text} by {author}. It was",
+        verbalizers="bad=terrible,good=great",
+    )  # fmt: skip
+    row = {"review": " fine ", "author": "me", "stars": "good"}
+    assert task.required_columns() == ["review", "author", "stars"]
+    assert task.template.format(**task.fields(row)) == "fine by me. It was"
+    assert dict(task.verbalizers) == {"bad": "terrible", "good": "great"}
+    assert task.label_of(row["stars"]) == 1
+
+
+def test_custom_task_has_defaults() -> None:
+    task = custom_task(["no", "yes"], text_column="text", label_column="label", template=None, verbalizers=None)
+    assert dict(task.verbalizers) == {"no": "no", "yes": "yes"}
+    assert "unlikely" in task.template.format(**task.fields({"text": "unlikely", "label": "no"}))
+
+
+def test_text_with_braces_is_shown_as_it_is() -> None:
+    task = custom_task(
+        ["0", "1"], text_column="text", label_column="label", template="{text} It was", verbalizers="a,b"
+    )
+    [example] = make_examples([{"text": "f{x} = {}", "label": 0}], task, "here")
+    assert task.template.format(**example.fields) == "f{x} = {} It was"
+
+
+@pytest.mark.parametrize("template", ["{text", "text}", "{text}}", "{text:{a}", "{text!z}", "{text:d}"])
+def test_malformed_templates_are_refused(template: str) -> None:
+    with pytest.raises(ZOError, match="template"):
+        custom_task(["0", "1"], text_column="text", label_column="label", template=template, verbalizers=None)
+
+
+@pytest.mark.parametrize("template", ["{}", "{0}", "{text.upper}", "{text[0]}", "{nowhere}"])
+def test_placeholders_that_name_no_column_are_refused(template: str) -> None:
+    """A placeholder is a column's name: no positions, attributes or items. At the latest the first row tells."""
+    with pytest.raises(ZOError):
+        task = custom_task(["0", "1"], text_column="text", label_column="label", template=template, verbalizers=None)
+        make_examples([{"text": "a", "label": 0}], task, "here")
+
+
+@pytest.mark.parametrize("template", ["It was", "", "{{text}} It was", "It was {mask}."])
+def test_a_template_that_shows_nothing_of_the_row_is_refused(template: str) -> None:
+    with pytest.raises(ZOError, match="shows nothing of the row"):
+        custom_task(["0", "1"], text_column="text", label_column="label", template=template, verbalizers=None)
+
+
+def test_placeholders_in_order() -> None:
+    assert placeholders("{b} and {a} {{c}} {mask}") == ["b", "a", "mask"]
+
+
+def test_verbalizers_by_label_or_by_order() -> None:
+    labels = ["bad", "good"]
+    expected = {"bad": "very terrible", "good": "great"}
+    assert parse_verbalizers("bad=very terrible,good=great", labels) == expected
+    assert parse_verbalizers(" bad = very terrible , good=great ", labels) == expected
+    assert parse_verbalizers("very terrible,great", labels) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "terrible",
+        "a,b,c",
+        "bad=a,b",
+        "a,a",
+        "a,",
+        "bad=a,good=",
+        "bad=a,good=a",
+        "",
+        "bad=a",  # a label without words
+        "bad=a,good=b,ugly=c",  # words for a label that there is not
+        "bad=a,good=b,bad=c",  # two for one label
+    ],
+)
+def test_wrong_verbalizers_are_refused(text: str) -> None:
+    with pytest.raises(ZOError, match="verbalizers"):
+        parse_verbalizers(text, ["bad", "good"])

@@ -1,0 +1,371 @@
+"""What a user can get wrong: one sentence each, exit code 2, nothing overwritten, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import Sentiment, run_main
+from safetensors.torch import load_file, save_file
+
+from zo_opt.training.metrics import MetricsWriter
+
+Options = Callable[..., list[str]]
+
+
+@dataclass
+class Place:
+    """What a case may use: a directory of its own, the toy files and model, an interrupted run."""
+
+    path: Path
+    toy: Sentiment
+    model: Path
+    interrupted: Path
+
+    def file(self, name: str, content: str | bytes) -> Path:
+        path = self.path / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    def rows(self, name: str, *rows: dict[str, Any]) -> Path:
+        return self.file(name, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def other_model(self, change: Callable[[Path], Any]) -> Path:
+        """A copy of the tiny model's directory with something done to it."""
+        copy = self.path / "model"
+        shutil.copytree(self.model, copy)
+        change(copy)
+        return copy
+
+    def broken_run(self, change: Callable[[Path], Any]) -> Path:
+        """A copy of an interrupted run with something done to it."""
+        copy = self.path / "out"
+        shutil.copytree(self.interrupted, copy)
+        run = json.loads((copy / "run.json").read_text())
+        run["config"]["output_dir"] = str(copy)
+        (copy / "run.json").write_text(json.dumps(run))
+        change(copy)
+        return copy
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, sentiment_files: Sentiment) -> Path:
+    """The directory of a run that died after its third step."""
+    directory = tmp_path_factory.mktemp("interrupted") / "run"
+    patch, original = pytest.MonkeyPatch(), MetricsWriter.write
+
+    def write(self: MetricsWriter, record: Any, *rest: Any) -> None:
+        original(self, record, *rest)
+        if record.step == 2:
+            raise MemoryError("killed")
+
+    patch.setattr(MetricsWriter, "write", write)
+    line = ["train", "--model_name_or_path", str(tiny_model_dir), "--train_file", str(sentiment_files.train)]
+    line += ["--save_steps", "1", "--steps", "6", "--output_dir", str(directory), "--device", "cpu"]
+    with pytest.raises(MemoryError):
+        run_main(line)
+    patch.undo()
+    assert (directory / "checkpoint.safetensors").is_file()
+    return directory
+
+
+def nan_weights(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+
+def headless(model: Path) -> None:
+    transformers.AutoModel.from_pretrained(model).save_pretrained(model)
+
+
+def shorten(path: Path, share: float = 0.5) -> None:
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+
+def flip_json(run: Path) -> None:
+    """Damage the JSON inside a checkpoint's header, leaving its length."""
+    path = run / "checkpoint.safetensors"
+    content = path.read_bytes()
+    assert b"zo_opt.checkpoint/1" in content
+    path.write_bytes(content.replace(b"zo_opt.checkpoint/1", b"zo_opt.checkpoint/9"))
+
+
+def nan_checkpoint(run: Path) -> None:
+    from safetensors import safe_open
+
+    path = run / "checkpoint.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if not name.startswith("optimizer."):
+            tensor.fill_(torch.nan)
+    save_file(tensors, path, metadata)
+
+
+def smaller_model(run: Path) -> None:
+    """The run's record names a model of another shape."""
+    other = run.parent / "other-model"
+    config = transformers.AutoConfig.from_pretrained(
+        json.loads((run / "run.json").read_text())["config"]["model_name_or_path"]
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(config._name_or_path)
+    config.hidden_size = 16
+    config.intermediate_size = 24
+    config.head_dim = 8
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    record = json.loads((run / "run.json").read_text())
+    record["config"]["model_name_or_path"] = str(other)
+    (run / "run.json").write_text(json.dumps(record))
+
+
+def evil_pickle(model: Path) -> None:
+    """Weights as a pickle that would leave a trace if it were loaded."""
+    import pickle
+
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (open, (str(model / "executed"), "w"))
+
+    (model / "model.safetensors").unlink()
+    (model / "pytorch_model.bin").write_bytes(pickle.dumps({"lm_head.weight": Evil()}))
+
+
+def evil_code(model: Path) -> None:
+    """A checkpoint that brings Python code of its own."""
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "evil", "architectures": ["EvilForCausalLM"]}
+    config["auto_map"] = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilForCausalLM"}
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "evil.py").write_text(f"open({str(model / 'executed')!r}, 'w')\n")
+
+
+def with_config(**changes: Any) -> Callable[[Path], None]:
+    def change(model: Path) -> None:
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | changes))
+
+    return change
+
+
+def resume(place: Place, change: Callable[[Path], Any]) -> dict[str, Any]:
+    return {"output_dir": place.broken_run(change), "resume": "true"}
+
+
+A, B = {"text": "a film", "label": 0}, {"text": "boring", "label": 1}
+MIB = 1 << 20
+
+# name -> (options that are wrong, what the sentence must say)
+Case = tuple[Callable[[Place], dict[str, Any]], str]
+CASES: dict[str, Case] = {
+    # files
+    "no such file": (lambda p: {"train_file": p.path / "none.jsonl"}, r"none\.jsonl does not exist"),
+    "no such eval file": (lambda p: {"eval_file": p.path / "none.csv"}, r"none\.csv does not exist"),
+    "a directory as file": (lambda p: {"train_file": p.path}, "is no file"),
+    "empty jsonl": (lambda p: {"train_file": p.file("a.jsonl", "")}, r"a\.jsonl is empty"),
+    "empty csv": (lambda p: {"train_file": p.file("a.csv", "")}, r"a\.csv is empty"),
+    "header only": (lambda p: {"train_file": p.file("a.csv", "text,label\n")}, r"a\.csv is empty"),
+    "empty eval file": (lambda p: {"eval_file": p.file("a.tsv", "\n")}, r"a\.tsv is empty"),
+    "another kind of file": (lambda p: {"train_file": p.file("a.parquet", "x")}, r"\.jsonl, \.csv or \.tsv"),
+    "not UTF-8": (lambda p: {"train_file": p.file("a.csv", b"text,label\n\xe9,0\n")}, "UTF-8"),
+    "not JSON": (lambda p: {"train_file": p.file("a.jsonl", '{"text": "a", "label": 0}\n{text\n')}, "line 2"),
+    "one row": (lambda p: {"train_file": p.rows("a.jsonl", A), "eval_file": None}, "one"),
+    "eval file alone": (lambda p: {"train_file": None}, "eval_file was given without train_file"),
+    # columns and labels
+    "missing text column": (lambda p: {"text_column": "review"}, "no column 'review'.*text, label"),
+    "missing label column": (lambda p: {"label_column": "stars"}, "no column 'stars'.*text, label"),
+    "missing column in the eval file": (
+        lambda p: {"eval_file": p.rows("e.jsonl", A, {"label": 1})}, r"e\.jsonl, row 2.*no column 'text'",
+    ),
+    "unknown label in the eval file": (
+        lambda p: {"eval_file": p.rows("e.jsonl", A, B | {"label": "maybe"})}, r"e\.jsonl, row 2.*'maybe'.*0, 1",
+    ),
+    "unknown label of a built-in task": (
+        lambda p: {"train_file": p.rows("t.jsonl", {"sentence": "a", "label": 0}, {"sentence": "b", "label": 7}),
+                   "template": None, "verbalizers": None}, "row 2.*label 7 is unknown",
+    ),
+    "one class only": (lambda p: {"train_file": p.rows("t.jsonl", A, A, A)}, r"t\.jsonl|verbalizers"),
+    "one class only in the rows used": (
+        lambda p: {"train_file": p.rows("t.jsonl", A, A, A, B), "max_train_rows": 3}, "one class only",
+    ),
+    "no rows wanted": (lambda p: {"max_train_rows": 0}, "max_train_rows"),
+    "fewer than no rows wanted": (lambda p: {"max_train_rows": -1}, "max_train_rows"),
+    "a number column as label": (
+        lambda p: {"train_file": p.rows("t.jsonl", *[{"text": "a", "label": i} for i in range(200)]), "verbalizers": None},
+        "200 different labels",
+    ),
+    # prompt
+    "template without columns": (lambda p: {"template": "It was"}, "shows nothing of the row"),
+    "template with a mask alone": (lambda p: {"template": "It was {mask}."}, "template"),
+    "template of another table": (lambda p: {"template": "{premise} It was"}, "no column 'premise'"),
+    "malformed template": (lambda p: {"template": "{text It was"}, "not well formed"),
+    "template with a conversion that there is not": (lambda p: {"template": "{text!z} It was"}, "template"),
+    "too few verbalizers": (lambda p: {"verbalizers": "great"}, "verbalizers"),
+    "too many verbalizers": (lambda p: {"verbalizers": "a,b,c"}, "verbalizers"),
+    "a label without verbalizer": (lambda p: {"verbalizers": "0=terrible"}, "verbalizers|'1'"),
+    "verbalizers alike": (lambda p: {"verbalizers": "great,great"}, "different words"),
+    "no room for text": (lambda p: {"max_length": 0}, "max_length=0"),
+    "no room for the template": (lambda p: {"max_length": 2}, "template alone|max_length"),
+    # model
+    "no such model directory": (lambda p: {"model_name_or_path": p.path / "none"}, "none.*could not be loaded"),
+    "no such model": (lambda p: {"model_name_or_path": "nobody/nothing"}, "nobody/nothing"),
+    "empty model directory": (
+        lambda p: {"model_name_or_path": p.other_model(lambda m: [f.unlink() for f in m.iterdir()])}, r"config\.json",
+    ),
+    "model without an output head": (lambda p: {"model_name_or_path": p.other_model(headless)}, "no language-model head"),
+    "model without a tokenizer": (
+        lambda p: {"model_name_or_path": p.other_model(lambda m: [f.unlink() for f in m.glob("token*")])}, "model",
+    ),
+    "model config not JSON": (
+        lambda p: {"model_name_or_path": p.other_model(lambda m: shorten(m / "config.json"))}, "could not be loaded",
+    ),
+    "model of an unknown type": (
+        lambda p: {"model_name_or_path": p.other_model(with_config(model_type="bogus"))}, "could not be loaded",
+    ),
+    "damaged weights": (
+        lambda p: {"model_name_or_path": p.other_model(lambda m: shorten(m / "model.safetensors"))}, "could not be loaded",
+    ),
+    "weights missing": (
+        lambda p: {"model_name_or_path": p.other_model(lambda m: (m / "model.safetensors").unlink())}, "could not be loaded",
+    ),
+    "NaN weights": (lambda p: {"model_name_or_path": p.other_model(nan_weights)}, r"NaN.*model\.layers\.1\.mlp\.up_proj"),
+    "pickled weights": (lambda p: {"model_name_or_path": p.other_model(evil_pickle)}, "could not be loaded"),
+    "code in the checkpoint": (lambda p: {"model_name_or_path": p.other_model(evil_code)}, "trust_remote_code"),
+    # where adapters go
+    "targets that match nothing": (lambda p: {"target_modules": "[nowhere]"}, "'nowhere' matches nothing.*up_proj"),
+    "targets that are not linear": (lambda p: {"target_modules": "[embed_tokens]"}, "not a linear layer"),
+    "no layers": (lambda p: {"layers": 0}, "layers"),
+    "more layers than there are": (lambda p: {"layers": 5}, "layers"),
+    "a layer that is not there": (lambda p: {"layers": "[1,4]"}, "layers"),
+    "a negative layer": (lambda p: {"layers": "[-1]"}, "layers"),
+    "an empty list of layers": (lambda p: {"layers": "[]"}, "layers"),
+    "rank 0": (lambda p: {"rank": 0}, "rank=0"),
+    "rank -2": (lambda p: {"rank": -2}, "rank=-2"),
+    "bottleneck 0": (lambda p: {"bottleneck": 0}, "bottleneck=0"),
+    # numbers out of range
+    **{
+        f"{name} {value}": ((lambda p, n=name, v=value: {"query_schedule": "adazeta", n: v}), name)
+        for name in ("alpha", "beta")
+        for value in ("0", "1", "1.5", "-1", "nan")
+    },
+    **{
+        f"{name} {value}": ((lambda p, n=name, v=value: {n: v}), name)
+        for name, value in (
+            ("batch_size", 0), ("batch_size", -3), ("eval_batch_size", 0), ("steps", 0), ("held_out", 0), ("save_steps", 0),
+            ("warmup_steps", -1), ("prefix_cache_mb", -1), ("clip", -1), ("clip", "nan"),
+            ("lr", -1), ("lr", "nan"), ("lr", "inf"), ("zo_eps", 0), ("zo_eps", "nan"), ("weight_decay", -1), ("beta1", 1.5),
+            ("beta2", -0.1), ("beta2", "nan"),
+        )
+    },
+    "no queries": (lambda p: {"max_queries": 0}, "queries=0"),
+    "no fewest queries": (lambda p: {"query_schedule": "adazeta", "min_queries": 0}, "min_queries=0"),
+    "fewest queries above the most": (
+        lambda p: {"query_schedule": "adazeta", "min_queries": 9, "max_queries": 3}, "min_queries=9",
+    ),
+    # names that are not known: the sentence lists those that are
+    **{
+        f"unknown {name}": ((lambda p, n=name: {n: "bogus"}), f"'bogus'.*{known}")
+        for name, known in (
+            ("optimizer", "adazeta"), ("directions", "rademacher"), ("query_mode", "split"), ("update_rule", "adam"),
+            ("lr_schedule", "cosine"), ("precision", "mixed"), ("adapter", "tt"), ("adapter_init", "random"),
+            ("activation", "tanh"), ("query_schedule", "constant"), ("head", "classification"), ("device", "cpu"),
+            ("batch_order", "shuffled"),
+        )
+    },
+    "unknown task": (lambda p: {"task": "bogus", "train_file": None, "eval_file": None}, "'bogus'.*sst2"),
+    # the output directory
+    "output below a regular file": (lambda p: {"output_dir": p.file("plain", "x") / "out"}, "plain.*cannot be written"),
+    "output is a regular file": (lambda p: {"output_dir": p.file("plain", "x")}, "plain.*cannot be written"),
+    "output not empty": (lambda p: {"output_dir": p.broken_run(lambda run: None)}, "is not empty"),
+    # resuming
+    "resume nowhere": (lambda p: {"output_dir": None, "resume": "true"}, "--output_dir"),
+    "resume what is not there": (lambda p: {"resume": "true"}, r"checkpoint\.safetensors"),
+    "resume a short checkpoint": (lambda p: resume(p, lambda r: shorten(r / "checkpoint.safetensors")), "is damaged"),
+    "resume an empty checkpoint": (lambda p: resume(p, lambda r: shorten(r / "checkpoint.safetensors", 0)), "is damaged"),
+    "resume another format": (lambda p: resume(p, flip_json), "not written by this version|is damaged"),
+    "resume a checkpoint with NaN": (lambda p: resume(p, nan_checkpoint), "NaN"),
+    "resume another model's checkpoint": (lambda p: resume(p, smaller_model), "does not fit"),
+    "resume without the run's record": (lambda p: resume(p, lambda r: (r / "run.json").unlink()), r"run\.json"),
+    "resume with a damaged record": (lambda p: resume(p, lambda r: shorten(r / "run.json")), r"run\.json"),
+    "resume with a foreign record": (
+        lambda p: resume(p, lambda r: (r / "run.json").write_text('{"config": {"bogus": 1}}')), r"run\.json",
+    ),
+    # the command line itself
+    "unknown option": (lambda p: {"bogus": 3}, "bogus"),
+    "a word where a number belongs": (lambda p: {"steps": "many"}, "steps"),
+    "a fraction where a whole number belongs": (lambda p: {"batch_size": 2.5}, "batch_size"),
+    "no such config file": (lambda p: {"config": p.path / "none.yaml"}, r"none\.yaml|config"),
+    "config not YAML": (lambda p: {"config": p.file("a.yaml", "steps: [3")}, "config|yaml|YAML"),
+    "config with an unknown option": (lambda p: {"config": p.file("a.yaml", "bogus: 3\n")}, "bogus"),
+}  # fmt: skip
+
+
+def tree(path: Path) -> dict[str, bytes | None]:
+    """Everything below a directory: name -> content (None: a directory)."""
+    return {str(p.relative_to(path)): p.read_bytes() if p.is_file() else None for p in sorted(path.rglob("*"))}
+
+
+@pytest.fixture
+def place(tmp_path: Path, sentiment_files: Sentiment, tiny_model_dir: Path, interrupted: Path) -> Place:
+    return Place(tmp_path, sentiment_files, tiny_model_dir, interrupted)
+
+
+def assert_one_sentence(error: str, what: str) -> None:
+    assert "Traceback" not in error
+    [line] = error.splitlines()  # nothing else is said
+    assert line.startswith("zo-opt: error: ")
+    assert line.endswith(".")
+    assert re.search(what, line), line
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_wrong_input(
+    toy_options: Options,
+    place: Place,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    make, what = CASES[name]
+    monkeypatch.chdir(place.path)
+    line = toy_options(**{"output_dir": place.path / "out", "steps": 2} | make(place))
+    before = tree(place.path)
+    capsys.readouterr()
+    code = run_main(line)
+    assert_one_sentence(capsys.readouterr().err, what)
+    assert code == 2
+    assert tree(place.path) == before
+
+
+@pytest.mark.parametrize("line", [["bogus"], ["train", "--steps"], ["--bogus"]])
+def test_wrong_command(capsys: pytest.CaptureFixture[str], line: list[str]) -> None:
+    assert run_main(line) == 2
+    assert_one_sentence(capsys.readouterr().err, "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["output not empty", "malformed template"])
+def test_wrong_input_in_a_process_of_its_own(toy_options: Options, place: Place, name: str) -> None:
+    make, what = CASES[name]
+    line = toy_options(**{"output_dir": place.path / "out", "steps": 2} | make(place))
+    before = tree(place.path)
+    done = subprocess.run(
+        [sys.executable, "-m", "zo_opt.cli.main", *line], env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=place.path, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert_one_sentence(done.stderr, what)
+    assert tree(place.path) == before
