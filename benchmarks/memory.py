@@ -1,4 +1,4 @@
-"""Peak resident memory of training against evaluation alone: separate processes, the same batch size, the built-in model and task.
+"""Peak resident memory of training against evaluation alone: separate processes, the same rows, the same batch size.
 
 python benchmarks/memory.py --out benchmarks/results/memory.json
 """
@@ -14,6 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from zo_opt.training.builtin import task_rows
+
 COMMON = ["--batch_size", "16", "--eval_batch_size", "16", "--steps", "30"]
 
 
@@ -24,12 +26,15 @@ def main() -> None:
     arguments = parser.parse_args()
     model = ["--model_name_or_path", arguments.model_name_or_path] if arguments.model_name_or_path else []
     with tempfile.TemporaryDirectory() as directory:
+        rows = Path(directory, "rows.jsonl")  # the same for training and evaluation, so that the longest batch is too
+        rows.write_text("".join(json.dumps(row) + "\n" for row in task_rows("sst2")))
+        common = [*COMMON, *model, "--train_file", str(rows), "--eval_file", str(rows)]
         runs = {
-            "training, prefix cache on": ["train", *COMMON, *model, "--output_dir", f"{directory}/cached"],
+            "training, prefix cache on": ["train", *common, "--output_dir", f"{directory}/cached"],
             "training, prefix cache off": [
-                *("train", *COMMON, *model, "--prefix_cache_mb", "0", "--output_dir", f"{directory}/plain")
+                *("train", *common, "--prefix_cache_mb", "0", "--output_dir", f"{directory}/plain")
             ],
-            "evaluation alone": ["eval", f"{directory}/cached", "--zero_shot", "true"],
+            "evaluation alone": ["eval", f"{directory}/cached", "--zero_shot"],
         }
         peaks = {name: peak_of(command) for name, command in runs.items()}
         cache = json.loads(Path(directory, "cached", "results.json").read_text())["cache_bytes"]

@@ -27,9 +27,7 @@ def test_all_blocks_are_of_a_language_that_is_run_here() -> None:
     assert {language for language, _ in BLOCKS} == {"bash", "python"}
 
 
-def test_python_blocks(
-    tiny_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_python_blocks(tiny_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for language, block in BLOCKS:
@@ -61,5 +59,5 @@ def test_command_lines(
     for command in (c for c in COMMANDS if c.startswith("zo-opt")):
         arguments = shlex.split(command)[1:]
         if arguments[0] == "train":
-            arguments = [a for a in arguments if a != "./my-model" and a != "--model_name_or_path"] + own
+            arguments = [a for a in arguments if a not in {"./my-model", "--model_name_or_path"}] + own
         assert main(arguments) == 0, command

@@ -60,13 +60,13 @@ def class_mean_features(
     leading_KD = torch.linalg.svd(scatter_KC, full_matrices=False).U[:, : classes - 1]
     discriminants_KD = torch.linalg.solve_triangular(factor_KK.T, leading_KD, upper=True)
     rest_KR = torch.eye(len(within_KK), dtype=torch.float64)[:, : count - classes]
-    return _feature_map(x_NH, whitener_HK @ torch.cat([discriminants_KD, rest_KR], dim=1), mean_H)
+    return _feature_map(x_NH, whitener_HK @ torch.cat([discriminants_KD, rest_KR], dim=1), mean_H, count)
 
 
 def component_features(x_NH: Tensor, count: int) -> FeatureMap:
     """A constant and the leading whitened principal components: no labels used."""
     whitener_HK, mean_H = _whitener(x_NH, count - 1)
-    return _feature_map(x_NH, whitener_HK, mean_H)
+    return _feature_map(x_NH, whitener_HK, mean_H, count)
 
 
 def label_word_directions(rows_CH: Tensor, scale: float) -> Tensor:
@@ -116,10 +116,10 @@ def _whitener(x_NH: Tensor, components: int) -> tuple[Tensor, Tensor]:
     return rows_KH[:kept].T * (len(x) ** 0.5 / values[:kept]), mean_H
 
 
-def _feature_map(x_NH: Tensor, weight_HF: Tensor, mean_H: Tensor) -> FeatureMap:
-    """Scale features to FEATURE_SCALE and put a constant before them."""
-    spread_F = ((x_NH.double().cpu() - mean_H) @ weight_HF).std(0)
-    weight = torch.nn.functional.pad(weight_HF * (FEATURE_SCALE / spread_F), (1, 0))
+def _feature_map(x_NH: Tensor, weight_HF: Tensor, mean_H: Tensor, count: int) -> FeatureMap:
+    """Scale features to FEATURE_SCALE and put a constant before them; those that the rows cannot give are zero."""
+    spread_F = ((x_NH.double().cpu() - mean_H) @ weight_HF).square().mean(0).sqrt()
+    weight = torch.nn.functional.pad(weight_HF * (FEATURE_SCALE / spread_F), (1, count - 1 - weight_HF.shape[1]))
     bias = -(mean_H @ weight)
     bias[0] = FEATURE_SCALE
     return FeatureMap(weight.float(), bias.float())

@@ -50,5 +50,5 @@ class BatchOrder:
 
 @lru_cache(maxsize=64)
 def _permutation(size: int, seed: int, group: int, epoch: int) -> list[int]:
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + group) * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed(((seed * 1_000_003 + group) * 1_000_003 + epoch) % 2**63)
     return torch.randperm(size, generator=generator).tolist()

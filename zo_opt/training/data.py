@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,14 +97,14 @@ def hold_out(rows: Sequence[Row], held_out: int) -> tuple[list[Row], list[Row]]:
 
     At most 30 % are held out, so that small tables keep most of their rows for training.
     """
-    count = max(1, min(held_out, round(0.3 * len(rows))))
+    count = max(1, min(held_out, 3 * len(rows) // 10))
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     return [rows[i] for i in sorted(order[count:])], [rows[i] for i in sorted(order[:count])]
 
 
 def _read_jsonl(path: Path, text: str) -> list[Row]:
     rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -119,9 +120,9 @@ def _read_jsonl(path: Path, text: str) -> list[Row]:
 def _read_table(path: Path, text: str) -> list[Row]:
     # GLUE's .tsv files hold bare quotation marks; in .csv they delimit fields.
     if path.suffix == ".tsv":
-        reader = csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
+        reader = csv.DictReader(text.split("\n"), delimiter="\t", quoting=csv.QUOTE_NONE)
     else:
-        reader = csv.DictReader(text.splitlines(keepends=True))
+        reader = csv.DictReader(io.StringIO(text, newline=""))
     rows = []
     try:
         for row in reader:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ class MetricsWriter:
         kept = [line for line in read_metrics(directory) if line["step"] < keep_steps]
         self._file = path.open("w", encoding="utf-8")
         for line in kept:
-            self._file.write(json.dumps(line) + "\n")
+            self._file.write(json.dumps(_finite(line)) + "\n")
         self._board = _tensorboard(directory)
 
     def write(self, record: StepRecord, lr: float, history: History, seconds: float) -> None:
@@ -42,7 +43,7 @@ class MetricsWriter:
             "seconds": round(seconds, 3),
             "projected_grads": [float(f"{g:.6g}") for g in record.projected_grads],
         }
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(json.dumps(_finite(line)) + "\n")
         self._file.flush()
         if self._board is not None:
             for name in ("loss", "lr", "queries", "forwards"):
@@ -63,10 +64,27 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
-            lines.append(json.loads(line))
+            lines.append(_nan(json.loads(line)))
         except json.JSONDecodeError:
             break
     return lines
+
+
+def _finite(line: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: null stands for it."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, list):
+            return [plain(v) for v in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {k: plain(v) for k, v in line.items()}
+
+
+def _nan(line: dict[str, Any]) -> dict[str, Any]:
+    if line["loss"] is None:
+        line["loss"] = math.nan
+    return line
 
 
 def _tensorboard(directory: Path) -> Any:

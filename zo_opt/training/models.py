@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from zo_opt.errors import ZOError
 from zo_opt.training import builtin
@@ -58,11 +59,23 @@ def load_model(
             if head == "classification":
                 options["num_labels"] = labels
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-            model: Any = auto.from_pretrained(source, dtype="auto", **options)
+            with torch.random.fork_rng():  # a new head is drawn from the global random state
+                model: Any
+                model, loaded = auto.from_pretrained(
+                    source, dtype="auto", use_safetensors=True, output_loading_info=True, **options
+                )
+            if head == "lm" and loaded["missing_keys"]:
+                raise ZOError(
+                    f"model {name_or_path!r} lacks the weights {', '.join(sorted(loaded['missing_keys'])[:3])}, which would be "
+                    "random; give a checkpoint with its language-model head, or --head classification to train a new one."
+                )
+            _draw_new_weights(model, sorted(loaded["missing_keys"]))
     except ZOError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "trust_remote_code" in str(error):
+            reason = "it brings Python code of its own, which runs with --trust_remote_code alone"
         raise ZOError(
             f"model {name_or_path!r} could not be loaded ({reason}); give {builtin.DEFAULT_MODEL!r}, a local directory or a Hugging Face id."
         ) from error
@@ -77,12 +90,25 @@ def load_model(
 
 
 def classification_heads(model: Any) -> list[str]:
-    """Children of a classification model outside its base: new modules, trained whole."""
+    """New modules of a classification model (drawn, not loaded), trained and saved whole; BERT's are pooler and classifier."""
+    if getattr(model, "new_modules", None):
+        return list(model.new_modules)
     return [
         n
         for n, child in model.named_children()
         if child is not model.base_model and any(True for _ in child.parameters())
     ]
+
+
+@torch.no_grad()
+def _draw_new_weights(model: Any, names: list[str]) -> None:
+    """The same start for a new head in every run: redrawn with a generator of its own."""
+    generator = torch.Generator().manual_seed(0)
+    for name in names:
+        parameter = model.get_parameter(name)
+        if parameter.ndim > 1:
+            parameter.normal_(std=getattr(model.config, "initializer_range", 0.02), generator=generator)
+    model.new_modules = sorted({name.rpartition(".")[0] for name in names})
 
 
 def pick_device(name: str) -> torch.device:

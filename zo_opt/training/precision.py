@@ -6,6 +6,7 @@ correlate 0.59 with fp32's, in this form 0.96, and 0.9993 at 1e-2, at nearly the
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -26,6 +27,18 @@ class MixedLinear(nn.Linear):
         return product if self.bias is None else product + self.bias
 
 
+@lru_cache(maxsize=1)
+def _mixed_conv1d(conv1d: type) -> type:
+    """Conv1D with a bf16 weight: fp32 in, bf16 product, fp32 out."""
+
+    class MixedConv1D(conv1d):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            product: Tensor = (x.to(self.weight.dtype) @ self.weight).to(x.dtype) + self.bias
+            return product
+
+    return MixedConv1D
+
+
 def set_precision(model: nn.Module, precision: str, device: torch.device) -> str:
     """Bring a model into the form asked for, in place; returns the form taken ("mixed" or "fp32").
 
@@ -38,17 +51,21 @@ def set_precision(model: nn.Module, precision: str, device: torch.device) -> str
         raise ZOError(f"precision={precision!r} is not known; choose one of {', '.join(PRECISIONS)}.")
     if precision == "auto":
         precision = "mixed" if bf16_is_fast(device) else "fp32"
+    from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
+
+    kinds: dict[type, type] = {nn.Linear: MixedLinear, Conv1D: _mixed_conv1d(Conv1D)}
     linear = {
-        n: m for n, m in model.named_modules() if type(m) is nn.Linear and m.weight.is_floating_point() and layer_of(n)
+        n: m for n, m in model.named_modules() if type(m) in kinds and m.weight.is_floating_point() and layer_of(n)
     }
     if precision == "mixed":
         for module in linear.values():
-            module.__class__ = MixedLinear  # names, hooks and isinstance checks stay as they are
+            module.__class__ = kinds[type(module)]  # names, hooks and isinstance checks stay as they are
             module.weight.data = module.weight.data.to(torch.bfloat16)
     low = {id(m.weight) for m in linear.values()} if precision == "mixed" else set()
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.is_floating_point() and id(tensor) not in low:
-            tensor.data = tensor.data.float()
+            # In mixed form a copy lets go of the checkpoint's file, which otherwise stays mapped into memory as a whole.
+            tensor.data = tensor.data.float() if precision == "fp32" else tensor.data.to(torch.float32, copy=True)
     return precision
 
 

@@ -118,7 +118,12 @@ def custom_task(
     """A task for the user's own table: ``{text}`` in the template is the text column, any other name a column."""
     template = template if template is not None else "{text}\nLabel:"
     words = parse_verbalizers(verbalizers, labels) if verbalizers is not None else {label: label for label in labels}
-    if not placeholders(template):
+    shown = [name for name in placeholders(template) if name != "mask"]
+    try:
+        template.format(**dict.fromkeys(["mask", *shown], ""))
+    except (ValueError, LookupError, AttributeError) as error:
+        raise ZOError(f"template {template!r} is not well formed ({error}); write columns as {{name}}.") from error
+    if not shown:
         raise ZOError(f"template {template!r} shows nothing of the row; put a column in braces, such as {{text}}.")
     return Task("custom", template, words, label_column=label_column, columns={"text": text_column})
 
@@ -132,9 +137,13 @@ def parse_verbalizers(text: str, labels: Sequence[str]) -> dict[str, str]:
     {'0': 'terrible', '1': 'great'}
     """
     parts = [part.strip() for part in text.split(",")]
-    if all("=" in part for part in parts):
-        words = {label.strip(): word.strip() for label, word in (part.split("=", 1) for part in parts)}
-    elif len(parts) == len(labels):
+    named = ["=" in part for part in parts]
+    if all(named):
+        pairs = [(label.strip(), word.strip()) for label, word in (part.split("=", 1) for part in parts)]
+        if sorted(label for label, _ in pairs) != sorted(labels):
+            raise ZOError(f"verbalizers {text!r} must name each of the labels {', '.join(labels)} once.")
+        words = dict(pairs)
+    elif len(parts) == len(labels) and not any(named):
         words = dict(zip(labels, parts, strict=True))
     else:
         raise ZOError(
