@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from zo_opt import AdaZeta, MeZO, NonFiniteLossError, ZOError, query_modes
+from zo_opt import AdaZeta, MeZO, NonFiniteLossError, ZOError, perturbation, query_modes
 from zo_opt.directions import DIRECTIONS, StepDirections, Stream, get_directions
 from zo_opt.optim import OPTIMIZERS, UPDATE_RULES, Adam, ClipProjectedGrads, NormalizeProjectedGrads
 from zo_opt.schedules import adazeta_queries, constant_queries
@@ -288,7 +288,7 @@ def test_chunks_and_redrawn_directions_give_the_same_bits(name, directions, rule
     options = {"directions": directions, "query_schedule": constant_queries(3)}
     whole = run(4, name, **options, update_rule=UPDATE_RULES[rule]())
     monkeypatch.setattr(StepDirections, "KEPT", 0)
-    monkeypatch.setattr(query_modes, "CHUNK", 5)
+    monkeypatch.setattr(perturbation, "CHUNK", 5)
     assert same(run(4, name, **options, update_rule=UPDATE_RULES[rule]()), whole)
 
 

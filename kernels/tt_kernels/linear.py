@@ -2,7 +2,7 @@
 
 Shape suffixes: T tokens (any leading axes), M = prod in_dims, N = prod out_dims, R the rank in the middle of the train.
 The pair costs the least for any number of tokens worth speaking of: measured 0.97 to 1.05 of a plain rank-R pair, while
-contracting core after core costs 3 to 10 (docs/kernels.md).
+contracting core after core costs 3 to 10.
 """
 
 from __future__ import annotations

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from zo_opt import query_modes
+from zo_opt import perturbation, query_modes
 from zo_opt.directions import Directions, StepDirections, get_directions
 from zo_opt.errors import NonFiniteLossError, ZOError
 from zo_opt.estimators import Estimate, combine, two_sided
+from zo_opt.nesting import batch_size
 from zo_opt.optim.step_control import StepControl
 from zo_opt.optim.update_rules import SGD, UpdateRule
-from zo_opt.query_modes import Losses, Perturbed
+from zo_opt.perturbation import Perturbed
+from zo_opt.query_modes import Losses
 from zo_opt.schedules import History, QuerySchedule, constant_queries
 
 
@@ -243,7 +245,7 @@ class ZerothOrderOptimizer(Optimizer):
                 f"the query schedule returned {queries} at step {self.step_count}; it must return at least 1."
             )
         if self.query_mode == "split" and batch is not None:
-            return min(queries, query_modes.batch_size(batch))
+            return min(queries, batch_size(batch))
         return queries
 
     def _evaluator(
@@ -285,9 +287,9 @@ class ZerothOrderOptimizer(Optimizer):
         """One sweep: for each chunk, g = sum_q coefficient_q z_q, decay, update rule."""
         for index, (group, parameter) in enumerate(self._trainables()):
             state = self._state_of(parameter)
-            flat = query_modes.flat(parameter)
-            for start in range(0, parameter.numel(), query_modes.CHUNK):
-                stop = min(start + query_modes.CHUNK, parameter.numel())
+            flat = perturbation.flat(parameter)
+            for start in range(0, parameter.numel(), perturbation.CHUNK):
+                stop = min(start + perturbation.CHUNK, parameter.numel())
                 gradient = torch.zeros(stop - start, device=parameter.device)
                 for query, coefficient in coefficients.items():
                     gradient.add_(directions.slice(query, index, start, stop), alpha=coefficient)

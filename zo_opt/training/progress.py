@@ -57,18 +57,20 @@ class _Bar(Tracker):
 
 
 class _Lines(Tracker):
-    """Ten lines for the whole stretch, so that logs stay short."""
+    """At most ten lines for the whole stretch and one in two seconds, and the last, so that logs stay short."""
 
     def __init__(self, reporter: Reporter, what: str, total: int, unit: str) -> None:
         self._reporter, self._what, self._total, self._unit = reporter, what, total, unit
-        self._done, self._shown, self._start = 0, 0, time.monotonic()
+        self._done, self._shown = 0, 0
+        self._start = self._last = time.monotonic()
 
     def advance(self, count: int, note: str = "") -> None:
         self._done += count
-        tenth = 10 * self._done // self._total
-        if tenth > self._shown:
-            self._shown = tenth
-            elapsed = time.monotonic() - self._start
+        tenth, now = 10 * self._done // self._total, time.monotonic()
+        finished = self._done >= self._total and note
+        if tenth > self._shown and (now - self._last > 2 or finished):
+            self._shown, self._last = tenth, now
+            elapsed = now - self._start
             left = elapsed * (self._total - self._done) / self._done
             parts = [
                 f"{self._what}: {self._done}/{self._total} {self._unit}",

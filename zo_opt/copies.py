@@ -1,0 +1,136 @@
+"""Several copies of a module's trainables in one forward: ``vmap`` over ``functional_call``."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from zo_opt.errors import ZOError
+from zo_opt.nesting import Leaves
+from zo_opt.perturbation import Perturbed
+
+_UNMAPPABLE: WeakSet[nn.Module] = WeakSet()  # models on which vmap failed once: warned about, then run copy by copy
+
+
+class Copies:
+    """Runs the closure on several copies of the trainables in one forward."""
+
+    def __init__(self, module: nn.Module, perturbed: Perturbed, closure: Callable[..., Any]) -> None:
+        # Every place that holds a parameter, each module once: functional_call's own tying restores a module that has
+        # two names with the copies instead of the parameters.
+        names: dict[int, list[str]] = {}
+        for prefix, owner in module.named_modules(prefix="module"):
+            for name, p in owner.named_parameters(recurse=False, remove_duplicate=False):
+                names.setdefault(id(p), []).append(f"{prefix}.{name}")
+        missing = sum(id(p) not in names for p in perturbed.parameters)
+        if missing:
+            raise ZOError(
+                f"{missing} of the optimizer's parameters are not in the module given; pass the module that owns them."
+            )
+        self._names = [names[id(p)] for p in perturbed.parameters]
+        self._perturbed = perturbed
+        self._closure = _ClosureModule(module, closure)
+
+    def __call__(self, points: Sequence[tuple[int, float]], batch: Any, *, split: bool) -> Tensor:
+        """Losses at ``theta + scale * z_query`` for each (query, scale): float64, shape (len(points),)."""
+        self._perturbed.directions.keep(1 + max(q for q, _ in points))
+        stacked = zip(self._names, self._perturbed.stacked(points), strict=True)
+        copies = {name: copy for names, copy in stacked for name in names}
+        tensors = Leaves(batch)
+
+        def loss(parameters: dict[str, Tensor], leaves: list[Tensor]) -> Tensor:
+            value = functional_call(self._closure, parameters, (tensors.rebuild(leaves),), tie_weights=False)
+            return value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
+
+        failure: Exception | None = None
+        if not self._closure.unmappable:
+            try:
+                with _masks_without_branches(), _attention_that_maps(tensors.leaves):
+                    run = vmap(loss, in_dims=(0, 0 if split and tensors.leaves else None), randomness="same")
+                    return run(copies, tensors.leaves).double().cpu()
+            except (RuntimeError, ValueError) as error:
+                if isinstance(error, ZOError) or "out of memory" in str(error).lower():
+                    raise
+                failure = error
+        values = [
+            as_scalar(
+                loss({k: v[i] for k, v in copies.items()}, [x[i] for x in tensors.leaves] if split else tensors.leaves)
+            )
+            for i in range(len(points))
+        ]
+        if failure is not None:  # one by one it works, so that vmap is to blame and not the closure
+            self._closure.give_up(failure)
+        return torch.tensor(values, dtype=torch.float64)
+
+
+def as_scalar(loss: Any) -> float:
+    """What a closure returned, as a number.
+
+    Raises:
+        ZOError: it is no scalar.
+    """
+    if isinstance(loss, Tensor):
+        if loss.numel() != 1:
+            raise ZOError(f"the closure returned a tensor of shape {tuple(loss.shape)}; return one loss (a scalar).")
+        return float(loss.detach())
+    if loss is None:
+        raise ZOError("the closure returned None; return the loss (a float or a scalar tensor).")
+    return float(loss)
+
+
+class _ClosureModule(nn.Module):
+    """A closure over a module as a module, so that ``functional_call`` can replace the module's parameters."""
+
+    def __init__(self, module: nn.Module, closure: Callable[..., Any]) -> None:
+        super().__init__()
+        self.module = module
+        self._closure = (closure,)  # in a tuple: a closure that is a module must not become a submodule
+
+    def forward(self, batch: Any) -> Any:
+        return self._closure[0](batch)
+
+    @property
+    def unmappable(self) -> bool:
+        return self.module in _UNMAPPABLE
+
+    def give_up(self, error: Exception) -> None:
+        _UNMAPPABLE.add(self.module)
+        reason = str(error).strip().splitlines()[0]
+        warnings.warn(
+            f"copies of this model cannot share a forward ({reason}); evaluating them one by one.", stacklevel=6
+        )
+
+
+@contextmanager
+def _masks_without_branches() -> Iterator[None]:
+    """Let transformers build attention masks as it does when traced: without reading the padding mask's values.
+
+    Its shortcut for batches without padding is a branch on data, which ``vmap`` cannot follow.
+    """
+    masking = sys.modules.get("transformers.masking_utils")
+    original = getattr(masking, "is_tracing", None)
+    if masking is None or original is None:
+        yield
+        return
+    masking.is_tracing = lambda tensor=None: True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        masking.is_tracing = original  # type: ignore[attr-defined]
+
+
+def _attention_that_maps(leaves: Sequence[Tensor]) -> AbstractContextManager[None]:
+    """On the CPU the fused attention kernel has no batching rule: ``vmap`` would run it copy by copy."""
+    if any(x.device.type != "cpu" for x in leaves):
+        return nullcontext()
+    context: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
+    return context
