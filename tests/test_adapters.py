@@ -457,3 +457,20 @@ def test_saving_twice_keeps_the_last(tmp_path):
     model = saved(tmp_path, rank=3)
     again = load_adapter_model(build("llama"), tmp_path)
     assert all(torch.equal(p, again.trainable_state()[n]) for n, p in model.trainable_state().items())
+
+
+def test_adapters_inside_an_adapted_layer_are_saved_whole(tmp_path):
+    """A layer on the residual stream and a module within it: the inner adapter's frozen cores belong to the file too."""
+    options = {"rank": 2, "bottleneck": 2, "output_rank": 1, "trainable": "mixing", "layers": [1]}
+    config = TTConfig(**options, target_modules=["residual", "down_proj"])
+    torch.manual_seed(0)
+    base = transformers.LlamaForCausalLM(CONFIGS["llama"]())
+    plain = copy.deepcopy(base)
+    adapted = get_adapter_model(base, config)
+    for parameter in adapted.adapter_state().values():
+        parameter.add_(0.1)
+    adapted.save_pretrained(tmp_path)
+    ids = torch.arange(5, 11).unsqueeze(0)
+    loaded = load_adapter_model(plain, tmp_path)
+    assert torch.equal(loaded(input_ids=ids).logits, adapted(input_ids=ids).logits)
+    assert len(adapted.adapter_state()) == sum("adapter" in n for n, _ in adapted.named_parameters())

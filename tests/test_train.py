@@ -24,11 +24,12 @@ from safetensors.torch import load_file
 
 from zo_opt import load_adapter_model, trainable_parameters
 from zo_opt.adapters.tt_init import FEATURES
+from zo_opt.cli.main import main
 from zo_opt.directions import DIRECTIONS
 from zo_opt.optim import OPTIMIZERS, UPDATE_RULES
 from zo_opt.query_modes import QUERY_MODES
 from zo_opt.schedules import History, adazeta_queries
-from zo_opt.training import TrainConfig, train
+from zo_opt.training import TrainConfig, loop, train
 from zo_opt.training.batches import ORDERS
 from zo_opt.training.config import LR_SCHEDULES
 from zo_opt.training.data import make_examples, read_rows
@@ -121,7 +122,7 @@ def test_results_say_what_was_spent(finished: tuple[Path, list[str]], tiny_model
     assert out["peak_memory"] > 1 << 20
     assert out["train_rows"] == 64
     assert out["dropped"] == out["truncated"] == 0
-    assert out["cached_rows"] == 96
+    assert out["prepared_rows"] == 96
     assert 0 < out["cache_bytes"] <= 1024 << 20
     assert out["versions"]["torch"] == torch.__version__
 
@@ -593,3 +594,47 @@ def test_shared_data(toy_options: Options, tmp_path: Path) -> None:
         assert run_main(toy_options(output_dir=tmp_path / task, **files, **options, eval_batch_size=256)) == 0
         assert results(tmp_path / task)["train_rows"] == 40
     assert results(tmp_path / "sst2")["after"]["rows"] == 872
+
+
+def test_mezo_is_not_adazeta_under_another_name(tiny_dir, sentiment_files, tmp_path):
+    """Without further options mezo takes one query a step and plain SGD, adazeta its schedule and Adam."""
+    queries = {}
+    for optimizer in ("mezo", "adazeta"):
+        out = tmp_path / optimizer
+        arguments = ["--optimizer", optimizer, "--steps", "2", "--output_dir", str(out), "--max_train_rows", "16"]
+        model = ["--model_name_or_path", str(tiny_dir("llama")), "--train_file", str(sentiment_files.train)]
+        assert main(["train", *arguments, *model]) == 0
+        queries[optimizer] = json.loads((out / "results.json").read_text())["queries"]
+    assert queries == {"mezo": 2, "adazeta": 16}
+
+
+def test_an_interrupt_before_the_first_step_leaves_nothing(tiny_dir, sentiment_files, tmp_path, monkeypatch):
+    """No checkpoint exists yet: the directory must be free for a fresh start."""
+
+    def interrupt(*_args: object, **_options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("zo_opt.training.loop.evaluate", interrupt)
+    model = ["--model_name_or_path", str(tiny_dir("llama")), "--train_file", str(sentiment_files.train)]
+    assert main(["train", "--output_dir", str(tmp_path / "out"), *model]) == 130
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupt_in_the_last_evaluation_repeats_no_step(tiny_dir, sentiment_files, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    calls = []
+    real = loop.evaluate
+
+    def interrupt_the_second(*args: object, **options: object) -> object:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    monkeypatch.setattr(loop, "evaluate", interrupt_the_second)
+    arguments = ["--steps", "3", "--output_dir", str(out), "--model_name_or_path", str(tiny_dir("llama"))]
+    assert main(["train", *arguments, "--train_file", str(sentiment_files.train)]) == 130
+    lines = (out / "metrics.jsonl").read_text()
+    assert main(["train", "--output_dir", str(out), "--resume"]) == 0
+    assert (out / "metrics.jsonl").read_text() == lines
+    assert json.loads((out / "results.json").read_text())["steps"] == 3

@@ -49,7 +49,9 @@ class Copies:
 
         def loss(parameters: dict[str, Tensor], leaves: list[Tensor]) -> Tensor:
             value = functional_call(self._closure, parameters, (tensors.rebuild(leaves),), tie_weights=False)
-            return value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
+            if isinstance(value, Tensor) and value.numel() == 1:
+                return value.reshape(())
+            return torch.tensor(as_scalar(value), dtype=torch.float64)
 
         failure: Exception | None = None
         if not self._closure.unmappable:

@@ -116,15 +116,14 @@ class StepDirections:
         self._sizes = [p.numel() for p in self._parameters]
         self._kept: tuple[int, Tensor] | None = None
 
-    def keep(self, queries: int) -> bool:
+    def keep(self, queries: int) -> None:
         """Draw the directions of the first ``queries`` queries at once, where they are small enough to be kept."""
         devices = {p.device for p in self._parameters}
         if len(devices) != 1 or queries * sum(self._sizes) > self.KEPT:
-            return False
+            return
         if self._kept is None or self._kept[0] < queries:
             whole = self._kind.whole(self._seed, self._step, queries, self._sizes, devices.pop())
             self._kept = (queries, whole)
-        return True
 
     def slice(self, query: int, parameter: int, start: int, stop: int) -> Tensor:
         """Entries of one query's direction within one parameter: float32, shape (stop - start,)."""

@@ -42,8 +42,16 @@ class Perturbed:
         try:
             yield originals
         finally:
-            for parameter, original in zip(self.parameters, originals, strict=True):
-                parameter.copy_(original)
+            interrupted: KeyboardInterrupt | None = None
+            while True:  # Ctrl-C during the restore itself: finish it first
+                try:
+                    for parameter, original in zip(self.parameters, originals, strict=True):
+                        parameter.copy_(original)
+                    break
+                except KeyboardInterrupt as interrupt:
+                    interrupted = interrupt
+            if interrupted is not None:
+                raise interrupted
 
     def move(self, originals: Sequence[Tensor], query: int, scale: float) -> None:
         """Set the parameters to ``original + scale * z_query``, a chunk at a time."""

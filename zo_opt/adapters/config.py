@@ -21,21 +21,29 @@ class AdapterConfig(ABC):
 
     target_modules: Sequence[str] | None = field(
         default=None,
+        kw_only=True,
         metadata={
             "help": "names (path endings) of the modules to adapt; None: the method's default for the architecture"
         },
     )
     layers: int | Sequence[int] | None = field(
-        default=None, metadata={"help": "an integer: the last so many layers; a list: these layers; None: all"}
+        default=None,
+        kw_only=True,
+        metadata={"help": "an integer: the last so many layers; a list: these layers; None: all"},
     )
     modules_to_save: Sequence[str] | None = field(
-        default=None, metadata={"help": "modules trained and saved whole, such as a new classification head"}
+        default=None,
+        kw_only=True,
+        metadata={"help": "modules trained and saved whole, such as a new classification head"},
     )
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "modules_to_save"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, str) and not _all(value, str):
+            if isinstance(value, str):
+                setattr(self, name, [value])
+                continue
+            if value is not None and not _all(value, str):
                 raise ZOError(f"{name}={value!r} is not possible; give a list of names, or None.")
         if self.layers is not None and type(self.layers) is not int and not _all(self.layers, int):
             raise ZOError(f"layers={self.layers!r} is not possible; give a whole number, a list of them, or None.")

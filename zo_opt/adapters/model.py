@@ -40,8 +40,9 @@ class AdapterModel(nn.Module):
 
     def adapter_state(self) -> dict[str, torch.Tensor]:
         """Everything the frozen model does not have: the adapters' tensors, frozen ones included, and modules_to_save."""
-        prefixes = tuple(f"{name}.adapter." for name in self.adapted)
-        return {n: p.detach() for n, p in self.wrapped.named_parameters() if p.requires_grad or n.startswith(prefixes)}
+        adapters = [m.adapter for m in self.wrapped.modules() if isinstance(m, SerialAdapter)]
+        own = {id(p) for adapter in adapters for p in adapter.parameters()}
+        return {n: p.detach() for n, p in self.wrapped.named_parameters() if p.requires_grad or id(p) in own}
 
     def save_pretrained(self, directory: str | Path, **_: Any) -> None:
         """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (the adapters alone, to the bit)."""
@@ -60,13 +61,14 @@ class AdapterModel(nn.Module):
                 f"adapters of type {self.adapter_config.adapter_type!r} are serial with a nonlinearity and cannot be merged into "
                 "the weights; keep them attached (load_adapter_model), or call unload() to remove them."
             )
-        raise NotImplementedError
+        return self.unload()
 
     def unload(self) -> nn.Module:
-        """Remove the adapters and return the frozen model as it was given."""
+        """Remove the adapters and return the model, frozen; ``modules_to_save`` keep what they learned."""
         for name in self.adapted:
-            adapted: Any = self.wrapped.get_submodule(name)
-            _replace(self.wrapped, name, adapted.base_layer)
+            adapted = self.wrapped.get_submodule(name)
+            if isinstance(adapted, SerialAdapter):
+                _replace(self.wrapped, name, adapted.base_layer)
         return self.wrapped
 
     def trainable_summary(self) -> str:

@@ -79,8 +79,7 @@ def _parser() -> ArgumentParser:
     evaluate = _Parser(description="Evaluate the model that a run of zo-opt train made.")
     evaluate.add_argument("run_dir", type=Path, help="the run's output_dir")
     evaluate.add_argument("--eval_file", type=Path | None, help="other rows, with the columns of the run's own")
-    evaluate.add_argument("--zero_shot", type=bool, default=False, help="leave the adapter out")
-    evaluate.let_flags_stand_alone()
+    evaluate.add_argument("--zero_shot", action="store_true", help="leave the adapter out")
     commands.add_subcommand("eval", evaluate, help="evaluate a run again, or on other rows")
     return parser
 

@@ -40,8 +40,8 @@ class ZerothOrderOptimizer(Optimizer):
     """A ``torch.optim.Optimizer`` whose gradients come from forward passes.
 
     Two phases: ``estimate`` perturbs, queries and restores; ``step`` applies the mean of the estimates made since the last step.
-    Estimates made before one step share their directions, so that accumulation over k micro-batches
-    equals one k times larger batch. Works with parameter groups and every torch lr scheduler.
+    Estimates made before one step share their directions, so that accumulation over k micro-batches of equal size
+    equals one k times larger batch (in split mode in expectation). Works with parameter groups and every torch lr scheduler.
 
     Args:
         params: parameters or groups; those that do not require grad are left alone. Groups may differ in ``lr`` and ``weight_decay``.
@@ -55,7 +55,7 @@ class ZerothOrderOptimizer(Optimizer):
         query_mode: ``"sequential"``, ``"batched"``, ``"split"`` or ``"auto"``; all but the first need ``module`` and a batch.
         module: the module that owns the parameters; dropout is off in it while losses are evaluated.
         update_rule: how the estimate moves the parameters; plain SGD by default.
-        step_control: functions applied in order to the projected gradients before the update.
+        step_control: :class:`~zo_opt.optim.step_control.StepControl` objects applied in order to the projected gradients before the update.
         max_failed_steps: this many steps in a row without any finite loss raise :class:`~zo_opt.errors.NonFiniteLossError`.
 
     Raises:
@@ -132,8 +132,9 @@ class ZerothOrderOptimizer(Optimizer):
             The mean loss over finite queries, a float32 scalar on the CPU (nan where none was finite).
         """
         parameters = [p for _, p in self._trainables()]
-        if self._step_directions is None:
+        if not self._pending:  # estimates before one step share their directions, hence their number
             self._queries = self._schedule_queries(batch)
+        if self._step_directions is None:
             self._step_directions = StepDirections(self.directions, self.seed, self.step_count, parameters)
         perturbed = Perturbed(parameters, self._step_directions)
         with self._evaluation_mode():

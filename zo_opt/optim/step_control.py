@@ -46,7 +46,7 @@ class ClipProjectedGrads(StepControl):
         self._mean_square: float | None = None
 
     def __call__(self, projected_grads: Tensor) -> Tensor:
-        if self._mean_square is None:
+        if not self._mean_square:  # the first step, or none so far told the two sides apart
             self._mean_square = float(projected_grads.square().mean())
         limit = self.factor * self._mean_square**0.5
         clipped = projected_grads.clamp(-limit, limit)

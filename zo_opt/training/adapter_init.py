@@ -92,7 +92,9 @@ def _adapter_inputs(
             assert places is not None, "ask can_place() first"
             rows, positions = places
             for name, x in seen.items():
-                collected[name].append(x[rows, positions].float().cpu())
+                # Some feed-forwards (OPT's) see all tokens on one axis.
+                x_NSH = x if x.ndim == 3 else x.unflatten(0, (-1, batch["input_ids"].shape[-1]))
+                collected[name].append(x_NSH[rows, positions].float().cpu())
             labels.append(batch["labels"].cpu())
             progress(len(indices))
     finally:
@@ -108,11 +110,19 @@ def _label_rows(model: AdapterModel, tokens: list[int]) -> Tensor:
     base: Any = model.base_model
     for owner in (base, getattr(base, "decoder", None)):
         for name in ("norm", "final_layer_norm", "ln_f"):
-            weight = getattr(getattr(owner, name, None), "weight", None)
-            if weight is not None and weight.shape == rows.shape[1:]:
-                rows = rows * weight.float().cpu()
-                return rows
+            norm = getattr(owner, name, None)
+            if norm is not None and norm.weight.shape == rows.shape[1:]:
+                return rows * _gain(norm)
     return rows
+
+
+def _gain(norm: nn.Module) -> Tensor:
+    """What a norm multiplies each normalised entry by, (H,): its weight, or one plus its weight (Gemma)."""
+    weight: Any = norm.weight
+    signs = torch.ones_like(weight, dtype=torch.float32)
+    signs[1::2] = -1
+    gain: Tensor = ((norm(signs) - norm(-signs)) / (2 * signs)).float().cpu()
+    return gain
 
 
 class _SeenError(Exception):

@@ -137,7 +137,8 @@ def _convert_gguf(gguf: Path, directory: Path) -> None:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     # A fresh model: the loaded one remembers that it was quantised and refuses to be saved.
-    model = AutoModelForCausalLM.from_config(config)
+    with torch.random.fork_rng():
+        model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(quantised.state_dict())
     model.save_pretrained(directory)
     AutoTokenizer.from_pretrained(gguf.parent, **source).save_pretrained(directory)

@@ -9,7 +9,7 @@ from typing import Any
 from zo_opt.adapters import ADAPTERS, TTConfig
 from zo_opt.adapters.tt_init import FEATURES
 from zo_opt.errors import ZOError
-from zo_opt.optim import SGD, UPDATE_RULES, ClipProjectedGrads, StepControl, UpdateRule
+from zo_opt.optim import UPDATE_RULES, Adam, ClipProjectedGrads, StepControl, UpdateRule
 from zo_opt.schedules import QuerySchedule, adazeta_queries, constant_queries
 from zo_opt.training import builtin
 from zo_opt.training.batches import ORDERS
@@ -51,10 +51,10 @@ class TrainConfig:
         layers: an integer: the last so many layers; a list: these layers; not given: all if random, else the one at two
             thirds of the depth.
         optimizer: adazeta or mezo.
-        lr: learning rate (0.01 if random, else 0.1).
+        lr: learning rate (with adam 0.1 for placed adapters, 0.003 for random ones; with sgd 0.1 and 0.0001).
         lr_schedule: linear (to zero), cosine or constant.
         warmup_steps: steps over which the learning rate rises from zero.
-        update_rule: sgd or adam, on the estimated gradient.
+        update_rule: sgd or adam, on the estimated gradient (adam for adazeta, sgd for mezo).
         beta1: Adam's decay of the first moment.
         beta2: Adam's decay of the second moment.
         clip: clip projected gradients at so many times their running root mean square; 0 turns it off.
@@ -62,11 +62,11 @@ class TrainConfig:
         zo_eps: perturbation scale.
         directions: gaussian or rademacher.
         query_mode: sequential, batched, split or auto.
-        query_schedule: adazeta (paper) or constant.
+        query_schedule: adazeta (paper) or constant; that of the optimizer (for mezo: constant, one query).
         alpha: AdaZeta's alpha, between 0 and 1.
         beta: AdaZeta's beta, between 0 and 1.
-        max_queries: AdaZeta's Q_max; the number of queries of the constant schedule.
-        min_queries: fewest queries a step takes.
+        max_queries: AdaZeta's Q_max (15); the number of queries of the constant schedule (1).
+        min_queries: fewest queries a step takes under AdaZeta's schedule.
         batch_size: examples a step.
         eval_batch_size: examples in an evaluation batch.
         batch_order: balanced (classes take turns) or shuffled.
@@ -109,7 +109,7 @@ class TrainConfig:
     lr: float | None = None
     lr_schedule: str = "linear"
     warmup_steps: int = 0
-    update_rule: str = "adam"
+    update_rule: str | None = None
     beta1: float = 0.9
     beta2: float = 0.99
     clip: float = 3.0
@@ -117,10 +117,10 @@ class TrainConfig:
     zo_eps: float = 1e-2
     directions: str = "rademacher"
     query_mode: str = "split"
-    query_schedule: str = "adazeta"
+    query_schedule: str | None = None
     alpha: float = 0.85
     beta: float = 0.4
-    max_queries: int = 15
+    max_queries: int | None = None
     min_queries: int = 8
 
     batch_size: int = 16
@@ -168,19 +168,22 @@ class TrainConfig:
         self.make_update_rule()
 
     def make_query_schedule(self) -> QuerySchedule:
-        """The query schedule asked for."""
-        if self.query_schedule == "constant":
-            return constant_queries(self.max_queries)
-        if self.query_schedule == "adazeta":
-            return adazeta_queries(self.alpha, self.beta, self.max_queries, self.min_queries)
-        raise ZOError(f"query_schedule={self.query_schedule!r} is not known; choose adazeta or constant.")
+        """The query schedule asked for, or the optimizer's own."""
+        kind = self.query_schedule or ("constant" if self.optimizer == "mezo" else "adazeta")
+        if kind == "constant":
+            return constant_queries(1 if self.max_queries is None else self.max_queries)
+        if kind == "adazeta":
+            return adazeta_queries(
+                self.alpha, self.beta, 15 if self.max_queries is None else self.max_queries, self.min_queries
+            )
+        raise ZOError(f"query_schedule={kind!r} is not known; choose adazeta or constant.")
 
     def make_update_rule(self) -> UpdateRule:
-        """The update rule asked for."""
-        if self.update_rule not in UPDATE_RULES:
-            raise ZOError(f"update_rule={self.update_rule!r} is not known; choose one of {', '.join(UPDATE_RULES)}.")
-        rule = UPDATE_RULES[self.update_rule]
-        return SGD() if rule is SGD else rule(beta1=self.beta1, beta2=self.beta2)  # type: ignore[call-arg]
+        """The update rule asked for, or the optimizer's own."""
+        kind = self.update_rule or ("sgd" if self.optimizer == "mezo" else "adam")
+        if kind not in UPDATE_RULES:
+            raise ZOError(f"update_rule={kind!r} is not known; choose one of {', '.join(UPDATE_RULES)}.")
+        return Adam(self.beta1, self.beta2) if UPDATE_RULES[kind] is Adam else UPDATE_RULES[kind]()
 
     def make_step_control(self) -> tuple[StepControl, ...]:
         """The step control asked for."""

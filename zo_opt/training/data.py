@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from zo_opt.errors import ZOError
-from zo_opt.training.tasks import Task
+from zo_opt.training.tasks import Task, label_text
 
 Row = dict[str, Any]
 
@@ -58,9 +58,7 @@ def make_examples(rows: Sequence[Row], task: Task, source: str) -> list[Example]
     for number, row in enumerate(rows, start=1):
         for column in task.required_columns():
             if row.get(column) is None:
-                raise ZOError(
-                    f"{source}, row {number}: there is no column {column!r}; its columns are {', '.join(map(str, row))}."
-                )
+                raise ZOError(f"{source}, row {number}: {_missing(row, column)}")
         label = task.label_of(row[task.label_column])
         if label is None:
             raise ZOError(
@@ -85,10 +83,8 @@ def column_values(rows: Sequence[Row], column: str, source: str) -> list[str]:
     """The different values of a column, sorted (numbers by size)."""
     for number, row in enumerate(rows, start=1):
         if row.get(column) is None:
-            raise ZOError(
-                f"{source}, row {number}: there is no column {column!r}; its columns are {', '.join(map(str, row))}."
-            )
-    values = {str(row[column]).strip() for row in rows}
+            raise ZOError(f"{source}, row {number}: {_missing(row, column)}")
+    values = {label_text(row[column]) for row in rows}
     return sorted(values, key=lambda v: (0, int(v), v) if v.lstrip("-").isdecimal() else (1, 0, v))
 
 
@@ -100,6 +96,12 @@ def hold_out(rows: Sequence[Row], held_out: int) -> tuple[list[Row], list[Row]]:
     count = max(1, min(held_out, 3 * len(rows) // 10))
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     return [rows[i] for i in sorted(order[count:])], [rows[i] for i in sorted(order[:count])]
+
+
+def _missing(row: Row, column: str) -> str:
+    if column in row:
+        return f"column {column!r} is empty; fill it or remove the row."
+    return f"there is no column {column!r}; its columns are {', '.join(map(str, row))}."
 
 
 def _read_jsonl(path: Path, text: str) -> list[Row]:

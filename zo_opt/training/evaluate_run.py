@@ -25,7 +25,7 @@ def read_config(run_dir: Path) -> TrainConfig:
     """
     path = run_dir / RUN_NAME
     try:
-        saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["config"]
+        saved: dict[str, Any] = read_record(run_dir)["config"]
         for name in ("train_file", "eval_file", "output_dir"):
             saved[name] = Path(saved[name]) if saved[name] is not None else None
         return TrainConfig(**saved)
@@ -33,6 +33,12 @@ def read_config(run_dir: Path) -> TrainConfig:
         raise ZOError(
             f"{path} is missing or damaged ({error}); give the output_dir of a run of zo-opt train."
         ) from error
+
+
+def read_record(run_dir: Path) -> dict[str, Any]:
+    """What run.json says: command, config, versions, start."""
+    record: dict[str, Any] = json.loads((run_dir / RUN_NAME).read_text(encoding="utf-8"))
+    return record
 
 
 def evaluate_run(run_dir: Path, eval_file: Path | None, zero_shot: bool, reporter: Reporter) -> Evaluation:

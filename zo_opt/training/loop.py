@@ -22,7 +22,7 @@ from zo_opt.optim import OPTIMIZERS, ZerothOrderOptimizer
 from zo_opt.training import checkpoint, report
 from zo_opt.training.batches import BatchOrder
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.evaluate_run import RUN_NAME, read_config
+from zo_opt.training.evaluate_run import RUN_NAME, read_config, read_record
 from zo_opt.training.evaluation import Evaluation, evaluate
 from zo_opt.training.metrics import MetricsWriter
 from zo_opt.training.progress import Reporter
@@ -67,15 +67,17 @@ def train(config: TrainConfig, reporter: Reporter, command: str) -> tuple[report
     with _output_directory(config) as output_dir:
         examples = load_examples(config, reporter)
         tools = build_tools(config, examples, reporter)
-        optimizer = make_optimizer(config, tools)
-        if not config.resume:
-            record = {"command": command, "config": config.to_dict(), "versions": versions(), "started": _now()}
-            write_atomically(output_dir / RUN_NAME, (json.dumps(record, indent=2) + "\n").encode())
-    reporter.say(f"{tools.model.trainable_summary()}, frozen base in {tools.precision} on {tools.device.type}")
-    return _Run(config, reporter, command, output_dir, tools, optimizer).go(), output_dir
+        order = BatchOrder(tools.train.labels, config.batch_size, config.seed, config.batch_order)
+        optimizer = make_optimizer(config, tools, order.steps_per_epoch)
+        reporter.say(f"{tools.model.trainable_summary()}, frozen base in {tools.precision} on {tools.device.type}")
+        if config.resume:
+            command = read_record(output_dir)["command"]
+        run = _Run(config, reporter, command, output_dir, tools, optimizer, order)
+        run.prepare()
+    return run.finish(), output_dir
 
 
-def make_optimizer(config: TrainConfig, tools: Tools) -> ZerothOrderOptimizer:
+def make_optimizer(config: TrainConfig, tools: Tools, steps_per_epoch: int) -> ZerothOrderOptimizer:
     """The optimizer that the options describe."""
     if config.optimizer not in OPTIMIZERS:
         raise ZOError(f"optimizer={config.optimizer!r} is not known; choose one of {', '.join(OPTIMIZERS)}.")
@@ -87,7 +89,7 @@ def make_optimizer(config: TrainConfig, tools: Tools) -> ZerothOrderOptimizer:
         seed=config.seed,
         directions=config.directions,
         query_schedule=config.make_query_schedule(),
-        steps_per_epoch=-(-len(tools.train) // config.batch_size),
+        steps_per_epoch=steps_per_epoch,
         query_mode=config.query_mode,
         module=tools.model,
         update_rule=config.make_update_rule(),
@@ -106,15 +108,17 @@ class _Run:
         output_dir: Path,
         tools: Tools,
         optimizer: ZerothOrderOptimizer,
+        order: BatchOrder,
     ) -> None:
         from transformers import get_scheduler
 
         self.config, self.reporter, self.command, self.output_dir = config, reporter, command, output_dir
         self.tools, self.optimizer, self.progress = tools, optimizer, Progress()
         self.lr_scheduler = get_scheduler(config.lr_schedule, optimizer, config.warmup_steps, config.steps)
-        self.order = BatchOrder(tools.train.labels, config.batch_size, config.seed, config.batch_order)
+        self.order = order
 
-    def go(self) -> report.Summary:
+    def prepare(self) -> None:
+        """Everything before the first step (or from the checkpoint on); only at its end are files written."""
         start = time.monotonic()
         if self.config.resume:
             extra = checkpoint.load_checkpoint(
@@ -126,10 +130,24 @@ class _Run:
         if not self.config.resume:
             self.tools.place_adapters(self.config, self.reporter)
             self.progress.before = self._evaluate("zero-shot evaluation").to_dict()
+            record = {
+                "command": self.command,
+                "config": self.config.to_dict(),
+                "versions": versions(),
+                "started": _now(),
+            }
+            self._save()
+            write_atomically(self.output_dir / RUN_NAME, (json.dumps(record, indent=2) + "\n").encode())
         self.progress.other_seconds += time.monotonic() - start
+
+    def finish(self) -> report.Summary:
+        """Train, evaluate, save and report."""
         self._train()
         start = time.monotonic()
-        after = self._evaluate("evaluation")
+        try:
+            after = self._evaluate("evaluation")
+        except KeyboardInterrupt:
+            raise InterruptedRunError(self.output_dir, self.optimizer.step_count, signal.SIGINT) from None
         self.tools.model.save_pretrained(self.output_dir)
         self.progress.other_seconds += time.monotonic() - start
         summary = self._summary(after)
@@ -155,9 +173,8 @@ class _Run:
         offset = self.progress.train_seconds
         start = time.monotonic()
         metrics = MetricsWriter(self.output_dir, keep_steps=optimizer.step_count)
-        self._save()
-        with metrics, _stop_signals() as stop, self.reporter.track("training", config.steps, "steps") as tracker:
-            tracker.advance(optimizer.step_count)
+        done = optimizer.step_count
+        with metrics, _stop_signals() as stop, self.reporter.track("training", config.steps, "steps", done) as tracker:
             while optimizer.step_count < config.steps:
                 batch = prepared.batch(self.order.indices(optimizer.step_count))
                 lr = self.lr_scheduler.get_last_lr()[0]
@@ -169,7 +186,7 @@ class _Run:
                 metrics.write(record, lr, optimizer.history, self.progress.train_seconds)
                 tracker.advance(1, self._note(record.loss, record.queries))
                 done = optimizer.step_count
-                if done % config.save_steps == 0 and done < config.steps:
+                if done % config.save_steps == 0 or done == config.steps:
                     self._save()
                 if stop.signum is not None:
                     self._save()
@@ -203,7 +220,7 @@ class _Run:
             queries=self.optimizer.history.queries,
             forwards=self.optimizer.history.forwards,
             forward_depth=depth,
-            cached_rows=cache.recorded_examples if cache is not None else 0,
+            prepared_rows=cache.recorded_examples if cache is not None else tools.placed_rows,
             cache_bytes=cache.bytes if cache is not None else 0,
             dropped=self.optimizer.dropped_queries,
             truncated=tools.train.truncated + tools.held_out.truncated,
@@ -232,7 +249,7 @@ class _Stop:
 
 @contextmanager
 def _stop_signals() -> Iterator[_Stop]:
-    """The first SIGINT or SIGTERM asks the loop to stop after the step; a second SIGINT stops at once."""
+    """The first SIGINT or SIGTERM asks the loop to stop after the step; a second one stops at once."""
     stop = _Stop()
 
     def ask(signum: int, _frame: FrameType | None) -> None:
@@ -280,7 +297,7 @@ def _output_directory(config: TrainConfig) -> Iterator[Path]:
 
 
 def _resumed_config(config: TrainConfig) -> TrainConfig:
-    """The options that the interrupted run was started with; those given now count only for where and how long to save."""
+    """The options that the interrupted run was started with; of those given now only save_steps counts."""
     if config.output_dir is None:
         raise ZOError("--resume needs --output_dir, the directory of the interrupted run.")
     checkpoint.read_state(config.output_dir / checkpoint.NAME)

@@ -68,10 +68,6 @@ class PrefixCache:
                 self._states[key] = kept
                 self.bytes += size
 
-    def missing(self, keys: Sequence[int]) -> list[int]:
-        """Those of the keys that are not kept."""
-        return [k for k in keys if k not in self._states]
-
     @property
     def full(self) -> bool:
         """Whether examples were left out for want of room."""
@@ -79,7 +75,10 @@ class PrefixCache:
 
     def batch(self, keys: Sequence[int], mask_BCS: Tensor) -> Tensor | None:
         """States of a batch padded as its mask is, (B, C, S, hidden); None where one of them is not kept."""
-        if self.missing(keys):
+        rows = [self._states.get(key) for key in keys]
+        lengths = mask_BCS.sum(-1).tolist()
+        # A batch that mixes label words of one and of several tokens asks for other sequences than were recorded.
+        if any(r is None or [len(t) for t in r] != n for r, n in zip(rows, lengths, strict=True)):
             return None
         first = self._states[keys[0]][0]
         out = first.new_zeros(*mask_BCS.shape, first.shape[-1])

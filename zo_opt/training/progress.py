@@ -22,10 +22,10 @@ class Reporter:
         self.console.print(sentence, markup=False)
 
     @contextmanager
-    def track(self, what: str, total: int, unit: str) -> Iterator[Tracker]:
-        """A stretch of work of ``total`` units."""
+    def track(self, what: str, total: int, unit: str, done: int = 0) -> Iterator[Tracker]:
+        """A stretch of work of ``total`` units, of which some are done already."""
         if not self.console.is_terminal:
-            yield _Lines(self, what, total, unit)
+            yield _Lines(self, what, total, unit, done)
             return
         columns = (
             SpinnerColumn(),
@@ -37,7 +37,7 @@ class Reporter:
             TextColumn("{task.fields[note]}"),
         )
         with Progress(*columns, console=self.console, transient=False) as progress:
-            yield _Bar(progress, progress.add_task(what, total=total, note=""))
+            yield _Bar(progress, progress.add_task(what, total=total, completed=done, note=""))
 
 
 class Tracker:
@@ -59,9 +59,9 @@ class _Bar(Tracker):
 class _Lines(Tracker):
     """At most ten lines for the whole stretch and one in two seconds, and the last, so that logs stay short."""
 
-    def __init__(self, reporter: Reporter, what: str, total: int, unit: str) -> None:
+    def __init__(self, reporter: Reporter, what: str, total: int, unit: str, done: int) -> None:
         self._reporter, self._what, self._total, self._unit = reporter, what, total, unit
-        self._done, self._shown = 0, 0
+        self._begin, self._done, self._shown = done, done, 10 * done // total
         self._start = self._last = time.monotonic()
 
     def advance(self, count: int, note: str = "") -> None:
@@ -71,7 +71,7 @@ class _Lines(Tracker):
         if tenth > self._shown and (now - self._last > 2 or finished):
             self._shown, self._last = tenth, now
             elapsed = now - self._start
-            left = elapsed * (self._total - self._done) / self._done
+            left = elapsed * (self._total - self._done) / (self._done - self._begin)
             parts = [
                 f"{self._what}: {self._done}/{self._total} {self._unit}",
                 f"{elapsed:.0f} s",

@@ -8,6 +8,7 @@ from torch import nn
 
 from zo_opt.adapters import TTConfig
 from zo_opt.errors import ZOError
+from zo_opt.optim import Adam
 from zo_opt.training.adapter_init import can_place
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.data import Example
@@ -49,7 +50,7 @@ def resolve(config: TrainConfig, model: nn.Module, scorer: Scorer, task: Task, e
             modules_to_save=classification_heads(model) if config.head == "classification" else None,
             seed=config.seed,
         )
-        return Recipe(adapter, init, config.lr if config.lr is not None else 1e-2)
+        return Recipe(adapter, init, _lr(config, adam=3e-3, sgd=1e-4))
     if not placeable:
         raise ZOError(
             f"adapter_init={init!r} needs a causal or masked model and label words that are the same in every row and "
@@ -61,12 +62,21 @@ def resolve(config: TrainConfig, model: nn.Module, scorer: Scorer, task: Task, e
         bottleneck=config.bottleneck if config.bottleneck is not None else classes,
         activation=config.activation,
         target_modules=config.target_modules if config.target_modules is not None else ["residual"],
-        layers=config.layers if config.layers is not None else [round(LAYER_SHARE * depth(model))],
+        layers=config.layers
+        if config.layers is not None
+        else [min(round(LAYER_SHARE * depth(model)), depth(model) - 1)],
         trainable="mixing",
         output_rank=classes - 1,
         seed=config.seed,
     )
-    return Recipe(adapter, init, config.lr if config.lr is not None else 0.1)
+    return Recipe(adapter, init, _lr(config, adam=0.1, sgd=0.1))
+
+
+def _lr(config: TrainConfig, *, adam: float, sgd: float) -> float:
+    """The learning rate given, or the recipe's for the update rule."""
+    if config.lr is not None:
+        return config.lr
+    return adam if isinstance(config.make_update_rule(), Adam) else sgd
 
 
 def depth(model: nn.Module) -> int:

@@ -33,7 +33,7 @@ class Summary:
     queries: int
     forwards: int
     forward_depth: float
-    cached_rows: int
+    prepared_rows: int
     cache_bytes: int
     dropped: int
     truncated: int
@@ -60,13 +60,11 @@ def write(directory: Path, summary: Summary) -> None:
 
 def markdown(s: Summary) -> str:
     """The summary as a short page."""
-    whole = s.forwards * s.forward_depth + s.cached_rows / s.batch_size
-    cost = f"{s.forwards:,} (two a step, batches of {s.batch_size})"
+    whole = s.forwards * s.forward_depth + s.prepared_rows / s.batch_size
+    cost = f"{s.forwards:,} in training ({s.forwards / s.steps:.3g} a step, batches of {s.batch_size})"
     if s.forward_depth < 1:
-        cost += (
-            f"; each ran {s.forward_depth:.0%} of the layers above the cached prefix, "
-            f"worth {whole:,.0f} whole passes with the filling of the cache"
-        )
+        cost += f", each through {s.forward_depth:.0%} of the layers, above the cached prefix"
+    cost += f"; {whole:,.0f} whole passes in all, with one over {s.prepared_rows:,} rows to cache and place"
     rows = [
         ("accuracy before", f"{s.before.accuracy:.1%} ± {_standard_error(s.before):.1%}"),
         ("accuracy after", f"**{s.after.accuracy:.1%}** ± {_standard_error(s.after):.1%} ({s.gain:+.1f} points)"),
@@ -135,7 +133,7 @@ def draw(metrics: list[dict[str, Any]], s: Summary, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     name = Path(s.model).name
     figure.suptitle(
-        f"{name} on {Path(s.task).name}: {s.gain:+.1f} points with {s.forwards:,} forward passes and no backward pass",
+        f"{name} on {Path(s.task).name}: {s.gain:+.1f} points in {s.forwards:,} training forward passes, no backward pass",
         fontsize=13,
     )
     figure.savefig(path)

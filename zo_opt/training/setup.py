@@ -21,7 +21,7 @@ from zo_opt.training.prefix_cache import PrefixCache, first_adapted_layer
 from zo_opt.training.progress import Reporter
 from zo_opt.training.recipe import Recipe, resolve
 from zo_opt.training.scoring import Scorer, make_scorer
-from zo_opt.training.tasks import Task, custom_task, get_task
+from zo_opt.training.tasks import Task, check_template, custom_task, get_task, parse_verbalizers, placeholders
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,11 @@ class Tools:
     device: torch.device
     recipe: Recipe
 
+    @property
+    def placed_rows(self) -> int:
+        """Rows whose hidden states say where adapters start."""
+        return 0 if self.recipe.init == "random" else len(self.train)
+
     def record_prefixes(self, config: TrainConfig, reporter: Reporter) -> None:
         """Fill the prefix cache, where there is one."""
         if self.cache is None:
@@ -68,7 +73,7 @@ class Tools:
 
     def place_adapters(self, config: TrainConfig, reporter: Reporter) -> None:
         """Start the adapters where they matter, where the recipe says so."""
-        if self.recipe.init == "random":
+        if self.placed_rows == 0:
             return
         with reporter.track("placing adapters", len(self.train), "rows") as tracker:
             initialise(
@@ -149,7 +154,8 @@ def _task_for_file(config: TrainConfig, rows: Sequence[data.Row]) -> Task:
     """The user's own task if a template or column is named or the built-in columns are not there."""
     task = get_task(config.task)
     columns = set(rows[0])
-    if config.template is None and config.verbalizers is None and set(task.required_columns()) <= columns:
+    named = (config.template, config.verbalizers, config.text_column, config.label_column)
+    if named == (None, None, "text", "label") and set(task.required_columns()) <= columns:
         return task
     labels = data.column_values(rows, config.label_column, str(config.train_file))
     if len(labels) > 100:
@@ -163,11 +169,12 @@ def _task_for_file(config: TrainConfig, rows: Sequence[data.Row]) -> Task:
 
 
 def _with_prompt(task: Task, config: TrainConfig) -> Task:
-    """A built-in task under the user's template or label words."""
-    if config.template is None and config.verbalizers is None:
-        return task
-    custom = custom_task(
-        task.labels, text_column=config.text_column, label_column=task.label_column,
-        template=config.template if config.template is not None else task.template, verbalizers=config.verbalizers,
-    )  # fmt: skip
-    return replace(custom, name=task.name)
+    """A built-in task under the user's template or label words; what is not given stays the task's own."""
+    template = check_template(config.template) if config.template is not None else task.template
+    words = task.verbalizers
+    if config.verbalizers is not None:
+        words = parse_verbalizers(config.verbalizers, task.labels)
+    columns = dict(task.columns)
+    if "text" in placeholders(template) and "text" not in columns:
+        columns["text"] = placeholders(task.template)[0]  # the text of a task with one text column
+    return replace(task, template=template, verbalizers=words, columns=columns)

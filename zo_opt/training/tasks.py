@@ -54,14 +54,17 @@ class Task:
 
     def label_of(self, value: Any) -> int | None:
         """The number of a label given by name or by number; None where it is unknown."""
-        if isinstance(value, bool):
-            value = str(value).lower()
-        text = str(value).strip()
+        text = label_text(value)
         if text in self.verbalizers:
             return self.labels.index(text)
-        if text.isdecimal() and int(text) < len(self.labels):
-            return int(text)
-        return None
+        # A number counts positions only where labels have names: of labels 1 and 2, 0 is not the first.
+        named = not any(label.lstrip("-").isdecimal() for label in self.labels)
+        return int(text) if named and text.isdecimal() and int(text) < len(self.labels) else None
+
+
+def label_text(value: Any) -> str:
+    """A label as text: JSON's true and false in JSON's spelling."""
+    return str(value).lower() if isinstance(value, bool) else str(value).strip()
 
 
 def placeholders(template: str) -> list[str]:
@@ -116,8 +119,13 @@ def custom_task(
     labels: Sequence[str], *, text_column: str, label_column: str, template: str | None, verbalizers: str | None
 ) -> Task:
     """A task for the user's own table: ``{text}`` in the template is the text column, any other name a column."""
-    template = template if template is not None else "{text}\nLabel:"
+    template = check_template(template if template is not None else "{text}\nLabel:")
     words = parse_verbalizers(verbalizers, labels) if verbalizers is not None else {label: label for label in labels}
+    return Task("custom", template, words, label_column=label_column, columns={"text": text_column})
+
+
+def check_template(template: str) -> str:
+    """The template, if it is well formed and shows something of the row."""
     shown = [name for name in placeholders(template) if name != "mask"]
     try:
         template.format(**dict.fromkeys(["mask", *shown], ""))
@@ -125,7 +133,7 @@ def custom_task(
         raise ZOError(f"template {template!r} is not well formed ({error}); write columns as {{name}}.") from error
     if not shown:
         raise ZOError(f"template {template!r} shows nothing of the row; put a column in braces, such as {{text}}.")
-    return Task("custom", template, words, label_column=label_column, columns={"text": text_column})
+    return template
 
 
 def parse_verbalizers(text: str, labels: Sequence[str]) -> dict[str, str]:

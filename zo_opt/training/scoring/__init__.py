@@ -10,7 +10,7 @@ from zo_opt.training.scoring.causal import CausalScorer
 from zo_opt.training.scoring.classification import ClassificationScorer
 from zo_opt.training.scoring.masked import MaskedScorer
 from zo_opt.training.scoring.seq2seq import Seq2SeqScorer
-from zo_opt.training.tasks import Task
+from zo_opt.training.tasks import Task, placeholders
 
 
 def make_scorer(model: Any, tokenizer: Any, task: Task, max_length: int | None = None) -> Scorer:
@@ -29,6 +29,10 @@ def make_scorer(model: Any, tokenizer: Any, task: Task, max_length: int | None =
     }
     for ending, kind in kinds.items():
         if architecture.endswith(ending):
+            if "mask" in placeholders(task.template) and kind not in (MaskedScorer, ClassificationScorer):
+                raise ZOError(
+                    f"the template {task.template!r} has a {{mask}}, which {architecture} does not predict; leave it out."
+                )
             return kind(model, tokenizer, task, max_length)
     raise ZOError(
         f"{architecture} has no output head that can score labels; load a causal, masked, encoder-decoder or sequence-classification model."
