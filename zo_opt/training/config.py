@@ -51,7 +51,7 @@ class TrainConfig:
         layers: an integer: the last so many layers; a list: these layers; not given: all if random, else the one at two
             thirds of the depth.
         optimizer: adazeta or mezo.
-        lr: learning rate (with adam 0.1 for placed adapters, 0.003 for random ones; with sgd 0.1 and 0.0001).
+        lr: learning rate (with adam 0.1 for placed adapters, 0.01 for random ones; with sgd 0.1 and 0.0001).
         lr_schedule: linear (to zero), cosine or constant.
         warmup_steps: steps over which the learning rate rises from zero.
         update_rule: sgd or adam, on the estimated gradient (adam for adazeta, sgd for mezo).

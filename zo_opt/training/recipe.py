@@ -50,7 +50,7 @@ def resolve(config: TrainConfig, model: nn.Module, scorer: Scorer, task: Task, e
             modules_to_save=classification_heads(model) if config.head == "classification" else None,
             seed=config.seed,
         )
-        return Recipe(adapter, init, _lr(config, adam=3e-3, sgd=1e-4))
+        return Recipe(adapter, init, _lr(config, adam=1e-2, sgd=1e-4))
     if not placeable:
         raise ZOError(
             f"adapter_init={init!r} needs a causal or masked model and label words that are the same in every row and "
