@@ -47,7 +47,6 @@ SELECT: list[dict[str, Any]] = [
     {"steps": 50, "update_rule": "sgd", "lr": 0.02},
     RANDOM | {"steps": 50, "lr": 0.003},
     RANDOM | {"steps": 50, "lr": 0.01},
-    COMPONENTS,
 ]
 
 CONFIRM: list[dict[str, Any]] = [PLACED, COMPONENTS, RANDOM | {"steps": 400}]
