@@ -48,8 +48,8 @@ class TrainConfig:
         activation: between down and up.
         target_modules: names of the modules to adapt ("residual": the residual stream where it enters a layer); the
             architecture's defaults if random, else residual.
-        layers: an integer: the last so many layers; a list: these layers; not given: all if random, else the one at two
-            thirds of the depth.
+        layers: an integer: the last so many layers; a list: these layers; not given: the last quarter if random, else the
+            one at two thirds of the depth.
         optimizer: adazeta or mezo.
         lr: learning rate (with adam 0.1 for placed adapters, 0.01 for random ones; with sgd 0.1 and 0.0001).
         lr_schedule: linear (to zero), cosine or constant.

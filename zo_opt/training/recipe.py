@@ -46,7 +46,7 @@ def resolve(config: TrainConfig, model: nn.Module, scorer: Scorer, task: Task, e
             bottleneck=config.bottleneck if config.bottleneck is not None else 64,
             activation=config.activation,
             target_modules=config.target_modules,
-            layers=config.layers,
+            layers=config.layers if config.layers is not None else -(-depth(model) // 4),
             modules_to_save=classification_heads(model) if config.head == "classification" else None,
             seed=config.seed,
         )
