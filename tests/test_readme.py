@@ -13,6 +13,7 @@ from zo_opt.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+OPTIMIZERS = (ROOT / "docs" / "optimizers.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = [
     line.split("#")[0].strip()
@@ -37,6 +38,11 @@ def test_python_blocks(tiny_dir: Callable[[str], Path], tmp_path: Path, monkeypa
     assert (tmp_path / "my-adapter" / "adapter_model.safetensors").is_file()
 
 
+def test_python_blocks_of_the_optimizers_page() -> None:
+    for block in re.findall(r"```python\n(.*?)```", OPTIMIZERS, flags=re.DOTALL):
+        exec(compile(block, "docs/optimizers.md", "exec"), {})
+
+
 @pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("zo-opt")])
 def test_make_and_pip_commands_are_what_ci_runs(command: str) -> None:
     ci = (ROOT / ".ci" / "run").read_text()
@@ -58,6 +64,8 @@ def test_command_lines(
     own = ["--train_file", str(toy), "--steps", "2", "--model_name_or_path", str(tiny_dir("llama"))]
     for command in (c for c in COMMANDS if c.startswith("zo-opt")):
         arguments = shlex.split(command)[1:]
-        if arguments[0] == "train":
+        if arguments[0] in {"train", "diagnose"}:
             arguments = [a for a in arguments if a not in {"./my-model", "--model_name_or_path"}] + own
+        if arguments[0] == "diagnose":
+            arguments += ["--queries", "4", "--eps_grid", "[0.01]"]
         assert main(arguments) == 0, command

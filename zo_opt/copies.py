@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zo_opt.errors import ZOError
 from zo_opt.nesting import Leaves
-from zo_opt.perturbation import Perturbed
+from zo_opt.perturbation import Perturbed, Point, as_scalar
 
 _UNMAPPABLE: WeakSet[nn.Module] = WeakSet()  # models on which vmap failed once: warned about, then run copy by copy
 
@@ -31,18 +31,17 @@ class Copies:
         for prefix, owner in module.named_modules(prefix="module"):
             for name, p in owner.named_parameters(recurse=False, remove_duplicate=False):
                 names.setdefault(id(p), []).append(f"{prefix}.{name}")
-        missing = sum(id(p) not in names for p in perturbed.parameters)
+        missing = sum(id(p) not in names for p in perturbed.trainables.parameters)
         if missing:
             raise ZOError(
                 f"{missing} of the optimizer's parameters are not in the module given; pass the module that owns them."
             )
-        self._names = [names[id(p)] for p in perturbed.parameters]
+        self._names = [names[id(p)] for p in perturbed.trainables.parameters]
         self._perturbed = perturbed
         self._closure = _ClosureModule(module, closure)
 
-    def __call__(self, points: Sequence[tuple[int, float]], batch: Any, *, split: bool) -> Tensor:
-        """Losses at ``theta + scale * z_query`` for each (query, scale): float64, shape (len(points),)."""
-        self._perturbed.directions.keep(1 + max(q for q, _ in points))
+    def __call__(self, points: Sequence[Point], batch: Any, *, split: bool) -> Tensor:
+        """Losses at each point: float64, shape (len(points),)."""
         stacked = zip(self._names, self._perturbed.stacked(points), strict=True)
         copies = {name: copy for names, copy in stacked for name in names}
         tensors = Leaves(batch)
@@ -72,21 +71,6 @@ class Copies:
         if failure is not None:  # one by one it works, so that vmap is to blame and not the closure
             self._closure.give_up(failure)
         return torch.tensor(values, dtype=torch.float64)
-
-
-def as_scalar(loss: Any) -> float:
-    """What a closure returned, as a number.
-
-    Raises:
-        ZOError: it is no scalar.
-    """
-    if isinstance(loss, Tensor):
-        if loss.numel() != 1:
-            raise ZOError(f"the closure returned a tensor of shape {tuple(loss.shape)}; return one loss (a scalar).")
-        return float(loss.detach())
-    if loss is None:
-        raise ZOError("the closure returned None; return the loss (a float or a scalar tensor).")
-    return float(loss)
 
 
 class _ClosureModule(nn.Module):

@@ -40,11 +40,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(parsed: Namespace, command: str) -> None:
+    from zo_opt.cli import diagnose, replay, schedule, train
     from zo_opt.cli import eval as evaluate
-    from zo_opt.cli import train
 
     if parsed.command == "train":
         train.run(parsed["train"], command)
+    elif parsed.command == "diagnose":
+        diagnose.run(parsed["diagnose"])
+    elif parsed.command == "schedule":
+        schedule.run(parsed["schedule"])
+    elif parsed.command == "replay":
+        replay.run(parsed["replay"])
     else:
         evaluate.run(parsed["eval"])
 
@@ -63,7 +69,9 @@ class _Parser(ArgumentParser):
 
 
 def _parser() -> ArgumentParser:
+    from zo_opt.cli.schedule import ScheduleConfig
     from zo_opt.training.config import TrainConfig
+    from zo_opt.training.diagnose import EPS_GRID
 
     parser = _Parser(
         prog="zo-opt", description="Fine-tune language models with forward passes alone.", version=__version__
@@ -81,6 +89,32 @@ def _parser() -> ArgumentParser:
     evaluate.add_argument("--eval_file", type=Path | None, help="other rows, with the columns of the run's own")
     evaluate.add_argument("--zero_shot", action="store_true", help="leave the adapter out")
     commands.add_subcommand("eval", evaluate, help="evaluate a run again, or on other rows")
+    diagnose = _Parser(
+        description="Measure which zo_eps, lr and precision a model and task can bear, without training."
+    )
+    diagnose.add_argument("--config", action="config", help="a YAML file of options")
+    diagnose.add_class_arguments(TrainConfig, None)
+    diagnose.add_argument("--queries", type=int, default=48, help="directions, each on an example of its own")
+    diagnose.add_argument("--eps_grid", type=list[float], default=list(EPS_GRID), help="values of zo_eps to try")
+    diagnose.add_argument(
+        "--out", type=Path, default=Path("diagnose.png"), help="the picture; numbers beside it as .json"
+    )
+    diagnose.let_flags_stand_alone()
+    commands.add_subcommand("diagnose", diagnose, help="find zo_eps, lr and precision before training")
+    schedule = _Parser(description="Show how many queries each step takes, and what that costs, before training.")
+    schedule.add_argument("--config", action="config", help="a YAML file of options")
+    schedule.add_class_arguments(ScheduleConfig, None)
+    schedule.let_flags_stand_alone()
+    commands.add_subcommand("schedule", schedule, help="show query schedules as a table and a picture")
+    replay = _Parser(
+        description="Rebuild the adapter that a run tuned, to the bit, from its base model and its journal."
+    )
+    replay.add_argument("journal", type=Path, help="the run's output_dir, or the journal in it")
+    replay.add_argument("--to", type=Path | None, help="a new directory for the adapter")
+    replay.add_argument("--steps", type=int | None, help="the adapter after so many steps; after all if not given")
+    replay.add_argument("--device", type=str | None, help="cpu, cuda or auto; the run's if not given")
+    replay.add_argument("--inexact", action="store_true", help="accept weights that differ from training's bits")
+    commands.add_subcommand("replay", replay, help="rebuild a tuned adapter from its journal")
     return parser
 
 

@@ -24,6 +24,8 @@ class AdaZeta(ZerothOrderOptimizer):
     (True, 2)
     """
 
+    name = "adazeta"
+
     def __init__(
         self,
         params: Iterable[Any],

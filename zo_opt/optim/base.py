@@ -4,36 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from zo_opt import perturbation, query_modes
-from zo_opt.directions import Directions, StepDirections, get_directions
+from zo_opt import query_modes
+from zo_opt.directions import Directions, StepDirections, Stream, get_directions
 from zo_opt.errors import NonFiniteLossError, ZOError
 from zo_opt.estimators import Estimate, combine, two_sided
 from zo_opt.nesting import batch_size
+from zo_opt.optim.line_search import LineSearch
+from zo_opt.optim.records import StepRecord, Update
+from zo_opt.optim.slots import Slots
 from zo_opt.optim.step_control import StepControl
 from zo_opt.optim.update_rules import SGD, UpdateRule
 from zo_opt.perturbation import Perturbed
-from zo_opt.query_modes import Losses
+from zo_opt.query_modes import Evaluator
+from zo_opt.rounding import round_into
 from zo_opt.schedules import History, QuerySchedule, constant_queries
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What the last step did: for logs, never needed by the mathematics."""
-
-    step: int
-    epoch: int
-    loss: float
-    queries: int
-    dropped: int
-    forwards: int
-    projected_grads: tuple[float, ...]
+from zo_opt.trainables import Piece, Trainables
 
 
 class ZerothOrderOptimizer(Optimizer):
@@ -42,6 +34,7 @@ class ZerothOrderOptimizer(Optimizer):
     Two phases: ``estimate`` perturbs, queries and restores; ``step`` applies the mean of the estimates made since the last step.
     Estimates made before one step share their directions, so that accumulation over k micro-batches of equal size
     equals one k times larger batch (in split mode in expectation). Works with parameter groups and every torch lr scheduler.
+    Parameters in bf16 or fp16 are updated with stochastic rounding, so that small updates count on average.
 
     Args:
         params: parameters or groups; those that do not require grad are left alone. Groups may differ in ``lr`` and ``weight_decay``.
@@ -49,18 +42,28 @@ class ZerothOrderOptimizer(Optimizer):
         zo_eps: perturbation scale, in parameter units.
         weight_decay: decoupled decay; applied to parameters of two axes or more, not to biases and norms.
         seed: all directions follow from it; the global random state is never touched.
-        directions: ``"gaussian"``, ``"rademacher"`` or a :class:`~zo_opt.directions.Directions`.
-        query_schedule: ``(step, epoch, history) -> queries``; see :mod:`zo_opt.schedules`.
-        steps_per_epoch: steps in an epoch, ceil(D / B); tells schedules the epoch.
+        directions: a name of :data:`~zo_opt.directions.DIRECTIONS` or a :class:`~zo_opt.directions.Directions`.
+        query_schedule: a callable (step, epoch, history) -> queries; one query a step by default.
+        steps_per_epoch: optimizer steps in an epoch, for schedules that count epochs.
         query_mode: ``"sequential"``, ``"batched"``, ``"split"`` or ``"auto"``; all but the first need ``module`` and a batch.
         module: the module that owns the parameters; dropout is off in it while losses are evaluated.
         update_rule: how the estimate moves the parameters; plain SGD by default.
         step_control: :class:`~zo_opt.optim.step_control.StepControl` objects applied in order to the projected gradients before the update.
+        line_search: tries several lengths of the step before it is taken (SGD only); costs forwards.
         max_failed_steps: this many steps in a row without any finite loss raise :class:`~zo_opt.errors.NonFiniteLossError`.
 
     Raises:
         ZOError: on impossible arguments.
     """
+
+    name = "zeroth-order"
+    # Tensors of the parameters' shapes that the method keeps, and what they start as.
+    slot_values: ClassVar[dict[str, float]] = {}
+    # Whether the move is along the step's own directions as they were evaluated, so that a line search can try it.
+    searchable = True
+    own_update_rule: ClassVar[bool] = False  # the method is an update rule and takes no other
+    own_directions: ClassVar[bool] = False  # the method is (also) a choice of directions
+    lr_is_a_length: ClassVar[bool] = False  # lr is in parameter units a step, whatever the gradient's scale
 
     def __init__(
         self,
@@ -77,6 +80,7 @@ class ZerothOrderOptimizer(Optimizer):
         module: nn.Module | None = None,
         update_rule: UpdateRule | None = None,
         step_control: Sequence[StepControl] = (),
+        line_search: LineSearch | None = None,
         max_failed_steps: int = 10,
     ) -> None:
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
@@ -103,6 +107,12 @@ class ZerothOrderOptimizer(Optimizer):
         self.steps_per_epoch, self.query_mode, self.module = steps_per_epoch, query_mode, module
         self.update_rule = update_rule if update_rule is not None else SGD()
         self.step_control = tuple(step_control)
+        self.line_search = line_search
+        if line_search is not None and not (self.update_rule.linear and self.searchable):
+            raise ZOError(
+                "a line search moves along the step's own estimate; use it with the plain SGD update rule and an optimizer "
+                "without memory, such as MeZO."
+            )
         self.max_failed_steps = max_failed_steps
         self.step_count = 0
         self.update_count = 0
@@ -110,10 +120,15 @@ class ZerothOrderOptimizer(Optimizer):
         self.failed_steps = 0
         self.dropped_queries = 0
         self.last_record: StepRecord | None = None
-        self._pending: list[Estimate] = []
+        self.last_update: Update | None = None
+        self._pending: list[tuple[Estimate, Evaluator]] = []
         self._step_directions: StepDirections | None = None
         self._queries = 0
-        self._trainables_checked = False
+        self._checked = False
+        self._trainables: Trainables | None = None
+        self._slots: Slots | None = None
+        self._pieces: list[tuple[Piece, int, bool]] | None = None
+        self._template: StepDirections | None = None
 
     @property
     def epoch(self) -> int:
@@ -131,15 +146,16 @@ class ZerothOrderOptimizer(Optimizer):
         Returns:
             The mean loss over finite queries, a float32 scalar on the CPU (nan where none was finite).
         """
-        parameters = [p for _, p in self._trainables()]
+        trainables = self.trainables()
         if not self._pending:  # estimates before one step share their directions, hence their number
             self._queries = self._schedule_queries(batch)
         if self._step_directions is None:
-            self._step_directions = StepDirections(self.directions, self.seed, self.step_count, parameters)
-        perturbed = Perturbed(parameters, self._step_directions)
+            self._step_directions = self._directions_of(self.step_count)
+        perturbed = Perturbed(trainables, self._step_directions, self._transform())
+        evaluator = Evaluator(perturbed, closure, batch, self.query_mode, self.module)
         with self._evaluation_mode():
-            estimate = two_sided(self._evaluator(perturbed, closure, batch), self._queries, self.zo_eps)
-        self._pending.append(estimate)
+            estimate = self._estimate(evaluator, self._queries)
+        self._pending.append((estimate, evaluator))
         return torch.tensor(estimate.loss)
 
     @torch.no_grad()
@@ -155,34 +171,126 @@ class ZerothOrderOptimizer(Optimizer):
         """
         if closure is not None:
             self.estimate(closure, batch)
-        if not self._pending:
-            raise ZOError("step() was called without an estimate; pass a closure, or call estimate(closure) first.")
-        assert self._step_directions is not None
-        estimate, directions = combine(self._pending), self._step_directions
-        record = StepRecord(
-            self.step_count, self.epoch, estimate.loss, len(estimate.projected_grads), estimate.dropped,
-            estimate.forwards, tuple(estimate.projected_grads.tolist()),
-        )  # fmt: skip
-        kept = estimate.projected_grads.isfinite()
-        self.last_record = record
-        self.history.queries += record.queries
-        self.history.forwards += record.forwards
-        self.dropped_queries += record.dropped
-        self._pending, self._step_directions = [], None
-        if not kept.any():
-            self.step_count += 1
+        loss, update = self._plan()
+        self._move(update)
+        if not update.coefficients:
             self._count_failure()
-            return torch.tensor(estimate.loss)
-        self.failed_steps = 0
-        weights = estimate.weights[kept] / estimate.weights[kept].sum()
-        projected_grads = estimate.projected_grads[kept]
-        for control in self.step_control:
-            projected_grads = control(projected_grads)
-        coefficients = dict(zip(kept.nonzero().flatten().tolist(), (weights * projected_grads).tolist(), strict=True))
-        self.update_count += 1
-        self._update(coefficients, directions)
+        return torch.tensor(loss)
+
+    @torch.no_grad()
+    def write_grad(self, closure: Callable[..., Any] | None = None, batch: Any = None) -> Tensor:
+        """Add the gradient estimate to ``.grad`` of every trainable, for any ``torch.optim`` optimizer to consume.
+
+        Takes the place of ``loss.backward()`` in a first-order loop; this optimizer's own lr, weight decay and update rule
+        are not used.
+
+        >>> theta = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
+        >>> from zo_opt import MeZO
+        >>> spsa, adamw = MeZO([theta], lr=0.0), torch.optim.AdamW([theta], lr=0.05)
+        >>> for _ in range(200):
+        ...     adamw.zero_grad()
+        ...     loss = spsa.write_grad(lambda: theta.square().sum())
+        ...     adamw.step()
+        >>> bool(theta.abs().max() < 0.1)
+        True
+        """
+        if closure is not None:
+            self.estimate(closure, batch)
+        loss, update = self._plan()
         self.step_count += 1
-        return torch.tensor(estimate.loss)
+        if not update.coefficients:
+            self._count_failure()
+            return torch.tensor(loss)
+        self.failed_steps = 0
+        self._prepare(update)
+        trainables, directions = self.trainables(), self._all_directions(update)
+        for i, parameter in enumerate(trainables.parameters):
+            start, memory = trainables.starts[i], trainables.memory(i)
+            piece = Piece(start, start + len(memory), memory, i)
+            gradient, factor = self._gradient(piece, update, directions, 1.0)
+            gradient = (gradient * factor).view(parameter.shape).to(parameter.dtype)
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        return torch.tensor(loss)
+
+    @torch.no_grad()
+    def apply(self, update: Update) -> None:
+        """Move the weights as one recorded step did: the second half of ``step``, and all that a replay needs.
+
+        Raises:
+            ZOError: the update is not of the next step.
+        """
+        if update.step != self.step_count or len(update.lrs) != len(self.param_groups):
+            raise ZOError(
+                f"an update of step {update.step} with {len(update.lrs)} groups cannot be applied at step "
+                f"{self.step_count} with {len(self.param_groups)}; apply every step once, in order."
+            )
+        self.trainables()
+        self._move(update)
+
+    # --- what methods differ in ---
+
+    def _estimate(self, evaluator: Evaluator, queries: int) -> Estimate:
+        """One micro-batch's estimate."""
+        return two_sided(evaluator, queries, self.zo_eps)
+
+    def _transform(self) -> Callable[[Tensor, int, int, Tensor], Tensor] | None:
+        """How directions depend on weights and state (see :class:`~zo_opt.perturbation.Perturbed`)."""
+        return None
+
+    def _update(self, estimate: Estimate, coefficients: tuple[float, ...]) -> Update:
+        """What the estimate asks for."""
+        return Update(self.step_count, self._lrs(), coefficients)
+
+    def _prepare(self, update: Update) -> None:
+        """Take in an update before its gradient is asked for: state of the whole axis."""
+
+    def _gradient(
+        self, piece: Piece, update: Update, directions: dict[int, StepDirections], scale: float
+    ) -> tuple[Tensor, float]:
+        """scale * sum_q c_q z_q over a piece, older directions included, as (tensor, factor); not to be changed in place.
+
+        A factor, so that a single direction needs no product of its own.
+        """
+        transform = self._transform()
+        terms = [
+            (step, query, scale * coefficient)
+            for step, coefficients in ((update.step, update.coefficients), *update.older)
+            for query, coefficient in enumerate(coefficients)
+            if coefficient != 0
+        ]
+        total: Tensor | None = None
+        for step, query, coefficient in terms:
+            z = directions[step].range(query, piece.start, piece.stop)
+            if transform is not None:
+                z = transform(z, piece.start, piece.stop, piece.values)
+            if len(terms) == 1:
+                return z, coefficient
+            total = z * coefficient if total is None else total.add_(z, alpha=coefficient)
+        return total if total is not None else torch.zeros(len(piece.values), device=piece.values.device), 1.0
+
+    def _progress(self) -> dict[str, Any]:
+        """What must survive a restart, as plain values."""
+        return {
+            "seed": self.seed,
+            "step": self.step_count,
+            "updates": self.update_count,
+            "zo_eps": self.zo_eps,
+            "history": asdict(self.history),
+            "failed_steps": self.failed_steps,
+            "dropped_queries": self.dropped_queries,
+            "step_control": [control.state_dict() for control in self.step_control],
+        }
+
+    def _load_progress(self, zo: dict[str, Any]) -> None:
+        self.seed, self.step_count, self.zo_eps = int(zo["seed"]), int(zo["step"]), float(zo["zo_eps"])
+        self._template = None  # it knows the seed
+        self.update_count = int(zo["updates"])
+        self.history = History(**zo["history"])
+        self.failed_steps, self.dropped_queries = int(zo["failed_steps"]), int(zo["dropped_queries"])
+        for control, state in zip(self.step_control, zo["step_control"], strict=True):
+            control.load_state_dict(state)
+
+    # --- state ---
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state with one more entry, ``"zo"``: everything the next step depends on besides the trainables."""
@@ -200,44 +308,133 @@ class ZerothOrderOptimizer(Optimizer):
         for index, parameter in zip(packed, (p for g in self.param_groups for p in g["params"]), strict=True):
             for name, tensor in state_dict["state"].get(index, {}).items():
                 self.state[parameter][name] = tensor.to(parameter.device, copy=True)
-        self._pending, self._step_directions = [], None
-        zo = state_dict["zo"]
-        self.seed, self.step_count, self.zo_eps = int(zo["seed"]), int(zo["step"]), float(zo["zo_eps"])
-        self.update_count = int(zo["updates"])
-        self.history = History(**zo["history"])
-        self.failed_steps, self.dropped_queries = int(zo["failed_steps"]), int(zo["dropped_queries"])
-        for control, state in zip(self.step_control, zo["step_control"], strict=True):
-            control.load_state_dict(state)
+        self._pending, self._step_directions, self._slots = [], None, None
+        self._load_progress(state_dict["zo"])
 
-    def _progress(self) -> dict[str, Any]:
-        return {
-            "seed": self.seed,
-            "step": self.step_count,
-            "updates": self.update_count,
-            "zo_eps": self.zo_eps,
-            "history": asdict(self.history),
-            "failed_steps": self.failed_steps,
-            "dropped_queries": self.dropped_queries,
-            "step_control": [control.state_dict() for control in self.step_control],
-        }
+    def trainables(self) -> Trainables:
+        """Unique parameters that require grad, in the order in which directions number them.
 
-    def _trainables(self) -> list[tuple[dict[str, Any], Tensor]]:
-        """Unique parameters that require grad, each with its group; the position numbers their directions."""
-        seen: set[int] = set()
-        trainables = []
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.requires_grad and id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    trainables.append((group, parameter))
-        if not self._trainables_checked:
-            for _, parameter in trainables:
-                if not parameter.isfinite().all():
+        Raises:
+            ZOError: there is none, or one holds NaN or infinity before training.
+        """
+        parameters = list({id(p): p for g in self.param_groups for p in g["params"] if p.requires_grad}.values())
+        if self._trainables is None or not self._trainables.is_current(parameters):
+            if not parameters:
+                raise ZOError("no parameter requires grad; give the optimizer trainable_parameters(model).")
+            if not self._checked:
+                if not all(p.isfinite().all() for p in parameters):
                     raise ZOError("a trainable holds NaN or infinity before training; load sound weights first.")
-            self._trainables_checked = True
-        if not trainables:
-            raise ZOError("no parameter requires grad; give the optimizer trainable_parameters(model).")
-        return trainables
+                self._checked = True
+            self._trainables = Trainables(parameters)
+            self._slots = self._pieces = self._template = None
+        return self._trainables
+
+    def slots(self) -> Slots:
+        """The method's and the update rule's tensors of the parameters' shapes."""
+        if self._slots is None:
+            trainables = self.trainables()
+            values = dict.fromkeys(self.update_rule.state_names, 0.0) | self.slot_values
+            self._slots = Slots(trainables, self.state, values)
+        return self._slots
+
+    # --- the machine ---
+
+    def _move(self, update: Update) -> None:
+        if update.coefficients:
+            self.failed_steps = 0
+            self.update_count += 1
+            self._prepare(update)
+            self._sweep(update)
+        self.last_update = update
+        self.step_count += 1
+
+    def _plan(self) -> tuple[float, Update]:
+        """From the pending estimates to the update: dropped queries, records, step control, line search."""
+        if not self._pending:
+            raise ZOError("step() was called without an estimate; pass a closure, or call estimate(closure) first.")
+        estimate, evaluators = combine([e for e, _ in self._pending]), [e for _, e in self._pending]
+        record = StepRecord(
+            self.step_count, self.epoch, estimate.loss, len(estimate.projected_grads), estimate.dropped,
+            estimate.forwards, tuple(estimate.projected_grads.tolist()),
+        )  # fmt: skip
+        kept = estimate.projected_grads.isfinite()
+        self.last_record = record
+        self.history.queries += record.queries
+        self.history.forwards += record.forwards
+        self.history.observe(record.projected_grads)
+        self.dropped_queries += record.dropped
+        self._pending, self._step_directions = [], None
+        least = max((control.least for control in self.step_control), default=1)
+        if kept.sum() < min(least, len(kept)):
+            return estimate.loss, Update(self.step_count, self._lrs(), ())
+        trainables = evaluators[0].perturbed.trainables
+        weights = estimate.weights[kept] / estimate.weights[kept].sum()
+        projected_grads = estimate.projected_grads[kept]
+        for control in self.step_control:
+            control.prepare(max(self._lrs()), trainables.total)
+            projected_grads = control(projected_grads)
+        coefficients = torch.zeros_like(estimate.projected_grads)
+        coefficients[kept] = weights * projected_grads
+        update = self._update(estimate, tuple(coefficients.tolist()))
+        if self.line_search is not None:
+            with self._evaluation_mode():
+                length, forwards = self.line_search(update.coefficients, self._parameter_lrs(), evaluators)
+            self.history.forwards += forwards
+            update = Update(update.step, update.lrs, tuple(length * c for c in update.coefficients))
+        return estimate.loss, update
+
+    def _sweep(self, update: Update) -> None:
+        """One walk over the trainables: gradient, decay, update rule, a cache-sized piece at a time."""
+        directions, slots, linear = self._all_directions(update), self.slots(), self.update_rule.linear
+        for piece, number, decayed in self._grouped_pieces():
+            group, lr = self.param_groups[number], update.lrs[number]
+            # A linear rule's lr joins the coefficients: with z = +-1 every product is exact, on any device.
+            gradient, factor = self._gradient(piece, update, directions, lr if linear else 1.0)
+            if lr == 0 and linear:
+                continue
+            wide = piece.values.dtype in (torch.float32, torch.float64)
+            values = piece.values if wide and lr != 0 else piece.values.to(torch.float32, copy=True)
+            if group["weight_decay"] and decayed:
+                values.mul_(1 - lr * group["weight_decay"])
+            state = {name: slots.range(name, piece.start, piece.stop) for name in self.update_rule.state_names}
+            if linear:
+                self.update_rule.apply(values, gradient, state, factor, self.update_count)
+            else:
+                self.update_rule.apply(values, gradient * factor, state, lr, self.update_count)
+            if lr != 0 and not wide:
+                round_into(piece.values, values, Stream(self.seed, update.step, 0), piece.start)
+
+    def _grouped_pieces(self) -> list[tuple[Piece, int, bool]]:
+        """The trainables in pieces, each with its parameter group and whether it is decayed."""
+        if self._pieces is None:
+            trainables = self.trainables()
+            labels = list(zip(self._groups(), [len(shape) > 1 for shape in trainables.shapes], strict=True))
+            self._pieces = [(piece, *labels[piece.parameter]) for piece in trainables.pieces(labels)]
+        return self._pieces
+
+    def _directions_of(self, step: int) -> StepDirections:
+        if self._template is None:
+            self._template = StepDirections(self.directions, self.seed, step, self.trainables().parameters)
+        return self._template.of_step(step)
+
+    def _all_directions(self, update: Update) -> dict[int, StepDirections]:
+        return {step: self._directions_of(step) for step in {update.step, *(s for s, _ in update.older)}}
+
+    def _lrs(self) -> tuple[float, ...]:
+        return tuple(float(group["lr"]) for group in self.param_groups)
+
+    def _groups(self) -> list[int]:
+        """The group of each trainable."""
+        found: dict[int, int] = {}
+        for number, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                found.setdefault(id(p), number)
+        return [found[id(p)] for p in self.trainables().parameters]
+
+    def _parameter_lrs(self) -> Tensor:
+        lrs = self._lrs()
+        parameters = self.trainables().parameters
+        return torch.tensor([lrs[g] for g in self._groups()], device=parameters[0].device)
 
     def _schedule_queries(self, batch: Any) -> int:
         queries = int(self.query_schedule(self.step_count, self.epoch, self.history))
@@ -248,21 +445,6 @@ class ZerothOrderOptimizer(Optimizer):
         if self.query_mode == "split" and batch is not None:
             return min(queries, batch_size(batch))
         return queries
-
-    def _evaluator(
-        self, perturbed: Perturbed, closure: Callable[..., Any], batch: Any
-    ) -> Callable[[int, Sequence[float]], Losses]:
-        mode = self.query_mode
-        if mode == "auto":
-            mode = query_modes.choose(batch, self.module, perturbed.parameters)
-        if mode == "sequential":
-            return lambda queries, scales: query_modes.sequential(perturbed, closure, batch, queries, scales)
-        if batch is None:
-            raise ZOError(f'query_mode="{mode}" needs the batch: call step(lambda b: model(**b).loss, batch).')
-        run = {"batched": query_modes.batched, "split": query_modes.split}[mode]
-        module = self.module
-        assert module is not None
-        return lambda queries, scales: run(perturbed, closure, batch, queries, scales, module)
 
     @contextmanager
     def _evaluation_mode(self) -> Iterator[None]:
@@ -283,26 +465,3 @@ class ZerothOrderOptimizer(Optimizer):
                 f"no loss was finite in {self.failed_steps} steps in a row; the trainables keep their last good values. "
                 "Lower lr or zo_eps, or run the frozen model in a wider dtype."
             )
-
-    def _update(self, coefficients: dict[int, float], directions: StepDirections) -> None:
-        """One sweep: for each chunk, g = sum_q coefficient_q z_q, decay, update rule."""
-        for index, (group, parameter) in enumerate(self._trainables()):
-            state = self._state_of(parameter)
-            flat = perturbation.flat(parameter)
-            for start in range(0, parameter.numel(), perturbation.CHUNK):
-                stop = min(start + perturbation.CHUNK, parameter.numel())
-                gradient = torch.zeros(stop - start, device=parameter.device)
-                for query, coefficient in coefficients.items():
-                    gradient.add_(directions.slice(query, index, start, stop), alpha=coefficient)
-                chunk = flat[start:stop]
-                if group["weight_decay"] and parameter.ndim > 1:
-                    chunk.mul_(1 - group["lr"] * group["weight_decay"])
-                chunks = {name: tensor.view(-1)[start:stop] for name, tensor in state.items()}
-                self.update_rule.apply(chunk, gradient, chunks, group["lr"], self.update_count)
-
-    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = self.state[parameter]
-        for name in self.update_rule.state_names:
-            if name not in state:
-                state[name] = torch.zeros(parameter.shape, device=parameter.device)
-        return state

@@ -11,9 +11,15 @@ from zo_opt.errors import ZOError
 
 
 class UpdateRule(ABC):
-    """How a gradient estimate moves the parameters. ``state_names`` are tensors of the parameter's shape, zero at first."""
+    """How a gradient estimate moves the parameters.
+
+    Attributes:
+        state_names: tensors of the parameter's shape that it keeps, zero at first.
+        linear: whether the move is -lr * gradient and nothing else.
+    """
 
     state_names: tuple[str, ...] = ()
+    linear = False
 
     @abstractmethod
     def apply(self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], lr: float, step: int) -> None:
@@ -24,8 +30,10 @@ class UpdateRule(ABC):
 class SGD(UpdateRule):
     """theta <- theta - lr * g (arXiv 2305.17333, algorithm 1)."""
 
+    linear = True
+
     def apply(self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], lr: float, step: int) -> None:
-        parameter.sub_(gradient.to(parameter.dtype), alpha=lr)
+        parameter.sub_(gradient, alpha=lr)
 
 
 @dataclass(frozen=True)
@@ -41,16 +49,78 @@ class Adam(UpdateRule):
     state_names = ("exp_avg", "exp_avg_sq")
 
     def __post_init__(self) -> None:
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ZOError(f"{name}={getattr(self, name)} is outside [0, 1); give a decay such as 0.9.")
+        _check_decays(beta1=self.beta1, beta2=self.beta2)
 
     def apply(self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], lr: float, step: int) -> None:
         m, v = state["exp_avg"], state["exp_avg_sq"]
         m.lerp_(gradient, 1 - self.beta1)
         v.lerp_(gradient.square(), 1 - self.beta2)
         m_hat, v_hat = m / (1 - self.beta1**step), v / (1 - self.beta2**step)
-        parameter.sub_((m_hat / (v_hat.sqrt() + self.eps)).to(parameter.dtype), alpha=lr)
+        parameter.sub_(m_hat / (v_hat.sqrt() + self.eps), alpha=lr)
 
 
-UPDATE_RULES: dict[str, type[UpdateRule]] = {"sgd": SGD, "adam": Adam}
+@dataclass(frozen=True)
+class Sign(UpdateRule):
+    """theta <- theta - lr * sign(g): every entry moves by lr.
+
+    Source: ZO-SGD-Sign, Liu et al., ICLR 2019; in ZO-Bench, arXiv 2402.11592.
+    """
+
+    def apply(self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], lr: float, step: int) -> None:
+        parameter.sub_(gradient.sign(), alpha=lr)
+
+
+@dataclass(frozen=True)
+class Momentum(UpdateRule):
+    """m <- beta m + g;  theta <- theta - lr * m.
+
+    Source: ZO-SGD-MMT in ZO-Bench, arXiv 2402.11592. [choice] ``torch.optim.SGD``'s convention (no damping), where the step in
+    the long run is lr / (1 - beta) of a gradient.
+    """
+
+    beta: float = 0.9
+    state_names = ("momentum",)
+
+    def __post_init__(self) -> None:
+        _check_decays(beta=self.beta)
+
+    def apply(self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], lr: float, step: int) -> None:
+        parameter.sub_(state["momentum"].mul_(self.beta).add_(gradient), alpha=lr)
+
+
+@dataclass(frozen=True)
+class AMSGrad(UpdateRule):
+    """m <- b1 m + (1-b1) g;  v <- b2 v + (1-b2) g^2;  w <- max(w, v);  theta <- theta - lr * m / (sqrt(w) + eps).
+
+    Source: ZO-AdaMM, Chen et al., arXiv 1910.06513, algorithm 1: no bias correction; eps keeps a zero estimate finite.
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    state_names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+    def __post_init__(self) -> None:
+        _check_decays(beta1=self.beta1, beta2=self.beta2)
+
+    def apply(self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], lr: float, step: int) -> None:
+        m, v, w = state["exp_avg"], state["exp_avg_sq"], state["max_exp_avg_sq"]
+        m.lerp_(gradient, 1 - self.beta1)
+        v.lerp_(gradient.square(), 1 - self.beta2)
+        w.copy_(w.maximum(v))
+        parameter.sub_(m / (w.sqrt() + self.eps), alpha=lr)
+
+
+UPDATE_RULES: dict[str, type[UpdateRule]] = {
+    "sgd": SGD,
+    "adam": Adam,
+    "sign": Sign,
+    "momentum": Momentum,
+    "amsgrad": AMSGrad,
+}
+
+
+def _check_decays(**decays: float) -> None:
+    for name, value in decays.items():
+        if not 0 <= value < 1:
+            raise ZOError(f"{name}={value} is outside [0, 1); give a decay such as 0.9.")

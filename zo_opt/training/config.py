@@ -9,8 +9,9 @@ from typing import Any
 from zo_opt.adapters import ADAPTERS, TTConfig
 from zo_opt.adapters.tt_init import FEATURES
 from zo_opt.errors import ZOError
-from zo_opt.optim import UPDATE_RULES, Adam, ClipProjectedGrads, StepControl, UpdateRule
-from zo_opt.schedules import QuerySchedule, adazeta_queries, constant_queries
+from zo_opt.optim import OPTIMIZERS, UPDATE_RULES, Adam, ClipProjectedGrads, StepControl, UpdateRule
+from zo_opt.schedule_options import make_schedule, parse_milestones
+from zo_opt.schedules import QuerySchedule
 from zo_opt.training import builtin
 from zo_opt.training.batches import ORDERS
 
@@ -50,23 +51,27 @@ class TrainConfig:
             architecture's defaults if random, else residual.
         layers: an integer: the last so many layers; a list: these layers; not given: the last quarter if random, else the
             one at two thirds of the depth.
-        optimizer: adazeta or mezo.
-        lr: learning rate (with adam 0.1 for placed adapters, 0.01 for random ones; with sgd 0.1 and 0.0001).
+        optimizer: adazeta, mezo, zo-sign, zo-momentum, zo-adam, zo-conservative, sparse-mezo, hizoo, lozo, subzero, fzoo, grzo,
+            mezo-svrg, forward-gradient or zo-kalman.
+        lr: learning rate (see docs/optimizers.md; with adam 0.1 for placed adapters, 0.01 for random ones).
         lr_schedule: linear (to zero), cosine or constant.
         warmup_steps: steps over which the learning rate rises from zero.
-        update_rule: sgd or adam, on the estimated gradient (adam for adazeta, sgd for mezo).
+        update_rule: sgd, adam, sign, momentum or amsgrad, on the estimated gradient (adam for adazeta, else the optimizer's own).
         beta1: Adam's decay of the first moment.
         beta2: Adam's decay of the second moment.
         clip: clip projected gradients at so many times their running root mean square; 0 turns it off.
         weight_decay: decoupled.
         zo_eps: perturbation scale.
-        directions: gaussian or rademacher.
-        query_mode: sequential, batched, split or auto.
-        query_schedule: adazeta (paper) or constant; that of the optimizer (for mezo: constant, one query).
+        directions: gaussian, philox-gaussian, rademacher, sphere, sparse, low-rank, subspace or sign-flip; rademacher, or the
+            optimizer's own, if not given.
+        query_mode: sequential, batched, split or auto; split (forward-gradient: sequential) if not given.
+        query_schedule: adazeta (paper), constant, linear, cosine, stepwise, budget or variance; the optimizer's own if not given.
         alpha: AdaZeta's alpha, between 0 and 1.
-        beta: AdaZeta's beta, between 0 and 1.
-        max_queries: AdaZeta's Q_max (15); the number of queries of the constant schedule (1).
-        min_queries: fewest queries a step takes under AdaZeta's schedule.
+        beta: AdaZeta's beta, between 0 and 1, or "derived" from the number of epochs as in the released code.
+        max_queries: the most queries a step takes (15); the number of queries of the constant schedule (1).
+        min_queries: fewest queries a step takes; where linear and cosine start.
+        budget_forwards: forward passes that the budget schedule spends; as many as adazeta would if not given.
+        milestones: step:queries pairs of the stepwise schedule, such as 0:1,250:4; four even levels if not given.
         batch_size: examples a step.
         eval_batch_size: examples in an evaluation batch.
         batch_order: balanced (classes take turns) or shuffled.
@@ -115,13 +120,15 @@ class TrainConfig:
     clip: float = 3.0
     weight_decay: float = 0.0
     zo_eps: float = 1e-2
-    directions: str = "rademacher"
-    query_mode: str = "split"
+    directions: str | None = None
+    query_mode: str | None = None
     query_schedule: str | None = None
     alpha: float = 0.85
-    beta: float = 0.4
+    beta: float | str = 0.4
     max_queries: int | None = None
     min_queries: int = 8
+    budget_forwards: int | None = None
+    milestones: str | None = None
 
     batch_size: int = 16
     eval_batch_size: int = 32
@@ -164,25 +171,44 @@ class TrainConfig:
         if self.feature_components < 1 or self.output_scale <= 0:
             raise ZOError("feature_components must be at least 1 and output_scale positive.")
         TTConfig(rank=self.rank or 1, bottleneck=self.bottleneck or 1, activation=self.activation)
+        if self.optimizer not in OPTIMIZERS:
+            raise ZOError(f"optimizer={self.optimizer!r} is not known; choose one of {', '.join(OPTIMIZERS)}.")
         self.make_query_schedule()
         self.make_update_rule()
 
-    def make_query_schedule(self) -> QuerySchedule:
-        """The query schedule asked for, or the optimizer's own."""
-        kind = self.query_schedule or ("constant" if self.optimizer == "mezo" else "adazeta")
-        if kind == "constant":
-            return constant_queries(1 if self.max_queries is None else self.max_queries)
-        if kind == "adazeta":
-            return adazeta_queries(
-                self.alpha, self.beta, 15 if self.max_queries is None else self.max_queries, self.min_queries
-            )
-        raise ZOError(f"query_schedule={kind!r} is not known; choose adazeta or constant.")
+    @property
+    def mode(self) -> str:
+        """The query mode asked for; else split, where the optimizer has it."""
+        if self.query_mode is not None:
+            return self.query_mode
+        return "sequential" if self.optimizer == "forward-gradient" else "split"
 
-    def make_update_rule(self) -> UpdateRule:
-        """The update rule asked for, or the optimizer's own."""
-        kind = self.update_rule or ("sgd" if self.optimizer == "mezo" else "adam")
+    def make_query_schedule(self, steps_per_epoch: int = 1) -> QuerySchedule | None:
+        """The query schedule asked for; None stands for the optimizer's own."""
+        kind = self.query_schedule or ("adazeta" if self.optimizer == "adazeta" else None)
+        if kind is None and self.max_queries is None:
+            return None
+        if kind == "budget" and self.mode == "split":
+            raise ZOError(
+                "in split mode a step costs two forwards whatever its queries; a budget needs --query_mode sequential."
+            )
+        return make_schedule(
+            kind or "constant", steps=self.steps, steps_per_epoch=steps_per_epoch, alpha=self.alpha, beta=self.beta,
+            max_queries=self.max_queries, min_queries=self.min_queries, budget_forwards=self.budget_forwards,
+            milestones=None if self.milestones is None else parse_milestones(self.milestones),
+        )  # fmt: skip
+
+    def make_update_rule(self) -> UpdateRule | None:
+        """The update rule asked for (adam for adazeta); None stands for the optimizer's own."""
+        kind = self.update_rule or ("adam" if self.optimizer == "adazeta" else None)
+        if kind is None:
+            return None
         if kind not in UPDATE_RULES:
             raise ZOError(f"update_rule={kind!r} is not known; choose one of {', '.join(UPDATE_RULES)}.")
+        if OPTIMIZERS[self.optimizer].own_update_rule:
+            raise ZOError(
+                f"optimizer={self.optimizer!r} is an update rule itself; leave update_rule out, or take mezo."
+            )
         return Adam(self.beta1, self.beta2) if UPDATE_RULES[kind] is Adam else UPDATE_RULES[kind]()
 
     def make_step_control(self) -> tuple[StepControl, ...]:

@@ -7,16 +7,19 @@ import platform
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from math import isfinite
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from zo_opt.adapters import AdapterModel, trainable_parameters
 from zo_opt.errors import ZOError
 from zo_opt.files import write_atomically
+from zo_opt.journal import NAME as JOURNAL_NAME
+from zo_opt.journal import Journal
 from zo_opt.memory import current_memory, peak_memory, readable
 from zo_opt.optim import OPTIMIZERS, ZerothOrderOptimizer
 from zo_opt.training import checkpoint, report
@@ -27,6 +30,8 @@ from zo_opt.training.evaluation import Evaluation, evaluate
 from zo_opt.training.metrics import MetricsWriter
 from zo_opt.training.progress import Reporter
 from zo_opt.training.setup import Tools, build_tools, load_examples
+
+START_NAME = "start"  # the adapter as training began: what the journal is replayed on
 
 
 class InterruptedRunError(RuntimeError):
@@ -64,7 +69,7 @@ def train(config: TrainConfig, reporter: Reporter, command: str) -> tuple[report
     if config.resume:
         config = _resumed_config(config)
     config.check()
-    with _output_directory(config) as output_dir:
+    with output_directory(config.output_dir or _default_directory(config), resume=config.resume) as output_dir:
         examples = load_examples(config, reporter)
         tools = build_tools(config, examples, reporter)
         order = BatchOrder(tools.train.labels, config.batch_size, config.seed, config.batch_order)
@@ -78,22 +83,27 @@ def train(config: TrainConfig, reporter: Reporter, command: str) -> tuple[report
 
 
 def make_optimizer(config: TrainConfig, tools: Tools, steps_per_epoch: int) -> ZerothOrderOptimizer:
-    """The optimizer that the options describe."""
-    if config.optimizer not in OPTIMIZERS:
-        raise ZOError(f"optimizer={config.optimizer!r} is not known; choose one of {', '.join(OPTIMIZERS)}.")
-    return OPTIMIZERS[config.optimizer](
+    """The optimizer that the options describe; what they leave open is the optimizer's own."""
+    kind = OPTIMIZERS[config.optimizer]
+    directions = config.directions
+    if directions is None and not kind.own_directions:
+        directions = "rademacher"
+    optional: dict[str, Any] = {
+        "directions": directions,
+        "query_schedule": config.make_query_schedule(steps_per_epoch),
+        "update_rule": config.make_update_rule(),
+    }
+    return kind(
         trainable_parameters(tools.model),
         lr=tools.recipe.lr,
         zo_eps=config.zo_eps,
         weight_decay=config.weight_decay,
         seed=config.seed,
-        directions=config.directions,
-        query_schedule=config.make_query_schedule(),
         steps_per_epoch=steps_per_epoch,
-        query_mode=config.query_mode,
+        query_mode=config.mode,
         module=tools.model,
-        update_rule=config.make_update_rule(),
         step_control=config.make_step_control(),
+        **{name: value for name, value in optional.items() if value is not None},
     )
 
 
@@ -116,6 +126,7 @@ class _Run:
         self.tools, self.optimizer, self.progress = tools, optimizer, Progress()
         self.lr_scheduler = get_scheduler(config.lr_schedule, optimizer, config.warmup_steps, config.steps)
         self.order = order
+        self.journal: Journal | None = None
 
     def prepare(self) -> None:
         """Everything before the first step (or from the checkpoint on); only at its end are files written."""
@@ -125,6 +136,7 @@ class _Run:
                 self.checkpoint_path, self.tools.model, self.optimizer, self.lr_scheduler
             )
             self.progress = Progress(**extra)
+            self._reopen_journal()
             self.reporter.say(f"resuming after step {self.optimizer.step_count} of {self.config.steps}")
         self.tools.record_prefixes(self.config, self.reporter)
         if not self.config.resume:
@@ -133,9 +145,12 @@ class _Run:
             record = {
                 "command": self.command,
                 "config": self.config.to_dict(),
+                "resolved": {"precision": self.tools.precision, "labels": len(self.tools.train.scorer.task.labels)},
                 "versions": versions(),
                 "started": _now(),
             }
+            self.tools.model.save_pretrained(self.output_dir / START_NAME)
+            self.journal = Journal.create(self.output_dir / JOURNAL_NAME, self.optimizer, self.tools.model)
             self._save()
             write_atomically(self.output_dir / RUN_NAME, (json.dumps(record, indent=2) + "\n").encode())
         self.progress.other_seconds += time.monotonic() - start
@@ -174,11 +189,14 @@ class _Run:
         start = time.monotonic()
         metrics = MetricsWriter(self.output_dir, keep_steps=optimizer.step_count)
         done = optimizer.step_count
-        with metrics, _stop_signals() as stop, self.reporter.track("training", config.steps, "steps", done) as tracker:
+        tracked = self.reporter.track("training", config.steps, "steps", done)
+        with metrics, self.journal or nullcontext(), _stop_signals() as stop, tracked as tracker:
             while optimizer.step_count < config.steps:
                 batch = prepared.batch(self.order.indices(optimizer.step_count))
                 lr = self.lr_scheduler.get_last_lr()[0]
                 optimizer.step(lambda b: prepared.loss(model, b), batch)
+                if self.journal is not None:
+                    self.journal.append(optimizer.last_update)
                 self.lr_scheduler.step()
                 self.progress.train_seconds = offset + time.monotonic() - start
                 record = optimizer.last_record
@@ -192,7 +210,18 @@ class _Run:
                     self._save()
                     raise InterruptedRunError(self.output_dir, done, stop.signum)
 
+    def _reopen_journal(self) -> None:
+        """Steps beyond the checkpoint are done again, to the same bits, and recorded again."""
+        path = self.output_dir / JOURNAL_NAME
+        if path.exists():
+            self.journal = Journal.open(path, self.optimizer, self.tools.model, cut=True)
+        else:
+            self.reporter.say(f"{path} is not there; the run goes on without a journal and cannot be replayed.")
+
     def _save(self) -> None:
+        """The journal first: what a checkpoint has done must be on record."""
+        if self.journal is not None:
+            self.journal.seal()
         checkpoint.save_checkpoint(
             self.checkpoint_path, self.tools.model, self.optimizer, self.lr_scheduler, vars(self.progress)
         )
@@ -270,30 +299,34 @@ def _stop_signals() -> Iterator[_Stop]:
 
 
 @contextmanager
-def _output_directory(config: TrainConfig) -> Iterator[Path]:
-    """Create the output directory; remove it again if setting up fails before anything was written."""
-    output_dir = config.output_dir
-    if output_dir is None:
-        task = config.task if config.train_file is None else config.train_file.stem
-        output_dir = Path("runs") / f"{task}-{config.optimizer}-{_now().replace(':', '')}"
+def output_directory(directory: Path, what: str = "output_dir", *, resume: bool = False) -> Iterator[Path]:
+    """Create a directory to write to; remove it again if the work inside fails before anything was written.
+
+    Raises:
+        ZOError: it cannot be written, or is not empty (and nothing is to be resumed); ``what``: its name in that sentence.
+    """
     try:
-        created = not output_dir.exists()
-        output_dir.mkdir(parents=True, exist_ok=True)
-        occupied = any(output_dir.iterdir())
-        (probe := output_dir / ".writable").write_bytes(b"")
+        created = not directory.exists()
+        directory.mkdir(parents=True, exist_ok=True)
+        occupied = any(directory.iterdir())
+        (probe := directory / ".writable").write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise ZOError(
-            f"output_dir {output_dir} cannot be written ({error.strerror}); give a directory that can."
-        ) from error
-    if occupied and not config.resume:
-        raise ZOError(f"output_dir {output_dir} is not empty; give a new one, or --resume to continue the run in it.")
+        raise ZOError(f"{what} {directory} cannot be written ({error.strerror}); give a directory that can.") from error
+    if occupied and not resume:
+        to_resume = ", or --resume to continue the run in it" if what == "output_dir" else ""
+        raise ZOError(f"{what} {directory} is not empty; give a new one{to_resume}.")
     try:
-        yield output_dir
+        yield directory
     except BaseException:
-        if created and not any(output_dir.iterdir()):
-            output_dir.rmdir()
+        if created and not any(directory.iterdir()):
+            directory.rmdir()
         raise
+
+
+def _default_directory(config: TrainConfig) -> Path:
+    task = config.task if config.train_file is None else config.train_file.stem
+    return Path("runs") / f"{task}-{config.optimizer}-{_now().replace(':', '')}"
 
 
 def _resumed_config(config: TrainConfig) -> TrainConfig:

@@ -8,7 +8,7 @@ from torch import nn
 
 from zo_opt.adapters import TTConfig
 from zo_opt.errors import ZOError
-from zo_opt.optim import Adam
+from zo_opt.optim import OPTIMIZERS, Adam
 from zo_opt.training.adapter_init import can_place
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.data import Example
@@ -73,10 +73,10 @@ def resolve(config: TrainConfig, model: nn.Module, scorer: Scorer, task: Task, e
 
 
 def _lr(config: TrainConfig, *, adam: float, sgd: float) -> float:
-    """The learning rate given, or the recipe's for the update rule."""
+    """The learning rate given, or the recipe's for the kind of update rule."""
     if config.lr is not None:
         return config.lr
-    return adam if isinstance(config.make_update_rule(), Adam) else sgd
+    return adam if isinstance(config.make_update_rule(), Adam) or OPTIMIZERS[config.optimizer].lr_is_a_length else sgd
 
 
 def depth(model: nn.Module) -> int:

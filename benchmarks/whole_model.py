@@ -1,0 +1,147 @@
+"""Whole-model and adapter steps against the MeZO loop: what perturbing, restoring and updating costs beside the forwards.
+
+    python benchmarks/whole_model.py --threads 1 --out benchmarks/results/whole_model.json
+
+A BERT-base (109 M parameters, random weights), in float32 and bfloat16. The MeZO loop is that of the released code: a global seed,
+``torch.normal`` a tensor, out of place, three passes a query and one to update. Everything is measured interleaved in one process;
+medians. "overhead" is a one-query step less two plain forwards; "sweeps" is perturbing every parameter twice by a closure that
+merely reads it, and the update. Bandwidth floor: one in-place addition of a constant to every parameter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification
+
+from zo_opt import MeZO
+
+EPS = 1e-3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    results: dict[str, Any] = {
+        "threads": arguments.threads, "rounds": arguments.rounds, "torch": torch.__version__, "machine": platform.processor()
+    }  # fmt: skip
+    for dtype in (torch.float32, torch.bfloat16):
+        for batch in (1, 16):
+            name = f"{str(dtype)[6:]} {batch}x64"
+            results[name] = whole_model(dtype, batch, arguments.rounds)
+            show(name, results[name])
+    results["adapter"] = adapter(arguments.rounds * 5)
+    show("adapter, 288 tensors, 36,864 parameters", results["adapter"])
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def whole_model(dtype: torch.dtype, batch: int, rounds: int) -> dict[str, float]:
+    """Seconds (medians) and the ratios that the bars name."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = BertForSequenceClassification(BertConfig()).eval().to(dtype)
+        ids, labels = torch.randint(0, 30000, (batch, 64)), torch.randint(0, 2, (batch,))
+    parameters = list(model.parameters())
+
+    def closure() -> Tensor:
+        return model(input_ids=ids, labels=labels).loss  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def two_forwards() -> None:
+        closure()
+        closure()
+
+    def read_every_parameter() -> float:
+        for p in parameters:
+            p.detach()
+        return 0.0
+
+    optimizers = {d: MeZO(parameters, lr=1e-7, zo_eps=EPS, directions=d) for d in ("rademacher", "gaussian")}
+    actions: dict[str, Callable[[], Any]] = {
+        "two forwards": two_forwards,
+        "MeZO loop": lambda: mezo_loop(parameters),
+        "bandwidth floor": lambda: add_constant(parameters),
+    }
+    for name, optimizer in optimizers.items():
+        actions[f"{name} step"] = lambda optimizer=optimizer: optimizer.step(closure)
+        actions[f"{name} sweeps"] = lambda optimizer=optimizer: optimizer.step(read_every_parameter)
+    seconds = interleaved(actions, rounds)
+    ratios = {"bandwidth floor / MeZO loop": seconds["bandwidth floor"] / seconds["MeZO loop"]}
+    for name in optimizers:
+        overhead = seconds[f"{name} step"] - seconds["two forwards"]
+        ratios[f"{name} overhead / MeZO loop"] = overhead / seconds["MeZO loop"]
+        ratios[f"{name} sweeps / MeZO loop"] = seconds[f"{name} sweeps"] / seconds["MeZO loop"]
+        whole = seconds["two forwards"] + seconds["MeZO loop"]
+        ratios[f"MeZO step / {name} step"] = whole / seconds[f"{name} step"]
+    return {f"{k}, s": v for k, v in seconds.items()} | ratios
+
+
+def adapter(rounds: int) -> dict[str, float]:
+    """288 tensors of 128 entries: perturb, restore and update alone."""
+    module = nn.ParameterList([nn.Parameter(torch.zeros(16, 8)) for _ in range(288)])
+    parameters = list(module)
+    own = [nn.Parameter(p.detach().clone()) for p in parameters]
+    optimizers = {d: MeZO(own, lr=1e-7, zo_eps=EPS, directions=d) for d in ("rademacher", "gaussian")}
+    actions: dict[str, Callable[[], Any]] = {"MeZO loop": lambda: mezo_loop(parameters)}
+    for name, optimizer in optimizers.items():
+        actions[f"{name} sweeps"] = lambda optimizer=optimizer: optimizer.step(lambda: 0.0)
+    seconds = interleaved(actions, rounds)
+    ratios = {f"{n} sweeps / MeZO loop": seconds[f"{n} sweeps"] / seconds["MeZO loop"] for n in optimizers}
+    return {f"{k}, s": v for k, v in seconds.items()} | ratios
+
+
+def mezo_loop(parameters: list[nn.Parameter], lr: float = 1e-7, projected_grad: float = 0.3) -> None:
+    """The published loop's work on the parameters, without its forwards."""
+
+    def normal(p: nn.Parameter) -> Tensor:
+        return torch.normal(mean=0, std=1, size=p.data.size(), device=p.device, dtype=p.dtype)
+
+    with torch.random.fork_rng():
+        for scale in (1, -2, 1):
+            torch.manual_seed(0)
+            for p in parameters:
+                p.data = p.data + scale * normal(p) * EPS
+        torch.manual_seed(0)
+        for p in parameters:
+            p.data = p.data - lr * (projected_grad * normal(p) + 0.0 * p.data)
+
+
+def add_constant(parameters: list[nn.Parameter]) -> None:
+    for p in parameters:
+        p.data.add_(0.0)
+
+
+def interleaved(actions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median seconds of each action; one warm-up round, then all of them in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for done in range(rounds + 1):
+        for name, action in actions.items():
+            start = time.perf_counter()
+            action()
+            if done:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: sorted(values)[len(values) // 2] for name, values in seconds.items()}
+
+
+def show(title: str, figures: dict[str, float]) -> None:
+    print(f"\n{title}")
+    for name, value in figures.items():
+        print(f"  {name:<40} {value:.4g}")
+
+
+if __name__ == "__main__":
+    main()

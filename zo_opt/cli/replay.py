@@ -1,0 +1,51 @@
+"""``zo-opt replay``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jsonargparse import Namespace
+
+from zo_opt.adapters import load_adapter_model
+from zo_opt.errors import ZOError
+from zo_opt.journal import NAME, read_journal, replay
+from zo_opt.training.evaluate_run import RUN_NAME, read_config, read_record
+from zo_opt.training.loop import START_NAME, output_directory
+from zo_opt.training.models import load_model, pick_device
+from zo_opt.training.precision import set_precision
+from zo_opt.training.progress import Reporter
+
+
+def run(options: Namespace) -> None:
+    """Rebuild the adapter that a run tuned, from the base model, the adapter's start and the journal."""
+    if options.to is None:
+        raise ZOError("replay needs --to, a new directory for the adapter.")
+    path: Path = options.journal / NAME if options.journal.is_dir() else options.journal
+    run_dir = path.parent
+    contents = read_journal(path, options.steps)  # whatever is wrong with it is said before the model is loaded
+    if not (run_dir / RUN_NAME).is_file():
+        raise ZOError(
+            f"{run_dir} holds no {RUN_NAME} beside the journal; give one of a run of zo-opt train, or call "
+            "zo_opt.journal.replay on the model it was written with."
+        )
+    config, resolved = read_config(run_dir), read_record(run_dir).get("resolved", {})
+    if options.steps is None and (run_dir / "results.json").exists() and contents.steps < config.steps:
+        raise ZOError(
+            f"{path} ends after {contents.steps} of the run's {config.steps} steps: its end was lost; restore it from a copy, "
+            f"or give --steps {contents.steps} to take what is left."
+        )
+    reporter = Reporter()
+    with output_directory(options.to, "--to") as to:
+        device = pick_device(options.device or config.device)
+        base, _ = load_model(
+            config.model_name_or_path,
+            head=config.head,
+            labels=resolved.get("labels", 2),
+            trust_remote_code=config.trust_remote_code,
+            say=reporter.say,
+        )
+        set_precision(base, resolved.get("precision", config.precision), device)
+        model = load_adapter_model(base, run_dir / START_NAME).to(device).eval()
+        steps = replay(path, model, steps=options.steps, exact=not options.inexact)
+        model.save_pretrained(to)
+    reporter.say(f"the adapter after step {steps} of {config.steps}, rebuilt on {device.type}, is in {options.to}")

@@ -1,0 +1,204 @@
+"""``zo-opt schedule``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain, count
+from pathlib import Path
+
+from jsonargparse import Namespace
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from zo_opt.errors import ZOError
+from zo_opt.files import write_atomically
+from zo_opt.schedule_options import make_schedule, parse_milestones, resolve_beta
+from zo_opt.schedule_plot import Course, picture, table
+from zo_opt.schedules import QuerySchedule, simulate
+
+QUERY_MODES = ("sequential", "batched", "split", "distributed", "auto")
+MAX_STEPS = 1_000_000
+
+
+@dataclass
+class ScheduleConfig:
+    """Which schedules to show, over which run.
+
+    Args:
+        query_schedule: one or several of constant, adazeta, linear, cosine, stepwise, budget and variance, with commas between.
+        alpha: AdaZeta's alpha, between 0 and 1.
+        beta: AdaZeta's beta, between 0 and 1, or "derived" from the number of epochs as in the released code.
+        max_queries: the most queries a step takes (15); the number of queries of the constant schedule (1).
+        min_queries: the fewest queries a step takes; where linear and cosine start.
+        steps: optimizer steps of the run.
+        steps_per_epoch: steps in an epoch, examples / batch_size rounded up.
+        budget_forwards: forward passes that the budget schedule spends; as many as adazeta would if not given.
+        milestones: step:queries pairs of the stepwise schedule, such as 0:1,250:4,500:8; four even levels if not given.
+        signal_end: what is left of the mean square of projected gradients at the last step, assumed to fall geometrically;
+            the variance schedule follows it (in a run, what was measured).
+        query_mode: sequential, batched, split, distributed or auto; split gets all queries of a step for two forward passes.
+        batch_size: examples a step, which bounds the queries in split mode.
+        out: the picture, a .png file; a .csv file of all steps goes beside it. If not given: schedule.png here, or
+            schedule-2.png and so on where that is taken.
+        overwrite: replace files that are there.
+    """
+
+    query_schedule: str = "adazeta"
+    alpha: float = 0.85
+    beta: float | str = 0.4
+    max_queries: int | None = None
+    min_queries: int = 1
+    steps: int = 1000
+    steps_per_epoch: int = 1
+    budget_forwards: int | None = None
+    milestones: str | None = None
+    signal_end: float = 0.1
+    query_mode: str = "sequential"
+    batch_size: int = 16
+    out: Path | None = None
+    overwrite: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        """The schedules asked for, each once."""
+        return list(dict.fromkeys(name.strip() for name in self.query_schedule.split(",")))
+
+    @property
+    def forwards_per_query(self) -> int:
+        """Two-sided queries cost two forward passes each, unless they share the batch."""
+        return 0 if self.query_mode == "split" else 2
+
+    @property
+    def forwards_per_step(self) -> int:
+        """Queries that share the batch cost two forward passes together."""
+        return 2 if self.query_mode == "split" else 0
+
+    def check(self) -> None:
+        """What no schedule checks by itself.
+
+        Raises:
+            ZOError: with a sentence on the first mistake.
+        """
+        for name in ("steps", "steps_per_epoch", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ZOError(f"{name}={getattr(self, name)} is not possible; give a whole number of at least 1.")
+        if self.steps > MAX_STEPS:
+            raise ZOError(f"steps={self.steps} is more than can be shown; give at most {MAX_STEPS}.")
+        if not 0 < self.signal_end <= 1:
+            raise ZOError(f"signal_end={self.signal_end} is not possible; give a number above 0 and at most 1.")
+        if self.query_mode not in QUERY_MODES:
+            raise ZOError(f"query_mode={self.query_mode!r} is not known; choose one of {', '.join(QUERY_MODES)}.")
+        if self.query_mode == "split" and "budget" in self.names:
+            raise ZOError(
+                "query_schedule=budget has nothing to decide with query_mode=split, where a step costs two forward passes "
+                "whatever its queries; choose another query_mode or leave budget out."
+            )
+
+    def courses(self) -> list[Course]:
+        """What each schedule asks for over the whole run."""
+        signals = [self.signal_end ** (step / max(self.steps - 1, 1)) for step in range(self.steps)]
+        cost = (self.forwards_per_query, self.forwards_per_step)
+        courses = []
+        for name in self.names:
+            schedule = self._schedule(name)
+            queries = simulate(schedule, self.steps, self.steps_per_epoch, *cost, signals)
+            courses.append(Course(name, queries, *cost))
+        return courses
+
+    def _schedule(self, name: str) -> QuerySchedule:
+        schedule = make_schedule(
+            name,
+            steps=self.steps,
+            steps_per_epoch=self.steps_per_epoch,
+            alpha=self.alpha,
+            beta=self.beta,
+            max_queries=self.max_queries,
+            min_queries=self.min_queries,
+            budget_forwards=self.budget_forwards,
+            milestones=None if self.milestones is None else parse_milestones(self.milestones),
+            forwards_per_query=self.forwards_per_query,
+            forwards_per_step=self.forwards_per_step,
+        )
+        if self.query_mode != "split":
+            return schedule
+        # A direction needs an example of its own, so the optimizer asks for no more of them than there are.
+        return lambda step, epoch, history: min(schedule(step, epoch, history), self.batch_size)
+
+    def notes(self) -> list[str]:
+        """What the numbers rest on."""
+        epoch = "a step" if self.steps_per_epoch == 1 else f"{self.steps_per_epoch:,} steps"
+        if self.query_mode == "split":
+            notes = [
+                f"an epoch is {epoch}; a step costs 2 forward passes whatever its queries, at most {self.batch_size} (split)"
+            ]
+        else:
+            notes = [f"an epoch is {epoch}; a query costs 2 forward passes"]
+        if "adazeta" in self.names and self.beta == "derived":
+            epochs = -(-self.steps // self.steps_per_epoch)
+            notes.append(f"beta {resolve_beta(self.beta, self.alpha, epochs):.4f}, derived for {epochs:,} epochs")
+        if "variance" in self.names:
+            notes.append(
+                f"variance: for a mean square of projected gradients that falls to {self.signal_end:g} of its start"
+            )
+        return notes
+
+    def files(self) -> tuple[Path, Path]:
+        """Where the picture and its numbers go; nothing there is replaced unless that was asked for.
+
+        Raises:
+            ZOError: not a .png name, or a file is there.
+        """
+        if self.out is not None:
+            if self.out.suffix.lower() != ".png":
+                raise ZOError(f"out={self.out} is no picture's name; give one that ends in .png.")
+            files = self.out, self.out.with_suffix(".csv")
+            for path in files:
+                if path.is_dir() or (path.exists() and not self.overwrite):
+                    raise ZOError(
+                        f"{path} is there already; give another name as --out, or --overwrite to replace a file."
+                    )
+            return files
+        stems = chain(["schedule"], (f"schedule-{number}" for number in count(2)))
+        pairs = ((Path(f"{stem}.png"), Path(f"{stem}.csv")) for stem in stems)
+        return next(pair for pair in pairs if self.overwrite or not any(path.exists() for path in pair))
+
+
+def run(options: Namespace) -> None:
+    """Print the table, draw the picture, write all steps beside it."""
+    values = options.as_dict()
+    values.pop("config", None)
+    config = ScheduleConfig(**values)
+    config.check()
+    courses, notes = config.courses(), config.notes()
+    image_path, table_path = config.files()
+    try:
+        write_atomically(image_path, picture(courses, notes[0]))
+        write_atomically(table_path, table(courses, config.steps_per_epoch))
+    except OSError as error:
+        raise ZOError(f"{image_path} cannot be written ({error.strerror}); give another place as --out.") from error
+    console = Console(highlight=False)
+    console.print(summary(courses, config.steps_per_epoch))
+    for note in notes:
+        console.print(note, markup=False, soft_wrap=True)
+    console.print(f"picture: {image_path}; every step: {table_path}", markup=False, soft_wrap=True)
+
+
+def summary(courses: list[Course], steps_per_epoch: int) -> Table:
+    """Queries at steps spread over the run, a column for each schedule; then what each asks for in all."""
+    last = len(courses[0].queries) - 1
+    shown = sorted({*((last + 1) * tenth // 10 for tenth in range(10)), last})
+    columns = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    columns.add_column("step", justify="right")
+    if steps_per_epoch > 1:
+        columns.add_column("epoch", justify="right")
+    for course in courses:
+        columns.add_column(course.name, justify="right")
+    epoch = [""] if steps_per_epoch > 1 else []
+    for step in shown:
+        numbers = [step, step // steps_per_epoch] if epoch else [step]
+        columns.add_row(*(f"{n:,}" for n in numbers), *(f"{course.queries[step]:,}" for course in courses))
+    columns.add_section()
+    columns.add_row("queries", *epoch, *(f"{sum(course.queries):,}" for course in courses))
+    columns.add_row("forwards", *epoch, *(f"{course.forwards[-1]:,}" for course in courses))
+    return columns

@@ -1,0 +1,82 @@
+"""Directions of low rank in every matrix: LOZO's product of two thin factors, SubZero's random subspace."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from zo_opt.directions.base import MatrixDirections, Stream
+from zo_opt.directions.gaussian import normal
+from zo_opt.errors import ZOError
+
+_CPU = torch.device("cpu")
+_U, _V, _Z, _VECTOR = 11, 12, 13, 14  # which of a parameter's random sequences
+
+
+class _PlainVectors(MatrixDirections):
+    def __init__(self, rank: int, interval: int) -> None:
+        if rank < 1 or interval < 1:
+            raise ZOError(f"rank={rank} and interval={interval} are not possible; both must be at least 1.")
+        self.rank, self.interval = rank, interval
+
+    def vector(self, stream: Stream, parameter: int, size: int) -> Tensor:
+        return _normal(*stream, parameter, _VECTOR, rows=size, columns=1).flatten()
+
+
+class LowRank(_PlainVectors):
+    """z_W = U V^T / r: U (m, r) fresh in every step and query, V (n, r) kept for ``interval`` steps; Gaussian entries.
+
+    Source: LOZO, arXiv 2410.07698 (``interval`` is its nu). Entries have variance 1/r.
+
+    Args:
+        rank: r.
+        interval: steps for which V is kept.
+    """
+
+    name = "low-rank"
+
+    def __init__(self, rank: int = 2, interval: int = 50) -> None:
+        super().__init__(rank, interval)
+
+    def rows(self, stream: Stream, parameter: int, shape: tuple[int, int], first: int, last: int) -> Tensor:
+        epoch = stream.step // self.interval
+        u = _normal(*stream, parameter, _U, rows=shape[0], columns=self.rank)
+        v = _normal(stream.seed, epoch, stream.query, parameter, _V, rows=shape[1], columns=self.rank)
+        return u[first:last] @ v.T / self.rank
+
+
+class Subspace(_PlainVectors):
+    """z_W = U Z V^T: U (m, r) and V (n, r) with orthonormal columns, drawn every ``interval`` steps; Z (r, r) Gaussian, fresh.
+
+    Source: SubZero, arXiv 2410.08989 (``interval`` is its F). A matrix with a side below ``rank`` takes that side as its rank.
+
+    Args:
+        rank: r.
+        interval: steps for which the subspaces are kept.
+    """
+
+    name = "subspace"
+
+    def __init__(self, rank: int = 32, interval: int = 500) -> None:
+        super().__init__(rank, interval)
+
+    def rows(self, stream: Stream, parameter: int, shape: tuple[int, int], first: int, last: int) -> Tensor:
+        rank, epoch = min(self.rank, *shape), stream.step // self.interval
+        u = _orthonormal(stream.seed, epoch, parameter, _U, rows=shape[0], columns=rank)
+        v = _orthonormal(stream.seed, epoch, parameter, _V, rows=shape[1], columns=rank)
+        z = _normal(*stream, parameter, _Z, rows=rank, columns=rank)
+        return u[first:last] @ (z @ v.T)
+
+
+@lru_cache(maxsize=16)  # the factors of the matrices that are being walked through, chunk by chunk
+def _normal(*name: int, rows: int, columns: int) -> Tensor:
+    return normal(name, 0, rows * columns, _CPU).view(rows, columns)
+
+
+@lru_cache(maxsize=512)  # asked for again in every step and query
+def _orthonormal(*name: int, rows: int, columns: int) -> Tensor:
+    q, r = torch.linalg.qr(_normal(*name, rows=rows, columns=columns))
+    unique: Tensor = q * r.diagonal().sign()  # the sign that makes the decomposition unique, hence uniform
+    return unique

@@ -1,0 +1,41 @@
+"""z with few entries that are not zero."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zo_opt.directions.base import Directions, Shapes, Stream
+from zo_opt.directions.philox import words
+from zo_opt.directions.rademacher import Rademacher
+from zo_opt.errors import ZOError
+
+_PER_BLOCK = 16  # 16-bit numbers in a Philox block
+KIND = 2
+
+
+class Sparse(Directions):
+    """z = s m / sqrt(density): signs s, and a mask m that keeps each entry with probability ``density``, fresh for every query.
+
+    E[z z^T] = I. [choice] Sparse-MeZO's mask, which depends on the weights, is :class:`~zo_opt.optim.SparseMeZO`'s. Bits are Philox's.
+
+    Raises:
+        ZOError: the density is not in (0, 1].
+    """
+
+    name = "sparse"
+
+    def __init__(self, density: float = 0.1) -> None:
+        if not 0 < density <= 1:
+            raise ZOError(f"density={density} is not possible; give the share of entries to keep, above 0 and up to 1.")
+        self.density = density
+
+    def draw(self, stream: Stream, shapes: Shapes, start: int, stop: int, device: torch.device) -> Tensor:
+        first, last = start // _PER_BLOCK, -(-stop // _PER_BLOCK)
+        word = words((stream.seed, 0), (stream.query, stream.step, KIND), first, last - first, device)
+        uniform = word.view(torch.int16)[start - _PER_BLOCK * first : stop - _PER_BLOCK * first]
+        threshold = round(self.density * 65536)
+        kept = uniform < threshold - 32768
+        z = Rademacher().draw(stream, shapes, start, stop, device)
+        scaled: Tensor = z * kept * float((65536 / threshold) ** 0.5)
+        return scaled

@@ -1,0 +1,46 @@
+"""Trying a step before taking it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isfinite
+
+from torch import Tensor
+
+from zo_opt.errors import ZOError
+from zo_opt.perturbation import Point
+from zo_opt.query_modes import Evaluator
+
+
+@dataclass(frozen=True)
+class LineSearch:
+    """Evaluates the loss at theta - m * lr * g for each multiplier m and keeps the best (weight decay left out).
+
+    With (0, 1) a step that raises the loss is rejected; (0, 1, -1) is the conservative rule of ZO-Bench; (1, 0.5, 0.25, 0)
+    shortens it. Costs a forward a multiplier on every micro-batch of the step; closures of earlier micro-batches are called
+    again, so pass the batch to ``estimate`` rather than capture a loop variable. Ties go to the multiplier named first.
+
+    Raises:
+        ZOError: no multipliers.
+    """
+
+    multipliers: Sequence[float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if len(self.multipliers) == 0:
+            raise ZOError("a line search needs at least one multiplier, such as (0.0, 1.0).")
+
+    def __call__(
+        self, coefficients: Sequence[float], lrs: Tensor, evaluators: Sequence[Evaluator]
+    ) -> tuple[float, int]:
+        """The best multiplier (0 where no loss is finite) and the forwards spent; ``lrs``: one a parameter."""
+        points = [
+            Point(tuple((q, -m * c) for q, c in enumerate(coefficients) if m * c != 0), factors=lrs)
+            for m in self.multipliers
+        ]
+        losses = sum(evaluator.at(points) for evaluator in evaluators)
+        assert isinstance(losses, Tensor)
+        finite = [(loss, i) for i, loss in enumerate(losses.tolist()) if isfinite(loss)]
+        best = self.multipliers[min(finite)[1]] if finite else 0.0
+        return best, len(points) * len(evaluators)

@@ -1,0 +1,37 @@
+"""What a step leaves behind: a record for logs, an update for journals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What the last step did: for logs, never needed by the mathematics."""
+
+    step: int
+    epoch: int
+    loss: float
+    queries: int
+    dropped: int
+    forwards: int
+    projected_grads: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Update:
+    """All that the next weights depend on, besides the weights and the optimizer's state: what a journal keeps of a step.
+
+    Attributes:
+        step: the step whose directions are meant.
+        lrs: learning rate of every parameter group.
+        coefficients: of each direction in the gradient estimate sum_q c_q z_q; 0 where a query was dropped. Empty if all were.
+        curvatures: second derivatives along the directions, for methods that use them.
+        older: (step, coefficients) of earlier directions that enter too (control variates).
+    """
+
+    step: int
+    lrs: tuple[float, ...]
+    coefficients: tuple[float, ...]
+    curvatures: tuple[float, ...] = ()
+    older: tuple[tuple[int, tuple[float, ...]], ...] = ()

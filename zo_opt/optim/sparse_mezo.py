@@ -1,0 +1,78 @@
+"""Sparse-MeZO: only entries of small magnitude are perturbed and updated (arXiv 2402.15751)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zo_opt.errors import ZOError
+from zo_opt.optim.base import ZerothOrderOptimizer
+from zo_opt.trainables import Trainables
+
+
+class SparseMeZO(ZerothOrderOptimizer):
+    """theta <- theta - lr * mean_q g_q (m * z_q), perturbed along m * z_q, with m_i = 1 where |theta_i| <= h, else 0.
+
+    Source: arXiv 2402.15751, algorithm 1. h is one number a parameter: the ``density`` quantile of its magnitudes when training
+    starts; the mask follows the current weights and is never stored. [choice] A parameter with h = 0 (LoRA's B starts as
+    zeros) is tuned whole: its entries would leave the mask with their first step. Other arguments as in
+    :class:`~zo_opt.optim.base.ZerothOrderOptimizer`.
+
+    Args:
+        density: share of entries to tune, in (0, 1].
+
+    >>> import torch
+    >>> theta = torch.nn.Parameter(torch.tensor([3.0, -2.0, 0.5, 0.1]))
+    >>> optimizer = SparseMeZO([theta], lr=0.05, density=0.5, seed=0)
+    >>> for _ in range(300):
+    ...     loss = optimizer.step(lambda: theta.square().sum())
+    >>> theta[:2].tolist(), bool(theta[2:].abs().max() < 1e-2)
+    ([3.0, -2.0], True)
+    """
+
+    name = "sparse-mezo"
+
+    def __init__(self, params: Iterable[Any], *, lr: float = 1e-6, density: float = 0.25, **options: Any) -> None:
+        if not 0 < density <= 1:
+            raise ZOError(f"density={density} is not possible; give the share of entries to tune, above 0 and up to 1.")
+        super().__init__(params, lr=lr, **options)
+        self.density = density
+        self.thresholds: Tensor | None = None
+        self._thresholds: dict[Tensor, float] = {}
+
+    def trainables(self) -> Trainables:
+        previous = self._trainables
+        trainables = super().trainables()
+        if trainables is not previous:
+            for i, parameter in enumerate(trainables.parameters):
+                if parameter not in self._thresholds:
+                    kept = max(1, round(self.density * trainables.sizes[i]))
+                    threshold = float(trainables.memory(i).abs().float().kthvalue(kept).values)
+                    self._thresholds[parameter] = threshold if threshold > 0 else float("inf")
+            found = [self._thresholds[p] for p in trainables.parameters]
+            self.thresholds = torch.tensor(found, device=trainables.parameters[0].device)
+        return trainables
+
+    def _transform(self) -> Callable[[Tensor, int, int, Tensor], Tensor]:
+        trainables, thresholds = self.trainables(), self.thresholds
+        assert thresholds is not None
+
+        def masked(z: Tensor, start: int, stop: int, weights: Tensor) -> Tensor:
+            return z * (weights.abs().float() <= trainables.spread(thresholds, start, stop))
+
+        return masked
+
+    def _progress(self) -> dict[str, Any]:
+        self.trainables()
+        assert self.thresholds is not None
+        return super()._progress() | {"thresholds": [str(t) for t in self.thresholds.tolist()]}
+
+    def _load_progress(self, zo: dict[str, Any]) -> None:
+        super()._load_progress(zo)
+        parameters = self.trainables().parameters
+        found = [float(t) for t in zo["thresholds"]]
+        self._thresholds |= dict(zip(parameters, found, strict=True))
+        self.thresholds = torch.tensor(found, device=parameters[0].device)

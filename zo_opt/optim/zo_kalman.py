@@ -1,0 +1,100 @@
+"""Zeroth order with a memory: a Kalman filter over past projected gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import ulp
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zo_opt.directions import StepDirections
+from zo_opt.errors import ZOError
+from zo_opt.estimators import Estimate
+from zo_opt.optim.base import ZerothOrderOptimizer
+from zo_opt.optim.records import Update
+from zo_opt.trainables import Piece
+
+
+class ZOKalman(ZerothOrderOptimizer):
+    """The gradient as a hidden state g, seen along one direction at a time: y_q = z_q . g + noise; the update rule follows its mean m.
+
+    Predict: m <- a m, P <- a^2 P + (1 - a^2) I (the gradient drifts, and is forgotten, with correlation a from step to step).
+    Correct: S = Z P Z^T + R I, K = P Z^T S^-1, m <- m + K (y - Z m), P <- P - K Z P.
+
+    Source: Kalman 1960, with a stationary first-order autoregressive state; for a -> 1 this is recursive least squares. [choice]
+    P and R are in units of a gradient entry's own variance, which cancels from K: only their ratio matters. d entries are pinned
+    down by about d queries within 1 / (1 - a) steps, so keep d at a thousand or so: P holds d^2 numbers. Other arguments as
+    in :class:`~zo_opt.optim.base.ZerothOrderOptimizer`.
+
+    Args:
+        memory: a, in [0, 1).
+        noise: R, variance of a measurement relative to that of one gradient entry (batch noise, curvature).
+
+    Raises:
+        ZOError: there are more than ``LIMIT`` trainable numbers.
+
+    >>> import torch
+    >>> theta = torch.nn.Parameter(torch.tensor([3.0, -2.0, 1.0]))
+    >>> optimizer = ZOKalman([theta], lr=0.05, seed=0)
+    >>> for _ in range(200):
+    ...     loss = optimizer.step(lambda: theta.square().sum())
+    >>> bool(theta.abs().max() < 1e-2)
+    True
+    """
+
+    name = "zo-kalman"
+    searchable = False
+    LIMIT = 1 << 13
+
+    def __init__(
+        self, params: Iterable[Any], *, lr: float = 1e-4, memory: float = 0.95, noise: float = 1.0, **options: Any
+    ) -> None:
+        if not 0 <= memory < 1 or not noise > 0:
+            raise ZOError(f"memory={memory} must be in [0, 1) and noise={noise} above 0.")
+        super().__init__(params, lr=lr, **options)
+        self.memory, self.noise = memory, noise
+
+    def _update(self, estimate: Estimate, coefficients: tuple[float, ...]) -> Update:
+        """The measurements y_q themselves; a slope of exactly 0 is one, too (0 marks a lost query)."""
+        kept = estimate.projected_grads.isfinite()
+        shares = (estimate.weights / estimate.weights[kept].sum()).tolist()
+        y = [
+            (c / share or ulp(0.0)) if k else 0.0
+            for c, share, k in zip(coefficients, shares, kept.tolist(), strict=True)
+        ]
+        return Update(self.step_count, self._lrs(), tuple(y))
+
+    def _prepare(self, update: Update) -> None:
+        trainables = self.trainables()
+        if trainables.total > self.LIMIT:
+            raise ZOError(
+                f"the Kalman filter holds d x d numbers and takes up to {self.LIMIT} trainables; there are "
+                f"{trainables.total}. Tune fewer, or use another optimizer."
+            )
+        state = self.state[trainables.parameters[0]]
+        if "gradient" not in state or len(state["gradient"]) != trainables.total:
+            state["gradient"] = torch.zeros(trainables.total)
+            state["covariance"] = torch.eye(trainables.total)
+        directions = self._directions_of(update.step)
+        queries = [q for q, c in enumerate(update.coefficients) if c != 0]
+        if queries:
+            z = torch.stack([directions.range(q, 0, trainables.total).cpu() for q in queries])
+            self._measure(state, z, torch.tensor([update.coefficients[q] for q in queries]))
+
+    def _measure(self, state: dict[str, Tensor], z: Tensor, y: Tensor) -> None:
+        m, p = state["gradient"], state["covariance"]
+        m.mul_(self.memory)
+        p.mul_(self.memory**2).diagonal().add_(1 - self.memory**2)
+        pz = p @ z.T
+        gain = torch.linalg.solve(z @ pz + self.noise * torch.eye(len(y)), pz.T).T
+        m += gain @ (y - z @ m)
+        p -= gain @ pz.T
+        p.copy_((p + p.T) / 2)
+
+    def _gradient(
+        self, piece: Piece, update: Update, directions: dict[int, StepDirections], scale: float
+    ) -> tuple[Tensor, float]:
+        m: Tensor = self.state[self.trainables().parameters[0]]["gradient"]
+        return m[piece.start : piece.stop].to(piece.values.device), scale

@@ -1,0 +1,121 @@
+"""The parameters being tuned, as one axis."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from zo_opt.directions.base import Shapes, numel
+from zo_opt.errors import ZOError
+
+CHUNK = 1 << 18  # entries handled at a time: what a core keeps in its cache
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A range of the axis.
+
+    Attributes:
+        start, stop: the range.
+        values: the trainables' own memory there, shape (stop - start,).
+        parameter: number of the (first) parameter in it.
+    """
+
+    start: int
+    stop: int
+    values: Tensor
+    parameter: int
+
+
+class Trainables:
+    """Unique parameters side by side on one axis, in the order in which directions number them.
+
+    Few entries (up to ``SMALL``: adapters) are gathered in one buffer that the parameters become views of, so that a sweep
+    over hundreds of small tensors is one operation. Many entries (whole models) stay where they are.
+    """
+
+    SMALL = 1 << 23
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        for p in parameters:
+            if not p.is_contiguous():
+                raise ZOError(
+                    "a trainable is not contiguous in memory; call .contiguous() on it before giving it to the optimizer."
+                )
+        self.parameters = list(parameters)
+        self.shapes: Shapes = tuple(tuple(p.shape) for p in parameters)
+        self.sizes = [numel(shape) for shape in self.shapes]
+        self.starts = [0, *accumulate(self.sizes)]
+        self.total = self.starts.pop()
+        self.small = self.total <= self.SMALL
+        self.index = {id(p): i for i, p in enumerate(self.parameters)}
+        self.opaque: frozenset[int] | None = None  # see Perturbed: found at the first evaluation
+        self.flat = self._gather() if self.small else None
+        self._ids = list(self.index)
+        self._addresses = [p.data_ptr() for p in self.parameters]
+
+    def is_current(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether these are the parameters, still in the memory where they were found."""
+        return list(map(id, parameters)) == self._ids and [p.data_ptr() for p in parameters] == self._addresses
+
+    def memory(self, parameter: int) -> Tensor:
+        """One parameter's entries as one axis, sharing its memory."""
+        return self.parameters[parameter].detach().view(-1)
+
+    def pieces(self, labels: Sequence[object] | None = None) -> Iterator[Piece]:
+        """The whole axis in pieces: within one parameter in chunks, or over gathered neighbours with equal labels."""
+        labels = labels if labels is not None else [None] * len(self.parameters)
+        if self.flat is None:
+            for i, (first, size) in enumerate(zip(self.starts, self.sizes, strict=True)):
+                memory = self.memory(i)
+                for lo in range(0, size, CHUNK):
+                    hi = min(lo + CHUNK, size)
+                    yield Piece(first + lo, first + hi, memory[lo:hi], i)
+            return
+        ends = [*self.starts[1:], self.total]
+        first = 0
+        for i, end in enumerate(ends):
+            if i + 1 == len(ends) or labels[i + 1] != labels[first]:
+                start = self.starts[first]
+                for lo in range(start, end, CHUNK):
+                    hi = min(lo + CHUNK, end)
+                    yield Piece(lo, hi, self.flat[lo:hi], first)
+                first = i + 1
+
+    def spread(self, values: Tensor, start: int, stop: int) -> Tensor:
+        """One value a parameter -> one an entry of the range, shape (stop - start,)."""
+        ends = torch.tensor([*self.starts[1:], self.total])
+        first = int(torch.searchsorted(ends, start, right=True))
+        last = int(torch.searchsorted(ends, stop - 1, right=True))
+        if first == last:
+            return values[first].expand(stop - start)
+        bounds = [start, *self.starts[first + 1 : last + 1], stop]
+        counts = torch.tensor([b - a for a, b in pairwise(bounds)], device=values.device)
+        return values[first : last + 1].repeat_interleave(counts)
+
+    def split(self, rows: Tensor) -> list[Tensor]:
+        """Rows of the whole axis, shape (n, total), as one tensor a parameter, shape (n, *parameter.shape)."""
+        parts = rows.split(self.sizes, dim=1)
+        return [part.view(-1, *shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def _gather(self) -> Tensor | None:
+        """Move the parameters into one buffer; None where they cannot be (several dtypes or devices, shared memory)."""
+        first = self.parameters[0]
+        alike = all(
+            p.dtype == first.dtype and p.device == first.device and type(p.data) is Tensor for p in self.parameters
+        )
+        shared = any(p.device.type == "cpu" and p.is_shared() for p in self.parameters)
+        memories = sorted((p.data_ptr(), p.data_ptr() + p.nbytes) for p in self.parameters)
+        overlapping = any(a[1] > b[0] for a, b in pairwise(memories))
+        if not alike or shared or overlapping:
+            return None
+        if len(self.parameters) == 1:
+            return first.detach().view(-1)
+        flat = torch.cat([p.detach().view(-1) for p in self.parameters])
+        for parameter, part, shape in zip(self.parameters, flat.split(self.sizes), self.shapes, strict=True):
+            parameter.data = part.view(shape)
+        return flat
