@@ -140,9 +140,9 @@ def test_no_draw_from_the_global_random_state(module):
         if (within(name, "torch") and name.split(".")[-1] in DRAWS) or name.split(".")[-1] in DRAWS_IN_PLACE:
             assert own, f"{module}:{call.lineno} {name} draws from the global state"
         assert name not in GLOBAL, f"{module}:{call.lineno} {name}"
-        assert not (within(name, "np.random", "numpy.random") and name.split(".")[-1] not in {"default_rng", "Philox"}), (
-            f"{module}:{call.lineno}"
-        )
+        assert not (
+            within(name, "np.random", "numpy.random") and name.split(".")[-1] not in {"default_rng", "Philox"}
+        ), f"{module}:{call.lineno}"
 
 
 def test_no_package_named_kernels():

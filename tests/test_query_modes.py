@@ -14,9 +14,11 @@ from torch import nn
 
 from zo_opt import MeZO, TTConfig, ZOError, get_adapter_model, trainable_parameters
 from zo_opt import query_modes as modes
-from zo_opt.directions import StepDirections, Stream, get_directions
-from zo_opt.query_modes import Perturbed
+from zo_opt.directions import DIRECTIONS, StepDirections, Stream, get_directions
+from zo_opt.perturbation import Perturbed, Point
+from zo_opt.query_modes import Evaluator
 from zo_opt.schedules import constant_queries
+from zo_opt.trainables import Trainables
 
 MODELS = ["llama", "bert", "opt", "gpt2", "t5"]
 EPS = 5e-2
@@ -29,33 +31,41 @@ def adapted(name):
     return model
 
 
-def perturbed_of(model, seed=0, step=0):
-    parameters = trainable_parameters(model)
-    return Perturbed(parameters, StepDirections(get_directions("gaussian"), seed, step, parameters))
+def evaluator_of(mode, model, closure, batch, directions="gaussian"):
+    trainables = Trainables(trainable_parameters(model))
+    return Evaluator(Perturbed(trainables, directions_of(model, directions)), closure, batch, mode, model)
 
 
-def by_hand(model, closure, batches, queries, seed=0, step=0):
+def directions_of(model, name="gaussian"):
+    return StepDirections(get_directions(name), 0, 0, trainable_parameters(model))
+
+
+@torch.no_grad()
+def by_hand(model, closure, batches, queries, scales=SCALES, anchor=None, directions="gaussian"):
     """Loss of query q at theta + scale * z_q on ``batches[q]``, z drawn straight from zo_opt.directions."""
     parameters = trainable_parameters(model)
     originals = [p.detach().clone() for p in parameters]
-    values = torch.empty(queries, 2, dtype=torch.float64)
-    with torch.no_grad():
-        for q in range(queries):
-            for s, scale in enumerate(SCALES):
-                for i, (p, original) in enumerate(zip(parameters, originals, strict=True)):
-                    z = get_directions("gaussian").slice(Stream(seed, step, q, i), 0, p.numel(), p.device)
-                    p.copy_(original + scale * z.view_as(p))
-                values[q, s] = float(closure(batches[q]))
-        for p, original in zip(parameters, originals, strict=True):
-            p.copy_(original)
+    sizes, shapes = [p.numel() for p in parameters], tuple(tuple(p.shape) for p in parameters)
+    theta = torch.cat([p.flatten() for p in originals]) if anchor is None else anchor
+    values = torch.empty(queries, len(scales), dtype=torch.float64)
+    for q in range(queries):
+        z = get_directions(directions).draw(Stream(0, 0, q), shapes, 0, sum(sizes), theta.device)
+        for s, scale in enumerate(scales):
+            for p, part in zip(parameters, (theta + scale * z).split(sizes), strict=True):
+                p.copy_(part.view_as(p))
+            values[q, s] = float(closure(batches[q]))
+    for p, original in zip(parameters, originals, strict=True):
+        p.copy_(original)
     return values
 
 
 @torch.no_grad()
-def run(mode, model, closure, batch, queries):
-    if mode == "sequential":
-        return modes.sequential(perturbed_of(model), closure, batch, queries, SCALES)
-    return getattr(modes, mode)(perturbed_of(model), closure, batch, queries, SCALES, model)
+def run(mode, model, closure, batch, queries, **options):
+    """Losses, and the weights bit for bit what they were."""
+    before = [p.detach().clone() for p in trainable_parameters(model)]
+    losses = evaluator_of(mode, model, closure, batch)(queries, SCALES, **options)
+    assert all(torch.equal(a, b) for a, b in zip(before, trainable_parameters(model), strict=True))
+    return losses
 
 
 def take(batch, start, stop):
@@ -80,6 +90,8 @@ def test_losses_on_the_whole_batch(name, mode):
     assert losses.values.dtype == torch.float64
     assert losses.forwards == 6
     assert losses.weights.tolist() == [1, 1, 1]
+    assert losses.base is None
+    assert losses.seeds == ((0, 0, 0), (0, 0, 1), (0, 0, 2))
     assert_same_losses(losses.values, by_hand(model, closure, [batch] * 3, 3))
 
 
@@ -91,6 +103,99 @@ def test_batched_in_several_chunks(name, monkeypatch):
     chunked = run("batched", model, lambda b: model(**b).loss, batch, 3)
     torch.testing.assert_close(chunked.values, whole, rtol=1e-5, atol=0)
     assert chunked.forwards == 6
+
+
+@pytest.mark.parametrize("directions", sorted(DIRECTIONS))
+@pytest.mark.parametrize("mode", ["sequential", "batched"])
+@pytest.mark.parametrize("small", [True, False], ids=["gathered", "in place"])
+def test_losses_along_every_kind_of_direction(directions, mode, small, monkeypatch):
+    """Gathered trainables and large ones, which are never moved, are evaluated at the same points."""
+    monkeypatch.setattr(Trainables, "SMALL", (1 << 23) * small)
+    net, batch = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 2)).double(), net_batch()
+    perturb(net.parameters())
+
+    def closure(b):
+        return net(b["x"]).square().mean()
+
+    with torch.no_grad():
+        found = evaluator_of(mode, net, closure, batch, directions)(3, SCALES).values
+    torch.testing.assert_close(found, by_hand(net, closure, [batch] * 3, 3, directions=directions), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("mode", ["sequential", "batched", "split"])
+@pytest.mark.parametrize("small", [True, False], ids=["gathered", "in place"])
+def test_the_loss_at_the_weights(mode, small, monkeypatch):
+    """On what each query saw: the whole batch, or its slice. One forward more, whatever the number of queries."""
+    monkeypatch.setattr(Trainables, "SMALL", (1 << 23) * small)
+    net, batch = Net(), net_batch()
+    losses = run(mode, net, net.loss, batch, 3, base=True)
+    slices = [take(batch, i, i + 2) for i in (0, 2, 4)] if mode == "split" else [batch] * 3
+    with torch.no_grad():
+        assert losses.base.tolist() == pytest.approx([float(net.loss(b)) for b in slices], rel=1e-6)
+    torch.testing.assert_close(losses.values, by_hand(net, net.loss, slices, 3), rtol=1e-6, atol=0)
+    assert losses.forwards == (3 if mode == "split" else 7)
+    assert losses.weights.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("mode", ["sequential", "batched", "split"])
+@pytest.mark.parametrize("small", [True, False], ids=["gathered", "in place"])
+@pytest.mark.parametrize("base", [False, True])
+def test_losses_around_other_weights(mode, small, base, monkeypatch):
+    """An anchor takes the weights' place in every mode, also for the loss in the middle."""
+    monkeypatch.setattr(Trainables, "SMALL", (1 << 23) * small)
+    net, batch = Net(), net_batch()
+    anchor = torch.tensor([0.5, -1.0, 2.0])
+    losses = run(mode, net, net.loss, batch, 3, anchor=anchor, base=base)
+    slices = [take(batch, i, i + 2) for i in (0, 2, 4)] if mode == "split" else [batch] * 3
+    expected = by_hand(net, net.loss, slices, 3, (*SCALES, 0.0), anchor)
+    torch.testing.assert_close(losses.values, expected[:, :2], rtol=1e-6, atol=0)
+    if base:
+        torch.testing.assert_close(losses.base, expected[:, 2], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("small", [True, False], ids=["gathered", "in place"])
+def test_points_of_several_directions_with_factors(small, monkeypatch):
+    """theta + sum_q scale_q factor_p z_q: what a line search asks for."""
+    monkeypatch.setattr(Trainables, "SMALL", (1 << 23) * small)
+    net = nn.Linear(3, 2).double()
+    evaluator = evaluator_of("sequential", net, lambda b: net(b["x"]).square().mean(), net_batch())
+    factors = torch.tensor([0.5, 2.0])
+    points = [Point(((0, 0.1), (2, -0.3)), factors), Point(((1, 0.0), (1, 0.2)), factors), Point()]
+    with torch.no_grad():
+        found = evaluator.at(points).tolist()
+    z = torch.stack([directions_of(net).range(q, 0, 8) for q in range(3)]).double() * torch.tensor(
+        [0.5] * 6 + [2.0] * 2
+    )
+    theta = torch.cat([p.detach().flatten() for p in net.parameters()])
+    for value, move in zip(found, (0.1 * z[0] - 0.3 * z[2], 0.2 * z[1], 0 * z[0]), strict=True):
+        weight, bias = (theta + move).split([6, 2])
+        expected = torch.nn.functional.linear(net_batch()["x"], weight.view(2, 3), bias).square().mean()
+        assert value == pytest.approx(float(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("directions", ["gaussian", "rademacher"])
+def test_perturbed_weights(dtype, directions):
+    """The same bits however they are cut, with kept directions or redrawn ones; within half a spacing of the exact sum."""
+    parameters = [nn.Parameter(torch.randn(1000, 300, generator=torch.Generator().manual_seed(0)))]
+    origin, point = parameters[0].detach().to(dtype).flatten(), Point(((0, 1e-3),))
+    kept, redrawn = (StepDirections(get_directions(directions), 0, 0, parameters) for _ in range(2))
+    redrawn.KEPT = 0
+    whole = Perturbed(Trainables(parameters), kept).values(point, 0, 300_000, origin)
+    assert whole.dtype == dtype
+    move = 1e-3 * kept.range(0, 0, 300_000).double()
+    exact = origin.double() + move
+    spacing = torch.finfo(dtype).eps * exact.abs() + torch.finfo(dtype).smallest_normal
+    product = (
+        torch.finfo(torch.promote_types(dtype, torch.float32)).eps * move.abs()
+    )  # itself rounded before it is added
+    half = 1.001 if dtype == torch.float64 else 0.501  # float64's exact sum is rounded itself
+    assert ((whole.double() - exact).abs() <= half * spacing + product).all()
+    for each in (kept, redrawn):
+        perturbed = Perturbed(Trainables(parameters), each)
+        for start, stop in ((0, 300_000), (0, 7), (5, 262_150), (262_139, 300_000), (100, 101)):
+            part = perturbed.values(point, start, stop, origin[start:stop])
+            assert torch.equal(part, whole[start:stop])
 
 
 def slice_sizes(examples, queries):

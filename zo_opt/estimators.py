@@ -134,6 +134,10 @@ def forward_gradient(perturbed: Perturbed, call: Callable[[], Any], queries: Seq
             warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, when it loads its derivatives
 
             def dual(number: int, query: int = query) -> Tensor:
+                if not torch._C._is_fwd_grad_enabled():  # inside a torch.autograd.Function: the tangent would be lost
+                    raise NotImplementedError(
+                        "a torch.autograd.Function takes a trainable itself: no forward AD through it"
+                    )
                 start, memory = trainables.starts[number], trainables.memory(number)
                 z = perturbed.direction(query, start, start + len(memory), memory).to(memory.dtype)
                 shape = trainables.shapes[number]
@@ -145,7 +149,7 @@ def forward_gradient(perturbed: Perturbed, call: Callable[[], Any], queries: Seq
                 with sdpa_kernel(SDPBackend.MATH), Substitution(trainables.index, dual):
                     loss = call()
             except (NotImplementedError, RuntimeError) as error:
-                if "forward AD" not in str(error) and "forward-mode" not in str(error):
+                if not any(name in str(error) for name in ("forward AD", "forward mode AD", "forward-mode")):
                     raise
                 raise ZOError(
                     f"an operation of this model has no forward-mode derivative ({str(error).splitlines()[0]}); "

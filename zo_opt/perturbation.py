@@ -73,12 +73,8 @@ class Perturbed:
     def _values(self, point: Point, start: int, stop: int, origin: Tensor, out: Tensor) -> None:
         """``values`` for a range that fits in the cache."""
         base = origin if point.anchor is None else point.anchor[start:stop]
-        if len(point.scales) == 1 and self.directions.kind.signs and (self.transform, point.factors) == (None, None):
-            query, scale = point.scales[
-                0
-            ]  # float32 signs: between two bf16 tensors torch would round the scale to bf16
-            torch.add(base, self.directions.range(query, start, stop), alpha=scale, out=out)
-            return
+        if out.dtype == torch.float64:
+            base = base.double()  # an anchor is float32; what is added to it must not be rounded to that
         wide = out.dtype in (torch.float32, torch.float64)
         total = out if wide else torch.empty(stop - start, device=out.device)
         factors = None if point.factors is None else self.trainables.spread(point.factors, start, stop)
@@ -101,7 +97,7 @@ class Perturbed:
         for i, (start, size) in enumerate(zip(trainables.starts, trainables.sizes, strict=True)):
             origin = trainables.memory(i)
             rows = torch.stack([self.values(p, start, start + size, origin) for p in points])
-            copies.append(rows.view(-1, *trainables.shapes[i]))
+            copies.append(rows.view(len(points), *trainables.shapes[i]))
         return copies
 
     def losses(self, call: Callable[[], Any], points: Sequence[Point]) -> Iterator[float]:

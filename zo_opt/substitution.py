@@ -51,6 +51,7 @@ class Substitution(TorchFunctionMode):
         self._index, self._replacement, self._values, self._chunk = index, replacement, values, chunk
         self.seen: set[int] = set()
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # a compiled model would have it traced for every layer
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -62,7 +63,7 @@ class Substitution(TorchFunctionMode):
             if func is F.linear and large:
                 self.seen.add(number)
                 return self._linear(number, *args, **kwargs)
-            if func is F.embedding and large and (len(args) < 4 or args[3] is None) and not kwargs:
+            if func is F.embedding and large and kwargs.get("max_norm") is None:  # torch names all but the first two
                 self.seen.add(number)
                 return self._embedding(number, args[0], args[1])
         return func(*self._replace(args), **{k: self._replace(v) for k, v in kwargs.items()})
@@ -81,7 +82,7 @@ class Substitution(TorchFunctionMode):
     def _linear(self, number: int, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x W^T + b, a chunk of W's rows at a time."""
         assert self._values is not None
-        bias = self._replace(bias)
+        x, bias = self._replace(x), self._replace(bias)
         rows, columns = weight.shape
         step = max(1, self._chunk // columns)
         out: Tensor | None = None

@@ -100,7 +100,7 @@ class Trainables:
     def split(self, rows: Tensor) -> list[Tensor]:
         """Rows of the whole axis, shape (n, total), as one tensor a parameter, shape (n, *parameter.shape)."""
         parts = rows.split(self.sizes, dim=1)
-        return [part.view(-1, *shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        return [part.view(len(rows), *shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def _gather(self) -> Tensor | None:
         """Move the parameters into one buffer; None where they cannot be (several dtypes or devices, shared memory)."""
@@ -108,7 +108,7 @@ class Trainables:
         alike = all(
             p.dtype == first.dtype and p.device == first.device and type(p.data) is Tensor for p in self.parameters
         )
-        shared = any(p.device.type == "cpu" and p.is_shared() for p in self.parameters)
+        shared = any((p.device.type == "cpu" and p.is_shared()) or _looked_at(p) for p in self.parameters)
         memories = sorted((p.data_ptr(), p.data_ptr() + p.nbytes) for p in self.parameters)
         overlapping = any(a[1] > b[0] for a, b in pairwise(memories))
         if not alike or shared or overlapping:
@@ -116,6 +116,17 @@ class Trainables:
         if len(self.parameters) == 1:
             return first.detach().view(-1)
         flat = torch.cat([p.detach().view(-1) for p in self.parameters])
-        for parameter, part, shape in zip(self.parameters, flat.split(self.sizes), self.shapes, strict=True):
-            parameter.data = part.view(shape)
+        # Each gets a storage of its own within the buffer: whoever saves a model takes one storage for one tensor.
+        memory, size = flat.untyped_storage(), flat.element_size()
+        for parameter, start, n in zip(self.parameters, self.starts, self.sizes, strict=True):
+            own = memory[start * size : (start + n) * size]
+            parameter.data = torch.empty(0, dtype=flat.dtype, device=flat.device).set_(
+                own, 0, parameter.shape, parameter.stride()
+            )
         return flat
+
+
+def _looked_at(parameter: Tensor) -> bool:
+    """Whether another tensor (or numpy array) looks at this memory and would be left behind by a move."""
+    users = torch._C._storage_Use_Count(parameter.untyped_storage()._cdata)
+    return bool(users > 2)  # the parameter and the storage object just made

@@ -29,15 +29,9 @@ class Stream(NamedTuple):
 
 
 class Directions(ABC):
-    """A distribution of directions, with mean zero.
-
-    Attributes:
-        name: as in :data:`~zo_opt.directions.DIRECTIONS`.
-        signs: whether all entries are +1 or -1, exact in every dtype; ``draw`` then takes a ``dtype``.
-    """
+    """A distribution of directions, with mean zero; ``name`` as in :data:`~zo_opt.directions.DIRECTIONS`."""
 
     name: str
-    signs = False
 
     @abstractmethod
     def draw(self, stream: Stream, shapes: Shapes, start: int, stop: int, device: torch.device) -> Tensor:
@@ -114,17 +108,16 @@ class StepDirections:
         self._one_device = len(set(self._devices)) == 1
         self._kept: list[Tensor] = []
 
-    def range(self, query: int, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Entries of one query's direction, on the device of the parameters there: shape (stop - start,).
+    def range(self, query: int, start: int, stop: int) -> Tensor:
+        """Entries of one query's direction, on the device of the parameters there: float32, shape (stop - start,).
 
-        float32; signs also in another dtype. What comes back must not be changed in place.
+        What comes back must not be changed in place.
         """
         self._keep(query)
         if query < len(self._kept):
             return self._kept[query][start:stop]
-        device = self._devices[bisect_right(self._ends, start)]
-        options = {} if dtype == torch.float32 else {"dtype": dtype}
-        return self.kind.draw(self.stream(query), self._shapes, start, stop, device, **options)
+        device = self._devices[min(bisect_right(self._ends, start), len(self._ends) - 1)]
+        return self.kind.draw(self.stream(query), self._shapes, start, stop, device)
 
     def of_step(self, step: int) -> StepDirections:
         """Those of another step over the same parameters."""

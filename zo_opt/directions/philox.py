@@ -28,6 +28,8 @@ def words(key: tuple[int, int], counter: tuple[int, int, int], first: int, block
     >>> torch.equal(words((1, 2), (3, 4, 5), 7, 2, cpu), words((1, 2), (3, 4, 5), 0, 9, cpu)[28:])
     True
     """
+    if blocks == 0:  # numpy gives it a stride of 0, which cannot be viewed in other units
+        return torch.empty(0, dtype=torch.int64, device=device)
     if device.type == "cpu":
         # numpy counts up before it draws, so that the counter given is the block's own less one.
         state = np.array([first, *(c & _MASK64 for c in counter)], dtype=np.uint64)

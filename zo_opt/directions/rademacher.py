@@ -22,37 +22,21 @@ class Rademacher(Directions):
     """
 
     name = "rademacher"
-    signs = True
 
-    def draw(
-        self,
-        stream: Stream,
-        shapes: Shapes,
-        start: int,
-        stop: int,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-    ) -> Tensor:
-        return signs((stream.seed, 0), (stream.query, stream.step, KIND), start, stop, device, dtype)
+    def draw(self, stream: Stream, shapes: Shapes, start: int, stop: int, device: torch.device) -> Tensor:
+        return signs((stream.seed, 0), (stream.query, stream.step, KIND), start, stop, device)
 
 
-def signs(
-    key: tuple[int, int],
-    counter: tuple[int, int, int],
-    start: int,
-    stop: int,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Bits ``start`` to ``stop`` of a Philox sequence as +1 (clear) and -1 (set), shape (stop - start,)."""
+def signs(key: tuple[int, int], counter: tuple[int, int, int], start: int, stop: int, device: torch.device) -> Tensor:
+    """Bits ``start`` to ``stop`` of a Philox sequence as +1 (clear) and -1 (set): float32, shape (stop - start,)."""
     first, last = start // _PER_BLOCK, -(-stop // _PER_BLOCK)
     bytes_ = words(key, counter, first, last - first, device).view(torch.uint8)
     # One table row of eight signs a byte: the fastest way from bits to floats in plain torch (measured).
-    z = F.embedding(bytes_.int(), _signs_of_bytes(device, dtype)).view(-1)
+    z = F.embedding(bytes_.int(), _signs_of_bytes(device)).flatten()
     return z[start - _PER_BLOCK * first : stop - _PER_BLOCK * first]
 
 
-@lru_cache(maxsize=16)
-def _signs_of_bytes(device: torch.device, dtype: torch.dtype) -> Tensor:
+@lru_cache(maxsize=8)
+def _signs_of_bytes(device: torch.device) -> Tensor:
     bits = torch.arange(256, device=device).unsqueeze(1) >> torch.arange(8, device=device) & 1
-    return (1.0 - 2.0 * bits).to(dtype)
+    return 1.0 - 2.0 * bits.float()

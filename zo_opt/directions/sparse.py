@@ -34,8 +34,8 @@ class Sparse(Directions):
         first, last = start // _PER_BLOCK, -(-stop // _PER_BLOCK)
         word = words((stream.seed, 0), (stream.query, stream.step, KIND), first, last - first, device)
         uniform = word.view(torch.int16)[start - _PER_BLOCK * first : stop - _PER_BLOCK * first]
-        threshold = round(self.density * 65536)
-        kept = uniform < threshold - 32768
+        threshold = max(1, round(self.density * 65536))
+        kept = uniform <= threshold - 32769  # at most 32767: int16 cannot be compared with more
         z = Rademacher().draw(stream, shapes, start, stop, device)
         scaled: Tensor = z * kept * float((65536 / threshold) ** 0.5)
         return scaled

@@ -10,7 +10,7 @@ from torch import Tensor
 from zo_opt.directions.base import Directions, Shapes, Stream, numel
 from zo_opt.directions.gaussian import normal
 
-_CHUNK = 1 << 22
+_CHUNK = 1 << 18
 
 
 class Sphere(Directions):

@@ -321,11 +321,12 @@ class ZerothOrderOptimizer(Optimizer):
         if self._trainables is None or not self._trainables.is_current(parameters):
             if not parameters:
                 raise ZOError("no parameter requires grad; give the optimizer trainable_parameters(model).")
+            trainables = Trainables(parameters)
             if not self._checked:
-                if not all(p.isfinite().all() for p in parameters):
+                if not all(piece.values.isfinite().all() for piece in trainables.pieces()):
                     raise ZOError("a trainable holds NaN or infinity before training; load sound weights first.")
                 self._checked = True
-            self._trainables = Trainables(parameters)
+            self._trainables = trainables
             self._slots = self._pieces = self._template = None
         return self._trainables
 
