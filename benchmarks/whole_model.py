@@ -5,7 +5,8 @@
 A BERT-base (109 M parameters, random weights), in float32 and bfloat16. The MeZO loop is that of the released code: a global seed,
 ``torch.normal`` a tensor, out of place, three passes a query and one to update. Everything is measured interleaved in one process;
 medians. "overhead" is a one-query step less two plain forwards; "sweeps" is perturbing every parameter twice by a closure that
-merely reads it, and the update. Bandwidth floor: one in-place addition of a constant to every parameter.
+merely reads it, and the update. Bandwidth floor: one in-place addition of a constant to every parameter. Memory is the most bytes
+allocated at once above the weights, by the allocator's own record.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import BertConfig, BertForSequenceClassification
 
 from zo_opt import MeZO
@@ -37,16 +39,15 @@ def main() -> None:
     results: dict[str, Any] = {
         "threads": arguments.threads, "rounds": arguments.rounds, "torch": torch.__version__, "machine": platform.processor()
     }  # fmt: skip
+    results["adapter"] = adapter(arguments.rounds * 5)
+    show("adapter, 288 tensors, 36,864 parameters", results["adapter"])
     for dtype in (torch.float32, torch.bfloat16):
         for batch in (1, 16):
             name = f"{str(dtype)[6:]} {batch}x64"
             results[name] = whole_model(dtype, batch, arguments.rounds)
             show(name, results[name])
-    results["adapter"] = adapter(arguments.rounds * 5)
-    show("adapter, 288 tensors, 36,864 parameters", results["adapter"])
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(results, indent=2) + "\n")
+            if arguments.out is not None:
+                arguments.out.write_text(json.dumps(results, indent=2) + "\n")
 
 
 def whole_model(dtype: torch.dtype, batch: int, rounds: int) -> dict[str, float]:
@@ -87,20 +88,23 @@ def whole_model(dtype: torch.dtype, batch: int, rounds: int) -> dict[str, float]
         ratios[f"{name} sweeps / MeZO loop"] = seconds[f"{name} sweeps"] / seconds["MeZO loop"]
         whole = seconds["two forwards"] + seconds["MeZO loop"]
         ratios[f"MeZO step / {name} step"] = whole / seconds[f"{name} step"]
+        step = peak_bytes(lambda optimizer=optimizer: optimizer.step(closure))
+        ratios[f"{name} step's memory / a forward's"] = step / peak_bytes(two_forwards)
+    ratios["a forward's memory, MiB"] = peak_bytes(two_forwards) / 2**20
     return {f"{k}, s": v for k, v in seconds.items()} | ratios
 
 
 def adapter(rounds: int) -> dict[str, float]:
-    """288 tensors of 128 entries: perturb, restore and update alone."""
+    """288 tensors of 128 entries: a whole step whose closure does nothing."""
     module = nn.ParameterList([nn.Parameter(torch.zeros(16, 8)) for _ in range(288)])
     parameters = list(module)
     own = [nn.Parameter(p.detach().clone()) for p in parameters]
     optimizers = {d: MeZO(own, lr=1e-7, zo_eps=EPS, directions=d) for d in ("rademacher", "gaussian")}
     actions: dict[str, Callable[[], Any]] = {"MeZO loop": lambda: mezo_loop(parameters)}
     for name, optimizer in optimizers.items():
-        actions[f"{name} sweeps"] = lambda optimizer=optimizer: optimizer.step(lambda: 0.0)
+        actions[f"{name} step"] = lambda optimizer=optimizer: optimizer.step(lambda: 0.0)
     seconds = interleaved(actions, rounds)
-    ratios = {f"{n} sweeps / MeZO loop": seconds[f"{n} sweeps"] / seconds["MeZO loop"] for n in optimizers}
+    ratios = {f"{name} / MeZO loop": s / seconds["MeZO loop"] for name, s in seconds.items() if name != "MeZO loop"}
     return {f"{k}, s": v for k, v in seconds.items()} | ratios
 
 
@@ -135,6 +139,18 @@ def interleaved(actions: dict[str, Callable[[], Any]], rounds: int) -> dict[str,
             if done:
                 seconds[name].append(time.perf_counter() - start)
     return {name: sorted(values)[len(values) // 2] for name, values in seconds.items()}
+
+
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """The most bytes allocated at once while it runs."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        call()
+    events = [(e.start_ns(), e.nbytes()) for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = top = 0
+    for _, change in sorted(events, key=lambda event: event[0]):
+        live += change
+        top = max(top, live)
+    return top
 
 
 def show(title: str, figures: dict[str, float]) -> None:

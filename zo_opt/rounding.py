@@ -10,7 +10,8 @@ from torch import Tensor
 from zo_opt.directions.base import Stream
 from zo_opt.directions.philox import WORDS, words
 
-_LENGTH = 1 << 16
+_LENGTH = 1 << 18  # entries that share a Philox word: a chunk of the sweep
+_PERIOD = 1 << 16
 _GOLDEN = 40503  # 2^16 / golden ratio, odd: its multiples modulo 2^16 visit every value once
 _KIND = 7
 
@@ -19,7 +20,7 @@ def round_into(out: Tensor, values: Tensor, stream: Stream, start: int) -> None:
     """Round each value to one of its two neighbours in ``out``'s dtype, with probabilities that make the mean exact.
 
     Values that the dtype holds exactly stay as they are. The dither of entry i is 40503 (u + i) mod 2^16 with a Philox word u for
-    every 2^16 entries: uniform for each entry, a function of the stream and the position alone.
+    every 2^18 entries: uniform for each entry, a function of the stream and the position alone.
 
     Source: stochastic rounding, Gupta et al., arXiv 1502.02551; here with a golden-ratio dither.
 
@@ -54,5 +55,5 @@ def _round_block(out: Tensor, values: Tensor, dither: Tensor) -> None:
 
 @lru_cache(maxsize=8)
 def _pattern(device: torch.device) -> Tensor:
-    """Twice the period, so that it can start anywhere."""
-    return (torch.arange(2 * _LENGTH, device=device) * _GOLDEN & 0xFFFF).int()
+    """A block and a period more, so that it can start anywhere."""
+    return (torch.arange(_LENGTH + _PERIOD, device=device) * _GOLDEN & 0xFFFF).int()
