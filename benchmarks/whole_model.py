@@ -16,6 +16,7 @@ import json
 import platform
 import time
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import BertConfig, BertForSequenceClassification
 
 from zo_opt import MeZO
+from zo_opt.optim import Update
+from zo_opt.perturbation import Perturbed, Point
 
 EPS = 1e-3
 
@@ -66,10 +69,12 @@ def whole_model(dtype: torch.dtype, batch: int, rounds: int) -> dict[str, float]
         closure()
         closure()
 
+    losses = cycle((1.0, 0.0))  # a slope of 0 would need no update
+
     def read_every_parameter() -> float:
         for p in parameters:
             p.detach()
-        return 0.0
+        return next(losses)
 
     optimizers = {d: MeZO(parameters, lr=1e-7, zo_eps=EPS, directions=d) for d in ("rademacher", "gaussian")}
     actions: dict[str, Callable[[], Any]] = {
@@ -95,17 +100,32 @@ def whole_model(dtype: torch.dtype, batch: int, rounds: int) -> dict[str, float]
 
 
 def adapter(rounds: int) -> dict[str, float]:
-    """288 tensors of 128 entries: a whole step whose closure does nothing."""
-    module = nn.ParameterList([nn.Parameter(torch.zeros(16, 8)) for _ in range(288)])
-    parameters = list(module)
-    own = [nn.Parameter(p.detach().clone()) for p in parameters]
-    optimizers = {d: MeZO(own, lr=1e-7, zo_eps=EPS, directions=d) for d in ("rademacher", "gaussian")}
+    """288 tensors of 128 entries: a whole step whose closure does nothing, and its perturb, restore and update alone."""
+
+    def tensors() -> list[nn.Parameter]:
+        return [nn.Parameter(torch.zeros(16, 8)) for _ in range(288)]
+
+    parameters = tensors()
+    # Tensors of its own for each: an optimizer gathers them in a buffer, and two would take them from each other.
+    optimizers = {d: MeZO(tensors(), lr=1e-7, zo_eps=EPS, directions=d) for d in ("rademacher", "gaussian")}
+    losses = cycle((1.0, 0.0))
     actions: dict[str, Callable[[], Any]] = {"MeZO loop": lambda: mezo_loop(parameters)}
     for name, optimizer in optimizers.items():
-        actions[f"{name} step"] = lambda optimizer=optimizer: optimizer.step(lambda: 0.0)
+        actions[f"{name} step"] = lambda optimizer=optimizer: optimizer.step(lambda: next(losses))
+        actions[f"{name} sweeps"] = lambda optimizer=optimizer: sweeps(optimizer)
     seconds = interleaved(actions, rounds)
     ratios = {f"{name} / MeZO loop": s / seconds["MeZO loop"] for name, s in seconds.items() if name != "MeZO loop"}
     return {f"{k}, s": v for k, v in seconds.items()} | ratios
+
+
+@torch.no_grad()
+def sweeps(optimizer: MeZO) -> None:
+    """What the loop does and nothing of what an optimizer does besides: two points, the restore, the update."""
+    trainables = optimizer._trainables
+    assert trainables is not None
+    directions = optimizer._directions_of(optimizer.step_count)
+    list(Perturbed(trainables, directions).losses(lambda: 0.0, [Point(((0, EPS),)), Point(((0, -EPS),))]))
+    optimizer._sweep(Update(optimizer.step_count, (1e-7,), (0.3,)))
 
 
 def mezo_loop(parameters: list[nn.Parameter], lr: float = 1e-7, projected_grad: float = 0.3) -> None:
