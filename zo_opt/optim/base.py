@@ -149,8 +149,7 @@ class ZerothOrderOptimizer(Optimizer):
         trainables = self.trainables()
         if not self._pending:  # estimates before one step share their directions, hence their number
             self._queries = self._schedule_queries(batch)
-        if self._step_directions is None:
-            self._step_directions = self._directions_of(self.step_count)
+        self._step_directions = self._directions_of(self.step_count)
         perturbed = Perturbed(trainables, self._step_directions, self._transform())
         evaluator = Evaluator(perturbed, closure, batch, self.query_mode, self.module)
         with self._evaluation_mode():
@@ -283,7 +282,7 @@ class ZerothOrderOptimizer(Optimizer):
 
     def _load_progress(self, zo: dict[str, Any]) -> None:
         self.seed, self.step_count, self.zo_eps = int(zo["seed"]), int(zo["step"]), float(zo["zo_eps"])
-        self._template = None  # it knows the seed
+        self._template = self._step_directions = None  # they know the seed
         self.update_count = int(zo["updates"])
         self.history = History(**zo["history"])
         self.failed_steps, self.dropped_queries = int(zo["failed_steps"]), int(zo["dropped_queries"])
@@ -327,7 +326,7 @@ class ZerothOrderOptimizer(Optimizer):
                     raise ZOError("a trainable holds NaN or infinity before training; load sound weights first.")
                 self._checked = True
             self._trainables = trainables
-            self._slots = self._pieces = self._template = None
+            self._slots = self._pieces = self._template = self._step_directions = None
         return self._trainables
 
     def slots(self) -> Slots:
@@ -364,7 +363,7 @@ class ZerothOrderOptimizer(Optimizer):
         self.history.forwards += record.forwards
         self.history.observe(record.projected_grads)
         self.dropped_queries += record.dropped
-        self._pending, self._step_directions = [], None
+        self._pending = []
         least = max((control.least for control in self.step_control), default=1)
         if kept.sum() < min(least, len(kept)):
             return estimate.loss, Update(self.step_count, self._lrs(), ())
@@ -414,6 +413,8 @@ class ZerothOrderOptimizer(Optimizer):
         return self._pieces
 
     def _directions_of(self, step: int) -> StepDirections:
+        if self._step_directions is not None and self._step_directions.step == step:
+            return self._step_directions  # which may keep what the estimate drew
         if self._template is None:
             self._template = StepDirections(self.directions, self.seed, step, self.trainables().parameters)
         return self._template.of_step(step)
