@@ -520,3 +520,23 @@ def test_global_random_state_is_left_alone():
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (np.random.get_state()[1] == before[1]).all()
     assert random.getstate() == before[2]
+
+
+@pytest.mark.parametrize("ids", [torch.tensor([[3, 0], [11, 3]]), torch.tensor([-1, 2], dtype=torch.int32)])
+def test_rows_of_a_large_weight_are_made_alone(ids):
+    """weight[ids], as scorers of label words read an output head; negative numbers count from the end."""
+    weight = nn.Parameter(torch.arange(48.0).view(12, 4))
+    made = []
+
+    def values(number, lo, hi):
+        made.append((lo, hi))
+        return (weight.detach().view(-1) + 100)[lo:hi]
+
+    def whole(number):
+        raise AssertionError("the whole weight was made")
+
+    with torch.no_grad(), Substitution({id(weight): 0}, whole, values, 16) as substitution:
+        rows = weight[ids]
+    assert torch.equal(rows, weight.detach()[ids.long()] + 100)
+    assert substitution.seen == {0}
+    assert made

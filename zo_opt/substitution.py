@@ -58,15 +58,26 @@ class Substitution(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _METADATA:
             return func(*args, **kwargs)
-        if self._values is not None and len(args) > 1 and (number := self._index.get(id(args[1]))) is not None:
-            large = args[1].numel() > self._chunk and args[1].ndim == 2
-            if func is F.linear and large:
+        if self._values is not None and len(args) > 1 and (read := self._partial(func, args, kwargs)) is not None:
+            return read
+        return func(*self._replace(args), **{k: self._replace(v) for k, v in kwargs.items()})
+
+    def _partial(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The result where a large weight need not be made as a whole; else None."""
+        for position in (0, 1):
+            number, weight = self._index.get(id(args[position])), args[position]
+            if number is None or weight.numel() <= self._chunk or weight.ndim != 2:
+                continue
+            if func is F.linear and position == 1:
                 self.seen.add(number)
                 return self._linear(number, *args, **kwargs)
-            if func is F.embedding and large and kwargs.get("max_norm") is None:  # torch names all but the first two
+            ids = args[1 - position]
+            # torch names all of an embedding's arguments but the first two.
+            embedding = func is F.embedding and position == 1 and kwargs.get("max_norm") is None
+            if embedding or (func is Tensor.__getitem__ and position == 0 and _are_rows(ids, len(weight))):
                 self.seen.add(number)
-                return self._embedding(number, args[0], args[1])
-        return func(*self._replace(args), **{k: self._replace(v) for k, v in kwargs.items()})
+                return self._rows(number, ids if embedding else ids % len(weight), weight)
+        return None
 
     def _replace(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -96,7 +107,7 @@ class Substitution(TorchFunctionMode):
         assert out is not None
         return out
 
-    def _embedding(self, number: int, ids: Tensor, weight: Tensor) -> Tensor:
+    def _rows(self, number: int, ids: Tensor, weight: Tensor) -> Tensor:
         """W[ids], making only windows of rows that are asked for."""
         assert self._values is not None
         columns = weight.shape[1]
@@ -112,3 +123,9 @@ class Substitution(TorchFunctionMode):
             out[done : done + count] = rows[picked - first]
             done += count
         return F.embedding(inverse, out)
+
+
+def _are_rows(index: Any, rows: int) -> bool:
+    """Whether this is a tensor of row numbers; negative ones count from the end."""
+    whole = isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32) and index.numel() > 0
+    return whole and -rows <= int(index.min()) and int(index.max()) < rows
