@@ -165,9 +165,7 @@ class Perturbed:
 
     def _move(self, originals: dict[int, tuple[Tensor, Tensor]], point: Point) -> None:
         for start, (memory, copy) in originals.items():
-            for lo in range(0, len(memory), CHUNK):
-                hi = min(lo + CHUNK, len(memory))
-                self.values(point, start + lo, start + hi, copy[lo:hi], out=memory[lo:hi])
+            self.values(point, start, start + len(memory), copy, out=memory)
 
 
 def as_scalar(loss: Any) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -49,8 +50,9 @@ class Trainables:
         self.parameters = list(parameters)
         self.shapes: Shapes = tuple(tuple(p.shape) for p in parameters)
         self.sizes = [numel(shape) for shape in self.shapes]
-        self.starts = [0, *accumulate(self.sizes)]
-        self.total = self.starts.pop()
+        self.ends = [*accumulate(self.sizes)]
+        self.starts = [0, *self.ends[:-1]]
+        self.total = self.ends[-1]
         self.small = self.total <= self.SMALL
         self.index = {id(p): i for i, p in enumerate(self.parameters)}
         self.opaque: frozenset[int] | None = None  # see Perturbed: found at the first evaluation
@@ -76,10 +78,9 @@ class Trainables:
                     hi = min(lo + CHUNK, size)
                     yield Piece(first + lo, first + hi, memory[lo:hi], i)
             return
-        ends = [*self.starts[1:], self.total]
         first = 0
-        for i, end in enumerate(ends):
-            if i + 1 == len(ends) or labels[i + 1] != labels[first]:
+        for i, end in enumerate(self.ends):
+            if i + 1 == len(self.ends) or labels[i + 1] != labels[first]:
                 start = self.starts[first]
                 for lo in range(start, end, CHUNK):
                     hi = min(lo + CHUNK, end)
@@ -88,9 +89,7 @@ class Trainables:
 
     def spread(self, values: Tensor, start: int, stop: int) -> Tensor:
         """One value a parameter -> one an entry of the range, shape (stop - start,)."""
-        ends = torch.tensor([*self.starts[1:], self.total])
-        first = int(torch.searchsorted(ends, start, right=True))
-        last = int(torch.searchsorted(ends, stop - 1, right=True))
+        first, last = bisect_right(self.ends, start), bisect_right(self.ends, stop - 1)
         if first == last:
             return values[first].expand(stop - start)
         bounds = [start, *self.starts[first + 1 : last + 1], stop]

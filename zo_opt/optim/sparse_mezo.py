@@ -57,7 +57,8 @@ class SparseMeZO(ZerothOrderOptimizer):
         return trainables
 
     def _transform(self) -> Callable[[Tensor, int, int, Tensor], Tensor]:
-        trainables, thresholds = self.trainables(), self.thresholds
+        trainables, thresholds = self._trainables, self.thresholds  # asked for in every piece of a sweep: no new check
+        assert trainables is not None
         assert thresholds is not None
 
         def masked(z: Tensor, start: int, stop: int, weights: Tensor) -> Tensor:

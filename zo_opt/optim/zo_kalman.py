@@ -96,5 +96,6 @@ class ZOKalman(ZerothOrderOptimizer):
     def _gradient(
         self, piece: Piece, update: Update, directions: dict[int, StepDirections], scale: float
     ) -> tuple[Tensor, float]:
-        m: Tensor = self.state[self.trainables().parameters[0]]["gradient"]
+        assert self._trainables is not None
+        m: Tensor = self.state[self._trainables.parameters[0]]["gradient"]
         return m[piece.start : piece.stop].to(piece.values.device), scale
