@@ -1,6 +1,22 @@
 """Tensor-train contractions in pure torch. Imports torch only; knows nothing of zo_opt."""
 
-from tt_kernels.linear import merge_cores, tt_linear
+from tt_kernels.linear import tt_linear, tt_linear_copies
+from tt_kernels.merge import MergeCache, Pair, merge_cores, merge_pair
+from tt_kernels.plan import Plan, plan, plans
 from tt_kernels.shapes import core_shapes, factorize, reconstruct, useful_ranks
 
-__all__ = ["core_shapes", "factorize", "merge_cores", "reconstruct", "tt_linear", "useful_ranks"]
+__all__ = [
+    "MergeCache",
+    "Pair",
+    "Plan",
+    "core_shapes",
+    "factorize",
+    "merge_cores",
+    "merge_pair",
+    "plan",
+    "plans",
+    "reconstruct",
+    "tt_linear",
+    "tt_linear_copies",
+    "useful_ranks",
+]
