@@ -61,7 +61,7 @@ def load(arguments: argparse.Namespace, dtype: torch.dtype) -> tuple[nn.Module, 
     model.config.num_hidden_layers = arguments.layers
     scorer = make_scorer(model, tokenizer, examples.task)
     model.to(dtype).requires_grad_(True)
-    return model, Prepared(examples.train, scorer, torch.device("cpu"), None, 0)
+    return model, Prepared(examples.train, scorer, torch.device("cpu"), None)
 
 
 def idle(arguments: argparse.Namespace) -> bool:

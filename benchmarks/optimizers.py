@@ -25,7 +25,7 @@ from rich.console import Console
 from zo_opt.errors import ZOError
 from zo_opt.training.batches import BatchOrder
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.evaluation import Evaluation, Prepared, evaluate
+from zo_opt.training.evaluation import Evaluation, evaluate
 from zo_opt.training.loop import make_optimizer
 from zo_opt.training.progress import Reporter
 from zo_opt.training.setup import Tools, build_tools, load_examples
@@ -99,7 +99,7 @@ class Bench:
         reporter = Reporter(Console(quiet=True))
         examples = load_examples(self.config, reporter)
         self.tools = build_tools(self.config, examples, reporter)
-        self.tools.record_prefixes(self.config, reporter)
+        self.tools.record_prefixes(self.config, Path(), reporter)
         order = torch.randperm(len(examples.train), generator=torch.Generator().manual_seed(0)).tolist()
         self.fit, self.select = order[256:], order[:256]
         self.start = {n: p.detach().clone() for n, p in self.tools.model.trainable_state().items()}
@@ -157,20 +157,7 @@ class Bench:
 
 def selection(tools: Tools, indices: Sequence[int]) -> Evaluation:
     """Loss and accuracy on some of the training rows."""
-    return evaluate(tools.model, _Subset(tools.train, indices), 32)
-
-
-class _Subset(Prepared):
-    """Some rows of a prepared set, with its cache."""
-
-    def __init__(self, whole: Prepared, indices: Sequence[int]) -> None:
-        self.__dict__.update(vars(whole))
-        self._whole, self._indices = whole, list(indices)
-        self.encoded = [whole.encoded[i] for i in indices]
-        self.labels = [whole.labels[i] for i in indices]
-
-    def batch(self, indices: Sequence[int]) -> Any:
-        return self._whole.batch([self._indices[i] for i in indices])
+    return evaluate(tools.model, tools.train.subset(indices), 32)
 
 
 @torch.no_grad()

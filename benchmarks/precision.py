@@ -61,7 +61,7 @@ def projected_grads(arguments: argparse.Namespace, form: str, zo_eps: float) -> 
     with torch.no_grad():
         for parameter in trainable_parameters(adapted):
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
-    prepared = Prepared(examples.train, scorer, torch.device("cpu"), None, 0)
+    prepared = Prepared(examples.train, scorer, torch.device("cpu"), None)
     optimizer = MeZO(
         trainable_parameters(adapted),
         lr=0.0,

@@ -14,15 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import time
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
+from measure import interleaved, peak_bytes, show
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from transformers import BertConfig, BertForSequenceClassification
 
 from zo_opt import MeZO
@@ -147,36 +146,6 @@ def mezo_loop(parameters: list[nn.Parameter], lr: float = 1e-7, projected_grad: 
 def add_constant(parameters: list[nn.Parameter]) -> None:
     for p in parameters:
         p.data.add_(0.0)
-
-
-def interleaved(actions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each action; one warm-up round, then all of them in turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in actions}
-    for done in range(rounds + 1):
-        for name, action in actions.items():
-            start = time.perf_counter()
-            action()
-            if done:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: sorted(values)[len(values) // 2] for name, values in seconds.items()}
-
-
-def peak_bytes(call: Callable[[], Any]) -> int:
-    """The most bytes allocated at once while it runs."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        call()
-    events = [(e.start_ns(), e.nbytes()) for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = top = 0
-    for _, change in sorted(events, key=lambda event: event[0]):
-        live += change
-        top = max(top, live)
-    return top
-
-
-def show(title: str, figures: dict[str, float]) -> None:
-    print(f"\n{title}")
-    for name, value in figures.items():
-        print(f"  {name:<40} {value:.4g}")
 
 
 if __name__ == "__main__":

@@ -67,6 +67,7 @@ FORBIDDEN = {  # package -> what it must not import
     "zo_opt.estimators": [f"zo_opt.{m}" for m in ("optim", "adapters")],
     "zo_opt.optim": ["zo_opt.adapters", "tt_kernels"],
     "zo_opt.adapters": [f"zo_opt.{m}" for m in ("optim", "estimators", "query_modes", "directions", "schedules")],
+    "zo_opt.tensor_train": [f"zo_opt.{m}" for m in ("optim", "adapters", "estimators", "query_modes")],
     "zo_opt.journal": ["zo_opt.adapters"],
     "zo_opt.journal_format": ["zo_opt.adapters"],
     "zo_opt.journal_replay": ["zo_opt.adapters"],
@@ -151,7 +152,7 @@ def test_no_package_named_kernels():
 
 
 @pytest.mark.parametrize(("statement", "absent"), [
-    ("import zo_opt", ["transformers", "zo_opt.training", "zo_opt.cli"]),
+    ("import zo_opt", ["transformers", "tensorly", "zo_opt.training", "zo_opt.cli"]),
     ("import tt_kernels", ["transformers", "zo_opt"]),
 ])  # fmt: skip
 def test_importing_stays_light(statement, absent):

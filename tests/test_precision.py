@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from zo_opt import TTConfig, ZOError, get_adapter_model
-from zo_opt.adapters.targets import layer_of
+from zo_opt.layers import layer_of
 from zo_opt.training import precision
 from zo_opt.training.precision import set_precision
 

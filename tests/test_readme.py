@@ -13,7 +13,7 @@ from zo_opt.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-OPTIMIZERS = (ROOT / "docs" / "optimizers.md").read_text()
+PAGES = {name: (ROOT / "docs" / name).read_text() for name in ("optimizers.md", "adapters.md")}
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = [
     line.split("#")[0].strip()
@@ -38,9 +38,14 @@ def test_python_blocks(tiny_dir: Callable[[str], Path], tmp_path: Path, monkeypa
     assert (tmp_path / "my-adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_python_blocks_of_the_optimizers_page() -> None:
-    for block in re.findall(r"```python\n(.*?)```", OPTIMIZERS, flags=re.DOTALL):
-        exec(compile(block, "docs/optimizers.md", "exec"), {})
+@pytest.mark.parametrize("page", PAGES)
+def test_python_blocks_of_other_pages(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    blocks = re.findall(r"```python\n(.*?)```", PAGES[page], flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, f"docs/{page}", "exec"), names)
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("zo-opt")])

@@ -244,7 +244,7 @@ def test_what_is_cut_is_the_longest_column_and_it_is_counted(architecture: str) 
     scorer = make_scorer(make_model(architecture), tokenizer_for(architecture), task)
     whole, long = "a story of two friends", "boring film " * 60
     examples = [Example({"premise": p, "hypothesis": h}, 0) for p, h in ((long, whole), (whole, whole), (whole, long))]
-    prepared = Prepared(examples, scorer, torch.device("cpu"), None, 0)
+    prepared = Prepared(examples, scorer, torch.device("cpu"), None)
     assert [e.truncated for e in prepared.encoded] == [True, False, True]
     assert prepared.truncated == 2
     for encoded in prepared.encoded:

@@ -167,7 +167,7 @@ def test_the_saved_adapter_reproduces_the_reported_accuracy(
     )
     scorer = make_scorer(base, tokenizer, task)
     examples = make_examples(read_rows(sentiment_files.eval), task, "eval")
-    again = evaluate(model, Prepared(examples, scorer, torch.device("cpu"), None, 0), 32)
+    again = evaluate(model, Prepared(examples, scorer, torch.device("cpu"), None), 32)
     reported = results(finished[0])["after"]
     assert again.accuracy == reported["accuracy"]
     assert again.loss == pytest.approx(reported["loss"], rel=1e-5)
@@ -436,7 +436,7 @@ def test_a_classification_head_is_trained_and_saved(
     model = load_adapter_model(base, out).eval()
     task = custom_task(["0", "1"], text_column="text", label_column="label", template="{text} It was", verbalizers=None)
     examples = make_examples(read_rows(sentiment_files.eval), task, "eval")
-    again = evaluate(model, Prepared(examples, make_scorer(base, tokenizer, task), torch.device("cpu"), None, 0), 32)
+    again = evaluate(model, Prepared(examples, make_scorer(base, tokenizer, task), torch.device("cpu"), None), 32)
     assert again.accuracy == results(out)["after"]["accuracy"]
     assert again.loss == pytest.approx(results(out)["after"]["loss"], rel=1e-4)
 

@@ -255,6 +255,24 @@ CASES: dict[str, Case] = {
     "rank 0": (lambda p: {"rank": 0}, "rank=0"),
     "rank -2": (lambda p: {"rank": -2}, "rank=-2"),
     "bottleneck 0": (lambda p: {"bottleneck": 0}, "bottleneck=0"),
+    # options of adapter methods
+    "an option of another method": (lambda p: {"tt_rank": 3}, "tt_rank is no option of adapter 'tt'"),
+    "a multiplier of another method": (lambda p: {"lora_alpha": 3}, "lora_alpha is no option of adapter 'tt'"),
+    "a bottleneck without one": (lambda p: {"adapter": "tt-lora", "bottleneck": 3}, "bottleneck is no option of .*'tt-lora'"),
+    "an option that there is not": (lambda p: {"adapter_options": '{"colour": 1}'}, "'tt' has no option 'colour'.*rank"),
+    "adapter options that are none": (lambda p: {"adapter_options": "blue"}, "adapter_options"),
+    "alpha of LoRA 0": (lambda p: {"adapter": "tt-lora", "lora_alpha": 0}, "alpha=0"),
+    "inner ranks of 0": (lambda p: {"adapter": "tt-lora", "tt_rank": 0}, "tt_rank=0"),
+    "a negative scale": (lambda p: {"adapter": "tt-delta", "scale": -1}, "scale=-1"),
+    "a start of another method": (lambda p: {"adapter_init": "svd"}, "'svd'.*class_means"),
+    "a placed start of another method": (lambda p: {"adapter": "tt-lora", "adapter_init": "class_means"}, "'class_means'.*random"),
+    "a start that there is not": (lambda p: {"adapter": "tt-delta", "adapter_init": "qr"}, "'qr'.*zero, svd"),
+    "a rank for no module": (lambda p: {"adapter": "tt-lora", "rank_pattern": '{"o_proj": 3}'}, "'o_proj'.*no adapted module"),
+    "a rank of 0 for a module": (lambda p: {"adapter": "tt-lora", "rank_pattern": '{"q_proj": 0}'}, "rank_pattern"),
+    "a train in place of nothing": (lambda p: {"modules_to_tensorize": "[pooler]"}, "'pooler' matches nothing"),
+    "a placed start with a train in place of a layer": (
+        lambda p: {"adapter_init": "class_means", "modules_to_tensorize": "[lm_head]"}, "no modules_to_tensorize",
+    ),
     # numbers out of range
     **{
         f"{name} {value}": ((lambda p, n=name, v=value: {"query_schedule": "adazeta", n: v}), name)
@@ -282,10 +300,18 @@ CASES: dict[str, Case] = {
             ("optimizer", "adazeta"), ("directions", "rademacher"), ("query_mode", "split"), ("update_rule", "adam"),
             ("lr_schedule", "cosine"), ("precision", "mixed"), ("adapter", "tt"), ("adapter_init", "random"),
             ("activation", "tanh"), ("query_schedule", "constant"), ("head", "classification"), ("device", "cpu"),
-            ("batch_order", "shuffled"),
+            ("batch_order", "shuffled"), ("prefix_cache", "disk"),
         )
     },
     "unknown task": (lambda p: {"task": "bogus", "train_file": None, "eval_file": None}, "'bogus'.*sst2"),
+    # the prefix cache
+    "prefix cache below a regular file": (
+        lambda p: {"prefix_cache": "disk", "prefix_cache_dir": p.file("plain", "x") / "cache"},
+        "plain.*cannot be written.*prefix_cache_dir",
+    ),
+    "a directory for a cache that is not on disk": (
+        lambda p: {"prefix_cache_dir": p.path / "cache"}, "--prefix_cache disk",
+    ),
     # the output directory
     "output below a regular file": (lambda p: {"output_dir": p.file("plain", "x") / "out"}, "plain.*cannot be written"),
     "output is a regular file": (lambda p: {"output_dir": p.file("plain", "x")}, "plain.*cannot be written"),

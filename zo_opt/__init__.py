@@ -1,6 +1,13 @@
 """Fine-tune language models with forward passes alone: zeroth-order optimizers, query schedules, tensor-train adapters."""
 
-from zo_opt.adapters import TTConfig, get_adapter_model, load_adapter_model, trainable_parameters
+from zo_opt.adapters import (
+    TTConfig,
+    TTDeltaConfig,
+    TTLoRAConfig,
+    get_adapter_model,
+    load_adapter_model,
+    trainable_parameters,
+)
 from zo_opt.errors import NonFiniteLossError, ZOError
 from zo_opt.optim import (
     FZOO,
@@ -35,6 +42,8 @@ __all__ = [
     "SparseMeZO",
     "SubZero",
     "TTConfig",
+    "TTDeltaConfig",
+    "TTLoRAConfig",
     "ZOAdam",
     "ZOConservative",
     "ZOError",

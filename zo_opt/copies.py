@@ -5,20 +5,21 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zo_opt.errors import ZOError
+from zo_opt.folded_attention import FoldedAttention
 from zo_opt.nesting import Leaves
 from zo_opt.perturbation import Perturbed, Point, as_scalar
 
-_UNMAPPABLE: WeakSet[nn.Module] = WeakSet()  # models on which vmap failed once: warned about, then run copy by copy
+# Models on which vmap failed once: warned about, then run copy by copy.
+_UNMAPPABLE: WeakSet[nn.Module] = WeakSet()
 
 
 class Copies:
@@ -55,11 +56,11 @@ class Copies:
         failure: Exception | None = None
         if not self._closure.unmappable:
             try:
-                with _masks_without_branches(), _attention_that_maps(tensors.leaves):
+                with _masks_without_branches(), FoldedAttention():
                     run = vmap(loss, in_dims=(0, 0 if split and tensors.leaves else None), randomness="same")
                     return run(copies, tensors.leaves).double().cpu()
             except (RuntimeError, ValueError) as error:
-                if isinstance(error, ZOError) or "out of memory" in str(error).lower():
+                if isinstance(error, ZOError) or out_of_memory(error):
                     raise
                 failure = error
         values = [
@@ -71,6 +72,19 @@ class Copies:
         if failure is not None:  # one by one it works, so that vmap is to blame and not the closure
             self._closure.give_up(failure)
         return torch.tensor(values, dtype=torch.float64)
+
+
+def unmappable(module: nn.Module) -> bool:
+    """Whether copies of this model were found not to share a forward."""
+    return module in _UNMAPPABLE
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """torch's own error on accelerators, its allocator's sentence on CPUs, or Python's."""
+    said = str(error).lower()
+    return (
+        isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in said or "can't allocate" in said
+    )
 
 
 class _ClosureModule(nn.Module):
@@ -86,7 +100,7 @@ class _ClosureModule(nn.Module):
 
     @property
     def unmappable(self) -> bool:
-        return self.module in _UNMAPPABLE
+        return unmappable(self.module)
 
     def give_up(self, error: Exception) -> None:
         _UNMAPPABLE.add(self.module)
@@ -112,11 +126,3 @@ def _masks_without_branches() -> Iterator[None]:
         yield
     finally:
         masking.is_tracing = original  # type: ignore[attr-defined]
-
-
-def _attention_that_maps(leaves: Sequence[Tensor]) -> AbstractContextManager[None]:
-    """On the CPU the fused attention kernel has no batching rule: ``vmap`` would run it copy by copy."""
-    if any(x.device.type != "cpu" for x in leaves):
-        return nullcontext()
-    context: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
-    return context

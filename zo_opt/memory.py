@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import resource
 import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def peak_memory(device: torch.device) -> int:
@@ -22,6 +28,65 @@ def current_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.memory_allocated(device))
     return int(psutil.Process().memory_info().rss)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0] + unused)
+    return int(psutil.virtual_memory().available)
+
+
+def predicted_peak(call: Callable[[], Any]) -> int:
+    """The most bytes of tensors that a call will hold at once beyond those that exist now, found without computing anything.
+
+    The call runs on fake tensors, of which shapes and lifetimes are all there is. Scratch memory inside an operation is not seen.
+
+    Raises:
+        RuntimeError: the call looks at values, which fake tensors do not have.
+
+    >>> x = torch.zeros(1000)
+    >>> predicted_peak(lambda: (x + 1) * 2)
+    8000
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    live = _Live()
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), live:
+        call()
+    return live.peak
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of storages made inside that are still referred to."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = 0
+        self._now = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if all(r.alias_info is None for r in func._schema.returns):  # neither a view nor written in place
+            for tensor in tree_leaves(out):
+                if isinstance(tensor, Tensor):
+                    self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+        self._alive.add(key)
+        self._now += size
+        self.peak = max(self.peak, self._now)
+        weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self._now -= size
 
 
 def readable(size: float) -> str:

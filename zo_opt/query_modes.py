@@ -9,18 +9,25 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from zo_opt.copies import Copies
+from zo_opt import memory
+from zo_opt.copies import Copies, out_of_memory, unmappable
 from zo_opt.directions import Stream
 from zo_opt.errors import ZOError
 from zo_opt.nesting import batch_size, map_tensors, tokens
 from zo_opt.perturbation import Perturbed, Point
 
 QUERY_MODES = ("sequential", "batched", "split", "auto")
-BATCHED_TOKENS = 512  # tokens in one forward beyond which copies gain nothing on a CPU (measured)
+# Tokens in one forward beyond which copies gain nothing: measured on a CPU (benchmarks/query_modes.py); on a GPU launches are
+# what copies save, and a guess until it is measured there.
+BATCHED_TOKENS = {"cpu": 512, "cuda": 4096}
+MEMORY_SHARE = 0.8  # of the free memory that copies may take on a GPU
+
+_fitting: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # copies that fitted, where more ran out of memory
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,10 @@ class Evaluator:
         call = closure if batch is None else lambda: closure(batch)
         return torch.tensor(list(self.perturbed.losses(call, points)), dtype=torch.float64)
 
+    def predicted_memory(self, points: Sequence[Point]) -> int:
+        """Bytes that one forward of the copies at these points will take above the weights, found without running it."""
+        return memory.predicted_peak(lambda: self._copies()(points, self.batch, split=False))
+
     def _copies(self) -> Copies:
         if self.batch is None:
             raise ZOError(f'query_mode="{self.mode}" needs the batch: call step(lambda b: model(**b).loss, batch).')
@@ -98,9 +109,46 @@ class Evaluator:
     def _batched(self, points: Sequence[Point]) -> Tensor:
         """All perturbed copies see the whole batch, several in one forward (``vmap``)."""
         run = self._copies()
-        chunk = max(1, BATCHED_TOKENS // max(1, tokens(self.batch)))
-        values = [run(points[i : i + chunk], self.batch, split=False) for i in range(0, len(points), chunk)]
+        return self._in_chunks(
+            len(points),
+            self._copies_at_once(points),
+            lambda first, last: run(points[first:last], self.batch, split=False),
+        )
+
+    def _in_chunks(self, total: int, chunk: int, run: Callable[[int, int], Tensor]) -> Tensor:
+        """``run`` over ranges of at most ``chunk``, and of half as many whenever memory runs out."""
+        assert self.module is not None
+        values: list[Tensor] = []
+        first = 0
+        while first < total:
+            last = min(total, first + chunk)
+            try:
+                values.append(run(first, last))
+                first = last
+                continue
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error) or last - first == 1:
+                    raise
+            # Outside of the handler, so that the failed forward's tensors are let go.
+            _fitting[self.module] = chunk = (last - first) // 2
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
         return torch.cat(values)
+
+    def _copies_at_once(self, points: Sequence[Point]) -> int:
+        """How many copies share a forward: as many as gain something and fit."""
+        assert self.module is not None
+        device = self.perturbed.trainables.parameters[0].device
+        kind = device.type if device.type in BATCHED_TOKENS else "cuda"
+        chunk = min(max(1, BATCHED_TOKENS[kind] // max(1, tokens(self.batch))), _fitting.get(self.module, 1 << 30))
+        if kind == "cpu" or min(chunk, len(points)) == 1:
+            return chunk  # a few hundred tokens fit where the weights do
+        try:
+            one, two = self.predicted_memory(points[:1]), self.predicted_memory(points[:2])
+        except RuntimeError:  # the closure looks at values: run out of memory, then halve
+            return chunk
+        room = MEMORY_SHARE * memory.free_memory(device) - one
+        return max(1, min(chunk, 1 + int(room // max(1, two - one))))
 
     def _split(self, queries: int, scales: Sequence[float], anchor: Tensor | None) -> tuple[Tensor, Tensor, int]:
         """The queries partition the batch: direction q sees the q-th slice alone; one forward for each scale in all.
@@ -130,12 +178,22 @@ class Evaluator:
             slices = map_tensors(cut, self.batch)
             for s, scale in enumerate(scales):
                 points = [Point(((q, scale),), anchor=anchor) for q in range(first, last)]
-                values[first:last, s] = run(points, slices, split=True)
+
+                def part(lo: int, hi: int, points: Sequence[Point] = points, slices: Any = slices) -> Tensor:
+                    return run(points[lo:hi], map_tensors(lambda x: x[lo:hi], slices), split=True)
+
+                chunk = _fitting.get(self.module, count) if self.module is not None else count
+                values[first:last, s] = self._in_chunks(count, chunk, part)
         return values, weights, len(scales)
 
 
 def choose(batch: Any, module: nn.Module | None, trainables: int) -> str:
-    """What ``"auto"`` means here: batched where many small forwards would be launched, sequential elsewhere."""
-    if module is None or batch is None or trainables > 1 << 20:
+    """What ``"auto"`` means here: batched where many small forwards would be launched, sequential elsewhere.
+
+    A rule on sizes, not a stopwatch: the same seed must give the same bits.
+    """
+    if module is None or batch is None or trainables > 1 << 20 or unmappable(module):
         return "sequential"
-    return "batched" if 2 * tokens(batch) <= BATCHED_TOKENS else "sequential"
+    device = next((p.device.type for p in module.parameters()), "cpu")
+    limit = BATCHED_TOKENS.get(device, BATCHED_TOKENS["cuda"])
+    return "batched" if 2 * tokens(batch) <= limit else "sequential"

@@ -1,7 +1,7 @@
 """Tensor-train contractions in pure torch. Imports torch only; knows nothing of zo_opt."""
 
 from tt_kernels.linear import tt_linear, tt_linear_copies
-from tt_kernels.merge import MergeCache, Pair, merge_cores, merge_pair
+from tt_kernels.merge import MergeCache, Pair, merge_pair
 from tt_kernels.plan import Plan, plan, plans
 from tt_kernels.shapes import core_shapes, factorize, reconstruct, useful_ranks
 
@@ -11,7 +11,6 @@ __all__ = [
     "Plan",
     "core_shapes",
     "factorize",
-    "merge_cores",
     "merge_pair",
     "plan",
     "plans",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tt_kernels.merge import merge_pair
+from tt_kernels.merge import autocast_dtype, merge_pair
 from tt_kernels.plan import Plan, pair_of
 from tt_kernels.plan import plan as make_plan
 
@@ -54,10 +54,9 @@ def tt_linear(
     >>> tt_linear(torch.ones(5, 2), cores, in_dims=(2,), out_dims=(4,)).shape
     torch.Size([5, 4])
     """
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(kind)
-        with torch.autocast(kind, enabled=False):
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        with torch.autocast(x.device.type, enabled=False):
             # Cores stay as wide as they are until they are merged.
             return _run(x.to(dtype), cores, in_dims, out_dims, bias, plan)
     _check_dtypes(x, cores, bias)
@@ -71,7 +70,7 @@ def tt_linear_copies(
 
     Args:
         x: (P, ..., M): each copy's own tokens. Where all copies see the same, pass ``x.expand(P, ...)``: the expanded axis is
-            noticed, and all copies share one product.
+            noticed, and all copies share one product, unless x is differentiated.
         cores: (P, r_{k-1}, n_k, r_k).
         in_dims, out_dims: as for ``tt_linear``.
         bias: (P, N) or None.
@@ -87,14 +86,28 @@ def tt_linear_copies(
     >>> tt_linear_copies(torch.ones(5, 2).expand(7, 5, 2), cores, in_dims=(2,), out_dims=(4,)).shape
     torch.Size([7, 5, 4])
     """
-    _check_dtypes(x, cores, bias)
+    dtype = autocast_dtype(x)
+    if dtype is None:
+        _check_dtypes(x, cores, bias)
     copies = x.shape[0] if x.ndim > 1 else -1
-    if any(core.ndim != 4 or core.shape[0] != copies for core in cores) or (bias is not None and bias.ndim != 2):
+    of_copies = all(core.ndim == 4 and core.shape[0] == copies for core in cores)
+    if copies == 0 or not of_copies or (bias is not None and (bias.ndim != 2 or bias.shape[0] != copies)):
         given = [tuple(core.shape) for core in cores]
         raise ValueError(f"x {tuple(x.shape)}, cores {given} and the bias must all begin with the axis of copies")
     _check_shapes(x, [core[0] for core in cores], in_dims, out_dims, None if bias is None else bias[0])
-    pair = merge_pair(cores, len(in_dims), bias)
-    x_PTM = x.reshape(copies, -1, x.shape[-1]) if x.stride(0) else x[:1].reshape(1, -1, x.shape[-1])
+    if dtype is not None:
+        with torch.autocast(x.device.type, enabled=False):
+            return _run_copies(x.to(dtype), cores, len(in_dims), bias)
+    return _run_copies(x, cores, len(in_dims), bias)
+
+
+def _run_copies(x: Tensor, cores: Sequence[Tensor], inputs: int, bias: Tensor | None) -> Tensor:
+    copies = x.shape[0]
+    pair = merge_pair(cores, inputs, bias).to(x.dtype)
+    # The derivative by an expanded x is one for each copy, which one product for all of them would not give.
+    differentiated = (torch.is_grad_enabled() and x.requires_grad) or forward_ad._current_level >= 0
+    shared = x.stride(0) == 0 and not differentiated
+    x_PTM = x[:1].reshape(1, -1, x.shape[-1]) if shared else x.reshape(copies, -1, x.shape[-1])
     if len(x_PTM) == copies:
         y_PTN = pair(x_PTM)
     else:  # (T, M) @ (M, P R): one product for all copies, then each its own half
@@ -102,7 +115,7 @@ def tt_linear_copies(
         h_PTR = (x_PTM[0] @ a_MPR).unflatten(1, (copies, -1)).transpose(0, 1)
         h_PTR = h_PTR if pair.start_R is None else h_PTR + pair.start_R
         y_PTN = h_PTR @ pair.b_RN if pair.bias_N is None else torch.baddbmm(pair.bias_N.unsqueeze(1), h_PTR, pair.b_RN)
-    return y_PTN.reshape(*x.shape[:-1], math.prod(out_dims))
+    return y_PTN.reshape(*x.shape[:-1], pair.b_RN.shape[-1])
 
 
 def _run(
@@ -139,14 +152,14 @@ def contract(
 ) -> Tensor:
     """x (T, M) -> (T, N) by a plan's groups; the result has the dtype of x, merges are float32 at least."""
     dtype = x_TM.dtype
-    if tuple(groups) == pair_of(inputs, len(cores)):
+    if 0 < inputs < len(cores) and tuple(groups) == pair_of(inputs, len(cores)):
         return merge_pair(cores, inputs, bias).to(dtype)(x_TM)
     tokens, rest = x_TM.shape
-    outputs = math.prod(core.shape[1] for core in cores[inputs:])
+    outputs = math.prod([core.shape[1] for core in cores[inputs:]])  # lists: torch.compile does not take generators
     z, first = x_TM, 0  # (tokens * outputs so far, rank * inputs still to come)
     for size in groups:
         group = cores[first : first + size]
-        taken = math.prod(core.shape[1] for core in group[: max(0, inputs - first)])
+        taken = math.prod([core.shape[1] for core in group[: max(0, inputs - first)]])
         matrix = _merge_group(group).reshape(group[0].shape[0] * taken, -1).to(dtype)
         rest //= taken
         if rest > 1:  # (r', r n) @ (tokens, r n, rest): no axis is ever moved
@@ -186,11 +199,14 @@ class _Recomputing(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (dy_TN,) = gradients
         x_TM, *cores = ctx.saved_tensors
+        if autocast_dtype(x_TM) is not None:  # called inside autocast; the forward ran outside
+            with torch.autocast(x_TM.device.type, enabled=False):
+                return _Recomputing.backward(ctx, *gradients)
         pair = merge_pair(cores, ctx.inputs)
         a_MR, b_RN = pair.a_MR.to(x_TM.dtype), pair.b_RN.to(x_TM.dtype)
         h_TR, dh_TR = x_TM @ a_MR, dy_TN @ b_RN.t()
         dx_TM = dh_TR @ a_MR.t() if ctx.needs_input_grad[0] else None
-        dbias = None if ctx.bias_dtype is None else dy_TN.sum(0).to(ctx.bias_dtype)
+        dbias = None if ctx.bias_dtype is None else dy_TN.sum(0, dtype=ctx.bias_dtype)
         wide = torch.float64 if x_TM.dtype == torch.float64 else torch.float32
         da_MR, db_RN = (x_TM.t() @ dh_TR).to(wide), (h_TR.t() @ dy_TN).to(wide)
         chained = [core.to(wide) for core in cores]

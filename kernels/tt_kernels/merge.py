@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+LOW = (torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -39,9 +41,9 @@ class Pair:
         """x (T, M) -> (T, N); with leading axes on the pair, x (..., T, M) -> (..., T, N)."""
         if self.a_MR.ndim > 2:
             h = x @ self.a_MR
-            h = h if self.start_R is None else h + self.start_R
+            h = h if self.start_R is None else h + self.start_R.to(h.dtype)  # autocast narrows products, not sums
             y = h @ self.b_RN
-            return y if self.bias_N is None else y + self.bias_N.unsqueeze(-2)
+            return y if self.bias_N is None else y + self.bias_N.unsqueeze(-2).to(y.dtype)
         h = x @ self.a_MR if self.start_R is None else torch.addmm(self.start_R, x, self.a_MR)
         return h @ self.b_RN if self.bias_N is None else torch.addmm(self.bias_N, h, self.b_RN)
 
@@ -75,19 +77,16 @@ def merge_pair(cores: Sequence[Tensor], inputs: int, bias: Tensor | None = None)
     (torch.Size([2, 3]), torch.Size([3, 4]))
     """
     dtype = cores[0].dtype
-    if dtype in (torch.bfloat16, torch.float16):
+    if autocast_dtype(cores[0]) is not None:
+        with torch.autocast(cores[0].device.type, enabled=False):
+            return merge_pair(cores, inputs, bias)
+    if any(core.dtype in LOW for core in cores):
         return merge_pair([c.float() for c in cores], inputs, None if bias is None else bias.float()).to(dtype)
     a_MR, b_RN = merge_left(cores[:inputs], cores), merge_right(cores[inputs:], cores)
     if bias is None or b_RN.shape[-1] <= a_MR.shape[-2]:
         return Pair(a_MR, b_RN, None, bias)
     start_R = F.pad(a_MR.new_zeros(a_MR.shape[-1]), (0, 1), value=1.0)
     return Pair(F.pad(a_MR, (0, 1)), torch.cat([b_RN, bias.unsqueeze(-2)], dim=-2), start_R)
-
-
-def merge_cores(cores: Sequence[Tensor], inputs: int) -> tuple[Tensor, Tensor]:
-    """(R, M) and (N, R): going away, use merge_pair."""
-    pair = merge_pair(cores, inputs)
-    return pair.a_MR.transpose(-1, -2).contiguous(), pair.b_RN.transpose(-1, -2).contiguous()
 
 
 def merge_left(cores: Sequence[Tensor], like: Sequence[Tensor]) -> Tensor:
@@ -108,6 +107,18 @@ def merge_right(cores: Sequence[Tensor], like: Sequence[Tensor]) -> Tensor:
     for core in reversed(cores[:-1]):
         b = (core.flatten(-3, -2) @ b).reshape(*core.shape[:-2], -1)
     return b
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """What autocast would narrow this tensor to; None where it leaves it alone."""
+    kind = tensor.device.type
+    if (
+        tensor.dtype == torch.float64
+        or not torch.amp.is_autocast_available(kind)
+        or not torch.is_autocast_enabled(kind)
+    ):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 class MergeCache:
@@ -131,6 +142,7 @@ class MergeCache:
 
     def __init__(self) -> None:
         self._seen: list[Tensor] = []
+        self._inputs = -1
         self._pairs: list[Pair] = []
 
     def __call__(
@@ -146,14 +158,15 @@ class MergeCache:
         stacked = [torch.stack(list(column)) for column in zip(*layers, strict=True)]
         if biases is not None:
             stacked.append(torch.stack(list(biases)))
-        comparable = _comparable(stacked[0])
-        if comparable and len(stacked) == len(self._seen) and all(map(_same, stacked, self._seen)):
+        comparable = all(map(_comparable, stacked))
+        alike = comparable and inputs == self._inputs and len(stacked) == len(self._seen)
+        if alike and all(map(_same, stacked, self._seen)):
             return self._pairs
         cores, bias = (stacked, None) if biases is None else (stacked[:-1], stacked[-1])
         merged = merge_pair(cores, inputs, bias)
         pairs = [merged[i] for i in range(len(layers))]
         if comparable:
-            self._seen, self._pairs = stacked, pairs
+            self._seen, self._pairs, self._inputs = stacked, pairs, inputs
         return pairs
 
 
@@ -169,4 +182,9 @@ def _comparable(tensor: Tensor) -> bool:
 
 
 def _same(new: Tensor, old: Tensor) -> bool:
-    return new.shape == old.shape and new.dtype == old.dtype and torch.equal(new, old)
+    """Whether all bits are: as 64-bit words where they fill them, which is 2 to 5 times faster than as numbers."""
+    if new.shape != old.shape or new.dtype != old.dtype:
+        return False
+    if new.numel() * new.element_size() % 8 == 0:
+        new, old = new.flatten().view(torch.int64), old.flatten().view(torch.int64)
+    return torch.equal(new, old)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
-from torch import nn
-
-from zo_opt.adapters.targets import Target
+from zo_opt.adapters.adapted import AdaptedModule
+from zo_opt.adapters.targets import Target, matches
 from zo_opt.errors import ZOError
 
 
@@ -18,6 +18,8 @@ class AdapterConfig(ABC):
     """Where adapters go. A method adds its own fields and says how a target module is wrapped."""
 
     adapter_type: ClassVar[str]
+    adapts_embeddings: ClassVar[bool] = False
+    mergeable: ClassVar[bool] = True
 
     target_modules: Sequence[str] | None = field(
         default=None,
@@ -37,8 +39,20 @@ class AdapterConfig(ABC):
         metadata={"help": "modules trained and saved whole, such as a new classification head"},
     )
 
+    modules_to_tensorize: Sequence[str] | None = field(
+        default=None,
+        kw_only=True,
+        metadata={"help": "linear layers, such as a classification head's, whose weight is replaced by a tensor train"},
+    )
+    tensorize_rank: int = field(default=5, kw_only=True, metadata={"help": "inner ranks of modules_to_tensorize"})
+    rank_pattern: dict[str, int] | None = field(
+        default=None,
+        kw_only=True,
+        metadata={"help": "path ending -> rank, for modules whose rank is another than rank"},
+    )
+
     def __post_init__(self) -> None:
-        for name in ("target_modules", "modules_to_save"):
+        for name in ("target_modules", "modules_to_save", "modules_to_tensorize"):
             value = getattr(self, name)
             if isinstance(value, str):
                 setattr(self, name, [value])
@@ -47,14 +61,48 @@ class AdapterConfig(ABC):
                 raise ZOError(f"{name}={value!r} is not possible; give a list of names, or None.")
         if self.layers is not None and type(self.layers) is not int and not _all(self.layers, int):
             raise ZOError(f"layers={self.layers!r} is not possible; give a whole number, a list of them, or None.")
+        self.check_whole("tensorize_rank")
+        pattern = self.rank_pattern
+        if pattern is not None and not (
+            isinstance(pattern, dict) and all(type(k) is str and type(v) is int and v >= 1 for k, v in pattern.items())
+        ):
+            raise ZOError(f"rank_pattern={pattern!r} is not possible; give names with whole numbers of at least 1.")
+
+    def check_whole(self, *names: str) -> None:
+        """Whether fields hold whole numbers of at least 1.
+
+        Raises:
+            ZOError: with a sentence on the first that does not.
+        """
+        for name in names:
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ZOError(f"{name}={getattr(self, name)} is not possible; give a whole number of at least 1.")
+
+    def check_mergeable(self) -> None:
+        """Whether some weight equals the adapted layer.
+
+        Raises:
+            ZOError: there is a nonlinearity in between.
+        """
+        if not self.mergeable:
+            raise ZOError(
+                f"adapters of type {self.adapter_type!r} are serial with a nonlinearity and cannot be merged into "
+                "the weights; keep them attached (load_adapter_model), or call unload() to remove them."
+            )
+
+    def rank_of(self, name: str, default: int) -> int:
+        """A module's rank: that of the longest ending of its path in ``rank_pattern``, else the default."""
+        pattern = self.rank_pattern or {}
+        endings = [key for key in pattern if matches(name, key)]
+        return pattern[max(endings, key=len)] if endings else default
 
     @abstractmethod
     def default_targets(self, model_type: str) -> Sequence[str] | None:
         """Target names for an architecture, or None where there is no default."""
 
     @abstractmethod
-    def wrap(self, target: Target, number: int) -> nn.Module:
-        """The module that replaces the target; ``number`` counts targets, for seeding."""
+    def wrap(self, target: Target, number: int) -> AdaptedModule:
+        """The module that replaces the target (which is left as it is); ``number`` counts targets, for seeding."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for adapter_config.json."""
@@ -66,6 +114,16 @@ class AdapterConfig(ABC):
 
 def _all(values: Any, kind: type) -> bool:
     return isinstance(values, list | tuple) and all(type(v) is kind for v in values)
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Whether an option is a positive finite number.
+
+    Raises:
+        ZOError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ZOError(f"{name}={value!r} is not possible; give a positive number.")
 
 
 ADAPTERS: dict[str, type[AdapterConfig]] = {}
@@ -81,9 +139,25 @@ def config_from_dict(values: dict[str, Any]) -> AdapterConfig:
     """The configuration that ``to_dict`` described."""
     values = dict(values)
     kind = values.pop("adapter_type", None)
-    if kind not in ADAPTERS:
-        raise ZOError(f"adapter_type {kind!r} is not known; this version knows {', '.join(sorted(ADAPTERS))}.")
     try:
-        return ADAPTERS[kind](**values)
+        return make_config(kind, values)
     except TypeError as error:
         raise ZOError(f"the adapter's configuration does not fit type {kind!r}: {error}.") from error
+
+
+def make_config(adapter_type: Any, options: dict[str, Any]) -> AdapterConfig:
+    """A method's configuration from options by name.
+
+    Raises:
+        ZOError: the method is not known, or has no such option; or a value is not possible.
+
+    >>> make_config("tt", {"rank": 3}).rank
+    3
+    """
+    if adapter_type not in ADAPTERS:
+        raise ZOError(f"adapter_type {adapter_type!r} is not known; this version knows {', '.join(sorted(ADAPTERS))}.")
+    known = [f.name for f in fields(ADAPTERS[adapter_type])]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise ZOError(f"adapter {adapter_type!r} has no option {unknown[0]!r}; it has {', '.join(known)}.")
+    return ADAPTERS[adapter_type](**options)

@@ -9,10 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from zo_opt.adapters import storage
+from zo_opt.adapters import lora_export, storage, table
+from zo_opt.adapters.adapted import AdaptedModule
 from zo_opt.adapters.config import AdapterConfig
-from zo_opt.adapters.serial import SerialAdapter
-from zo_opt.adapters.targets import find_targets
+from zo_opt.adapters.merged_trains import MergedTrains
+from zo_opt.adapters.rank_pattern import check_rank_pattern, find_config_targets
+from zo_opt.adapters.replacement import tensorize
+from zo_opt.adapters.targets import Target, find_targets, matches
+from zo_opt.adapters.weights import matrix, shared_parameters, untie
 from zo_opt.errors import ZOError
 
 
@@ -24,6 +28,7 @@ class AdapterModel(nn.Module):
         self.wrapped = wrapped
         self.adapter_config = config
         self.adapted = list(adapted)
+        self._trains = MergedTrains(wrapped)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.wrapped(*args, **kwargs)
@@ -40,8 +45,7 @@ class AdapterModel(nn.Module):
 
     def adapter_state(self) -> dict[str, torch.Tensor]:
         """Everything the frozen model does not have: the adapters' tensors, frozen ones included, and modules_to_save."""
-        adapters = [m.adapter for m in self.wrapped.modules() if isinstance(m, SerialAdapter)]
-        own = {id(p) for adapter in adapters for p in adapter.parameters()}
+        own = {id(p) for adapted in self.adapted_modules().values() for p in adapted.adapter.parameters()}
         return {n: p.detach() for n, p in self.wrapped.named_parameters() if p.requires_grad or id(p) in own}
 
     def save_pretrained(self, directory: str | Path, **_: Any) -> None:
@@ -49,27 +53,55 @@ class AdapterModel(nn.Module):
         base = getattr(getattr(self.wrapped, "config", None), "_name_or_path", None)
         storage.save(Path(directory), self.adapter_config, self.adapter_state(), base or None)
 
-    def merge_and_unload(self) -> nn.Module:
-        """Fold the adapters into the weights and return the plain model.
+    def export_lora(self, directory: str | Path) -> None:
+        """Write the adapters as an ordinary LoRA, which ``peft.PeftModel.from_pretrained`` loads with the same logits.
 
         Raises:
-            ZOError: the adapters have a nonlinearity between their factors, so that no weight equals them.
+            ZOError: the adapters are no pairs of low-rank factors.
         """
-        kinds = {type(self.wrapped.get_submodule(n)) for n in self.adapted}
-        if SerialAdapter in kinds:
-            raise ZOError(
-                f"adapters of type {self.adapter_config.adapter_type!r} are serial with a nonlinearity and cannot be merged into "
-                "the weights; keep them attached (load_adapter_model), or call unload() to remove them."
-            )
-        return self.unload()
+        lora_export.export_lora(
+            self.wrapped, self.adapted_modules(), self.adapter_config, self.adapter_state(), Path(directory)
+        )
+
+    def merge_and_unload(self) -> nn.Module:
+        """Fold the adapters into the weights and return the plain model, which computes the same up to the rounding of its dtype.
+
+        A weight that layers share (an embedding and the output head) parts where an adapter changed one of them; the model's
+        config then says that nothing is tied, so that a saved model loads as it is.
+
+        Raises:
+            ZOError: the adapters have a nonlinearity between their factors, so that no weight equals them; nothing was changed.
+        """
+        adapted = self.adapted_modules()
+        self.adapter_config.check_mergeable()
+        for module in adapted.values():
+            matrix(module.base_layer)  # all can be read before the first one is written
+        parting = shared_parameters(self.wrapped) & {id(module.weight) for module in adapted.values()}
+        for module in adapted.values():
+            module.merge()
+        plain = self.unload()
+        if parting:
+            untie(plain)
+        return plain
 
     def unload(self) -> nn.Module:
-        """Remove the adapters and return the model, frozen; ``modules_to_save`` keep what they learned."""
-        for name in self.adapted:
-            adapted = self.wrapped.get_submodule(name)
-            if isinstance(adapted, SerialAdapter):
-                _replace(self.wrapped, name, adapted.base_layer)
+        """Remove the adapters and return the model, frozen, to the bit; ``modules_to_save`` keep what they learned."""
+        self._trains.remove()
+        for name, module in self.adapted_modules().items():
+            _replace(self.wrapped, name, module.base_layer)
         return self.wrapped
+
+    def adapted_modules(self) -> dict[str, AdaptedModule]:
+        """Path in the wrapped model -> the adapted module that stands there."""
+        found = ((name, self.wrapped.get_submodule(name)) for name in self.adapted)
+        return {name: module for name, module in found if isinstance(module, AdaptedModule)}
+
+    def adapter_table(self, *, each: bool = False) -> str:
+        """Where adapters sit and what they cost, as text: a line a kind of module, or one an adapter (``each``)."""
+        return table.adapter_table(self.wrapped, self.adapted_modules(), self.adapter_config.adapter_type, each)
+
+    def extra_repr(self) -> str:
+        return self.trainable_summary()
 
     def trainable_summary(self) -> str:
         """One line: how many parameters are trained, of how many, in how many adapters."""
@@ -92,24 +124,7 @@ def get_adapter_model(model: nn.Module, config: AdapterConfig) -> AdapterModel:
     Raises:
         ZOError: nothing matches, no default for this architecture, or the model has adapters already.
     """
-    if isinstance(model, AdapterModel) or any(isinstance(m, SerialAdapter) for m in model.modules()):
-        raise ZOError("this model has adapters already; call unload() on it before adding others.")
-    names = config.target_modules
-    if names is None:
-        model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
-        names = config.default_targets(model_type)
-        if names is None:
-            raise ZOError(
-                f"there are no default targets for model type {model_type or type(model).__name__!r}; give target_modules=[...]."
-            )
-    targets = find_targets(model, names, config.layers)
-    saved = [module for name in config.modules_to_save or () for module in _named(model, name)]
-    model.requires_grad_(False)
-    for number, target in enumerate(targets):
-        _replace(model, target.name, config.wrap(target, number))
-    for module in saved:
-        _train_whole(module)
-    return AdapterModel(model, config, [t.name for t in targets])
+    return _inject(model, config, start=True)
 
 
 def load_adapter_model(model: nn.Module, directory: str | Path) -> AdapterModel:
@@ -119,7 +134,7 @@ def load_adapter_model(model: nn.Module, directory: str | Path) -> AdapterModel:
         ZOError: files missing or damaged, or made for a model of other shapes.
     """
     config, tensors = storage.load(Path(directory))
-    adapted = get_adapter_model(model, config)
+    adapted = _inject(model, config, start=False)
     try:
         storage.restore(adapted.adapter_state(), tensors, f"the adapter in {directory}")
     except ZOError:
@@ -133,13 +148,50 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
+def _inject(model: nn.Module, config: AdapterConfig, *, start: bool) -> AdapterModel:
+    """Put adapters in; ``start``: set those that begin as a decomposition of the weight, which a saved adapter overwrites."""
+    if isinstance(model, AdapterModel) or any(isinstance(m, AdaptedModule) for m in model.modules()):
+        raise ZOError("this model has adapters already; call unload() on it before adding others.")
+    targets = find_config_targets(model, config)
+    replaced = _replaced(model, config, targets)
+    saved = [module for name in config.modules_to_save or () for module in _named(model, name)]
+    check_rank_pattern(config, [t.name for t in (*targets, *replaced)])
+    adapted: dict[str, AdaptedModule] = {t.name: config.wrap(t, number) for number, t in enumerate(targets)}
+    adapted |= {t.name: tensorize(t, config.rank_of(t.name, config.tensorize_rank)) for t in replaced}
+    if start:
+        for module in adapted.values():
+            module.start_from_weight()
+    # Nothing has been changed so far, and nothing goes wrong from here on.
+    model.requires_grad_(False)
+    for whole in saved:
+        _train_whole(whole)
+    for target in replaced:
+        target.module.requires_grad_(False)  # it may be within a module that is trained whole
+    for name, module in adapted.items():
+        _replace(model, name, module)
+    return AdapterModel(model, config, list(adapted))
+
+
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
 
+def _replaced(model: nn.Module, config: AdapterConfig, targets: Sequence[Target]) -> list[Target]:
+    """What ``modules_to_tensorize`` names."""
+    if not config.modules_to_tensorize:
+        return []
+    replaced = find_targets(model, config.modules_to_tensorize, None)
+    both = {t.name for t in targets} & {t.name for t in replaced}
+    if both:
+        raise ZOError(
+            f"module {sorted(both)[0]!r} is both in target_modules and in modules_to_tensorize; leave it out of one."
+        )
+    return replaced
+
+
 def _named(model: nn.Module, name: str) -> list[nn.Module]:
-    modules = [m for n, m in model.named_modules() if n == name or n.endswith("." + name)]
+    modules = [m for n, m in model.named_modules() if matches(n, name)]
     if not modules:
         raise ZOError(f"module_to_save {name!r} matches nothing in this model.")
     return modules

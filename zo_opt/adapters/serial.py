@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from zo_opt.adapters.adapted import AdaptedModule
 
-class SerialAdapter(nn.Module):
-    """``base_layer(adapter(x))`` (position "before") or ``adapter(base_layer(x))`` (position "after").
 
-    Attributes that the model's own code asks of the wrapped module (``weight``, ``in_features``) are answered by it.
-    """
+class SerialAdapter(AdaptedModule):
+    """``base_layer(adapter(x))`` (position "before") or ``adapter(base_layer(x))`` (position "after")."""
+
+    kind: ClassVar[str] = "serial"
 
     def __init__(self, base_layer: nn.Module, adapter: nn.Module, position: str) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.adapter = adapter
+        super().__init__(base_layer, adapter)
         self.position = position
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -24,8 +23,8 @@ class SerialAdapter(nn.Module):
             return self.base_layer(self.adapter(x), *args, **kwargs)
         return self.adapter(self.base_layer(x, *args, **kwargs))
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base_layer"), name)
+    def merge(self) -> nn.Module:
+        raise NotImplementedError("ask the configuration's check_mergeable() first")
+
+    def extra_repr(self) -> str:
+        return f"serial, {self.position} the base layer"

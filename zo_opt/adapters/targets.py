@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
 
+from zo_opt.adapters.weights import is_conv1d
 from zo_opt.errors import ZOError
+from zo_opt.layers import layer_of
 
 RESIDUAL = "residual"  # as a target name: the residual stream where it enters a layer
-_LAYER = re.compile(r"^(.*?\b(?:layers|layer|h|block|blocks))\.(\d+)(?:\.|$)")
+
+# Query and value projections of the attention, LoRA's own choice (arXiv 2106.09685, section 4.2): the default of methods
+# that add to a weight. Some architectures hold queries, keys and values in one matrix.
+_QV, _BERT_QV = ("q_proj", "v_proj"), ("query", "value")
+ATTENTION: dict[str, Sequence[str]] = {
+    **dict.fromkeys(
+        ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3"), _QV
+    ),
+    **dict.fromkeys(("olmo", "olmo2", "granite", "phi", "stablelm", "cohere", "opt", "gptj", "bart", "mbart"), _QV),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), _BERT_QV),
+    **dict.fromkeys(("gpt_neox", "bloom", "falcon"), ("query_key_value",)),
+    **dict.fromkeys(("t5", "mt5"), ("q", "v")),
+    "distilbert": ("q_lin", "v_lin"),
+    "deberta": ("in_proj",),
+    "deberta-v2": ("query_proj", "value_proj"),
+    "gpt2": ("c_attn",),
+    "phi3": ("qkv_proj",),
+}
 
 
 @dataclass(frozen=True)
 class Target:
     """A module to adapt: its path in the model, the module, its input and output sizes.
 
-    ``residual``: a whole layer, to be adapted on the residual stream that enters it.
+    ``residual``: a whole layer, to be adapted on the residual stream that enters it. In an embedding ``in_features`` is
+    the number of rows.
     """
 
     name: str
@@ -27,9 +48,21 @@ class Target:
     out_features: int
     residual: bool = False
 
+    @property
+    def embedding(self) -> bool:
+        """Whether it looks rows up."""
+        return isinstance(self.module, nn.Embedding)
 
-def find_targets(model: nn.Module, names: Sequence[str], layers: int | Sequence[int] | None) -> list[Target]:
-    """Modules whose path ends in one of ``names``, within the given layers.
+    @property
+    def device(self) -> torch.device:
+        """Where the module's first parameter is."""
+        return next(self.module.parameters()).device
+
+
+def find_targets(
+    model: nn.Module, names: Sequence[str], layers: int | Sequence[int] | None, *, embeddings: bool = False
+) -> list[Target]:
+    """Modules whose path ends in one of ``names``, within the given layers; ``embeddings``: these are possible too.
 
     Raises:
         ZOError: a name or a layer that matches nothing, or a module that is not a linear map.
@@ -38,17 +71,19 @@ def find_targets(model: nn.Module, names: Sequence[str], layers: int | Sequence[
         names = [names]
     if RESIDUAL in names:
         return _residual_targets(model, layers) + (
-            find_targets(model, others, layers) if (others := [n for n in names if n != RESIDUAL]) else []
+            find_targets(model, others, layers, embeddings=embeddings)
+            if (others := [n for n in names if n != RESIDUAL])
+            else []
         )
-    matches = {n: m for n, m in model.named_modules() if any(n == t or n.endswith("." + t) for t in names)}
+    found = {n: m for n, m in model.named_modules() if any(matches(n, t) for t in names)}
     for wanted in names:
-        if not any(n == wanted or n.endswith("." + wanted) for n in matches):
+        if not any(matches(n, wanted) for n in found):
             raise ZOError(
                 f"target module {wanted!r} matches nothing in this model; its linear modules are named {_linear_names(model)}."
             )
     targets = []
-    for name, module in matches.items():
-        sizes = _sizes(module)
+    for name, module in found.items():
+        sizes = (_embedding_sizes(module) if embeddings else None) or _sizes(module)
         if sizes is None:
             raise ZOError(
                 f"target module {name!r} is a {type(module).__name__}, not a linear layer; name one of {_linear_names(model)}."
@@ -57,15 +92,18 @@ def find_targets(model: nn.Module, names: Sequence[str], layers: int | Sequence[
             targets.append(Target(name, module, *sizes))
     if not targets:
         raise ZOError(
-            f"layers={layers!r} leaves no target module; this model's layers are numbered {_layer_range(model, matches)}."
+            f"layers={layers!r} leaves no target module; this model's layers are numbered {_layer_range(model, found)}."
         )
     return targets
 
 
-def layer_of(name: str) -> tuple[str, int] | None:
-    """(stack, index) of a module path: "model.layers.3.mlp.up_proj" -> ("model.layers", 3)."""
-    found = _LAYER.match(name)
-    return (found[1], int(found[2])) if found else None
+def matches(name: str, ending: str) -> bool:
+    """Whether a module path ends in a name.
+
+    >>> matches("model.layers.3.mlp.up_proj", "mlp.up_proj"), matches("model.layers.3.mlp.up_proj", "proj")
+    (True, False)
+    """
+    return name == ending or name.endswith("." + ending)
 
 
 def _residual_targets(model: nn.Module, layers: int | Sequence[int] | None) -> list[Target]:
@@ -110,10 +148,16 @@ def _in_layers(model: nn.Module, name: str, layers: int | Sequence[int] | None) 
 def _sizes(module: nn.Module) -> tuple[int, int] | None:
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
-    weight = getattr(module, "weight", None)
-    if type(module).__name__ == "Conv1D" and weight is not None:  # GPT-2's linear layer, weight (in, out)
+    if is_conv1d(module):
+        weight: Any = module.weight
         return int(weight.shape[0]), int(weight.shape[1])
     return None
+
+
+def _embedding_sizes(module: nn.Module) -> tuple[int, int] | None:
+    """Those that look their input up, and at most scale it; not those that compute positions themselves (OPT's)."""
+    plain = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+    return (module.num_embeddings, module.embedding_dim) if isinstance(module, nn.Embedding) and plain else None
 
 
 def _linear_names(model: nn.Module) -> str:

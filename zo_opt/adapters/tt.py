@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -10,11 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tt_kernels import core_shapes, factorize, tt_linear, useful_ranks
+from tt_kernels import factorize, useful_ranks
 
 from zo_opt.adapters.config import AdapterConfig, register
 from zo_opt.adapters.serial import SerialAdapter
 from zo_opt.adapters.targets import Target
+from zo_opt.adapters.tt_linear import TTLinear, digits, tt_dims
 from zo_opt.errors import ZOError
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -61,6 +61,7 @@ class TTConfig(AdapterConfig):
     """
 
     adapter_type: ClassVar[str] = "tt"
+    mergeable: ClassVar[bool] = False
 
     rank: int = field(default=5, metadata={"help": "inner ranks of the tensor trains"})
     bottleneck: int = field(default=64, metadata={"help": "features between down and up"})
@@ -76,59 +77,23 @@ class TTConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("rank", "bottleneck"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ZOError(f"{name}={getattr(self, name)} is not possible; give a whole number of at least 1.")
+        self.check_whole("rank", "bottleneck")
         if self.trainable not in TRAINABLE:
             raise ZOError(f"trainable={self.trainable!r} is not known; choose one of {', '.join(TRAINABLE)}.")
-        if self.output_rank is not None and self.output_rank < 1:
-            raise ZOError(f"output_rank={self.output_rank} is not possible; give a whole number of at least 1.")
+        if self.output_rank is not None:
+            self.check_whole("output_rank")
         if self.activation not in ACTIVATIONS:
             raise ZOError(f"activation={self.activation!r} is not known; choose one of {', '.join(ACTIVATIONS)}.")
 
     def default_targets(self, model_type: str) -> Sequence[str] | None:
         return _TARGETS.get(model_type)
 
-    def wrap(self, target: Target, number: int) -> nn.Module:
+    def wrap(self, target: Target, number: int) -> SerialAdapter:
         before = target.residual or target.name.rsplit(".", 1)[-1] in _BEFORE
         size = target.in_features if before else target.out_features
-        device = next(target.module.parameters()).device
-        adapter = TTAdapter(size, self, seed=self.seed * 100_003 + number, device=device)
+        rank = self.rank_of(target.name, self.rank)
+        adapter = TTAdapter(size, self, rank=rank, seed=self.seed * 100_003 + number, device=target.device)
         return SerialAdapter(target.module, adapter, "before" if before else "after")
-
-
-class TTLinear(nn.Module):
-    """A linear layer whose weight is a tensor train: x (..., prod in_dims) -> (..., prod out_dims), float32."""
-
-    def __init__(
-        self,
-        in_dims: Sequence[int],
-        out_dims: Sequence[int],
-        ranks: int | Sequence[int],
-        *,
-        bias: bool,
-        device: torch.device,
-    ) -> None:
-        super().__init__()
-        self.in_dims, self.out_dims = tuple(in_dims), tuple(out_dims)
-        shapes = core_shapes(in_dims, out_dims, ranks)
-        self.cores = nn.ParameterList(nn.Parameter(torch.empty(s, device=device)) for s in shapes)
-        self.bias = nn.Parameter(torch.zeros(math.prod(out_dims), device=device)) if bias else None
-
-    @torch.no_grad()
-    def reset(self, generator: torch.Generator) -> None:
-        """Gaussian cores such that the reconstructed weight has variance 1 / prod(in_dims); drawn on the CPU."""
-        paths = math.prod(core.shape[2] for core in self.cores)
-        std = (math.prod(self.in_dims) * paths) ** (-0.5 / len(self.cores))
-        for core in self.cores:
-            core.copy_(torch.randn(core.shape, generator=generator) * std)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return tt_linear(x, list(self.cores), in_dims=self.in_dims, out_dims=self.out_dims, bias=self.bias)
-
-    def extra_repr(self) -> str:
-        ranks = [core.shape[2] for core in self.cores][:-1]
-        return f"in_dims={self.in_dims}, out_dims={self.out_dims}, ranks={ranks}"
 
 
 class TTAdapter(nn.Module):
@@ -137,11 +102,11 @@ class TTAdapter(nn.Module):
     That core is the last one where all are trained (arXiv 2406.18060), else the last mixing core.
     """
 
-    def __init__(self, size: int, config: TTConfig, *, seed: int, device: torch.device) -> None:
+    def __init__(self, size: int, config: TTConfig, *, rank: int, seed: int, device: torch.device) -> None:
         super().__init__()
         hidden, bottleneck = adapter_dims(size, config.bottleneck)
         bonds = len(bottleneck) + len(hidden) - 1
-        down_ranks, up_ranks = [config.rank] * bonds, [config.rank] * bonds
+        down_ranks, up_ranks = [rank] * bonds, [rank] * bonds
         if config.output_rank is not None:
             up_ranks[len(bottleneck) - 1] = config.output_rank
         self._only_mixing = config.trainable == "mixing"
@@ -173,7 +138,7 @@ class TTAdapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         delta: Tensor = self.up(self._activation(self.down(x.float())))
-        return (x + delta).to(x.dtype)
+        return delta.add_(x).to(x.dtype)
 
 
 def adapter_dims(size: int, bottleneck: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -185,8 +150,5 @@ def adapter_dims(size: int, bottleneck: int) -> tuple[tuple[int, ...], tuple[int
     >>> adapter_dims(4096, 64), adapter_dims(1024, 64), adapter_dims(768, 64)
     (((16, 16, 16), (4, 4, 4)), ((8, 8, 16), (8, 8)), ((8, 8, 12), (8, 8)))
     """
-    floor = 0
-    while 16 ** (floor + 1) <= size:
-        floor += 1
-    ceil = floor if 16**floor == size else floor + 1
-    return factorize(size, max(ceil, 1)), factorize(bottleneck, max(floor, 1) if bottleneck >= 16 else 1)
+    parts = max(digits(size) - 1, 1) if bottleneck >= 16 else 1
+    return tt_dims(size), factorize(bottleneck, parts)

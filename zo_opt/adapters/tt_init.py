@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from zo_opt.adapters.tt import TTAdapter
-from zo_opt.adapters.tt_svd import tt_svd
 from zo_opt.errors import ZOError
+from zo_opt.tensor_train import tt_svd
 
 FEATURES = ("class_means", "components")
 FEATURE_SCALE = 0.7  # standard deviation of a feature where it enters tanh: its nearly linear range

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(parsed: Namespace, command: str) -> None:
-    from zo_opt.cli import diagnose, replay, schedule, train
+    from zo_opt.cli import diagnose, merge, replay, schedule, train
     from zo_opt.cli import eval as evaluate
 
     if parsed.command == "train":
@@ -51,6 +51,8 @@ def _run(parsed: Namespace, command: str) -> None:
         schedule.run(parsed["schedule"])
     elif parsed.command == "replay":
         replay.run(parsed["replay"])
+    elif parsed.command == "merge":
+        merge.run(parsed["merge"])
     else:
         evaluate.run(parsed["eval"])
 
@@ -115,6 +117,11 @@ def _parser() -> ArgumentParser:
     replay.add_argument("--device", type=str | None, help="cpu, cuda or auto; the run's if not given")
     replay.add_argument("--inexact", action="store_true", help="accept weights that differ from training's bits")
     commands.add_subcommand("replay", replay, help="rebuild a tuned adapter from its journal")
+    merge = _Parser(description="Fold the adapter that a run tuned into its base model, and save a plain model.")
+    merge.add_argument("run_dir", type=Path, help="the run's output_dir")
+    merge.add_argument("--to", type=Path | None, help="a new directory for the model and its tokenizer")
+    merge.add_argument("--as", type=str, default="model", help="model, or lora: the adapter alone as an ordinary LoRA")
+    commands.add_subcommand("merge", merge, help="save the tuned model as a plain one, or the adapter as a LoRA")
     return parser
 
 

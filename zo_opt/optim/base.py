@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any, ClassVar
 
@@ -25,6 +25,7 @@ from zo_opt.perturbation import Perturbed
 from zo_opt.query_modes import Evaluator
 from zo_opt.rounding import round_into
 from zo_opt.schedules import History, QuerySchedule, constant_queries
+from zo_opt.shared_prefix import SharedPrefix
 from zo_opt.trainables import Piece, Trainables
 
 
@@ -50,6 +51,8 @@ class ZerothOrderOptimizer(Optimizer):
         update_rule: how the estimate moves the parameters; plain SGD by default.
         step_control: :class:`~zo_opt.optim.step_control.StepControl` objects applied in order to the projected gradients before the update.
         line_search: tries several lengths of the step before it is taken (SGD only); costs forwards.
+        share_prefix: compute the frozen layers below the first trainable once for all evaluations of a step; needs ``module``, and a
+            closure that does not look into those layers (:class:`~zo_opt.shared_prefix.SharedPrefix`).
         max_failed_steps: this many steps in a row without any finite loss raise :class:`~zo_opt.errors.NonFiniteLossError`.
 
     Raises:
@@ -81,6 +84,7 @@ class ZerothOrderOptimizer(Optimizer):
         update_rule: UpdateRule | None = None,
         step_control: Sequence[StepControl] = (),
         line_search: LineSearch | None = None,
+        share_prefix: bool = False,
         max_failed_steps: int = 10,
     ) -> None:
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
@@ -95,6 +99,10 @@ class ZerothOrderOptimizer(Optimizer):
         if query_mode in ("batched", "split") and module is None:
             raise ZOError(
                 f"query_mode={query_mode!r} replaces the module's trainables; pass module=model to the optimizer."
+            )
+        if share_prefix and module is None:
+            raise ZOError(
+                "share_prefix=True needs the model whose layers are shared; pass module=model to the optimizer."
             )
         if steps_per_epoch < 1:
             raise ZOError(
@@ -113,6 +121,7 @@ class ZerothOrderOptimizer(Optimizer):
                 "a line search moves along the step's own estimate; use it with the plain SGD update rule and an optimizer "
                 "without memory, such as MeZO."
             )
+        self.share_prefix = share_prefix
         self.max_failed_steps = max_failed_steps
         self.step_count = 0
         self.update_count = 0
@@ -129,6 +138,7 @@ class ZerothOrderOptimizer(Optimizer):
         self._slots: Slots | None = None
         self._pieces: list[tuple[Piece, int, bool]] | None = None
         self._template: StepDirections | None = None
+        self._prefix: SharedPrefix | None = None
 
     @property
     def epoch(self) -> int:
@@ -327,6 +337,8 @@ class ZerothOrderOptimizer(Optimizer):
                 self._checked = True
             self._trainables = trainables
             self._slots = self._pieces = self._template = self._step_directions = None
+            if self.share_prefix and self.module is not None:
+                self._prefix = SharedPrefix(self.module, parameters)
         return self._trainables
 
     def slots(self) -> Slots:
@@ -450,12 +462,13 @@ class ZerothOrderOptimizer(Optimizer):
 
     @contextmanager
     def _evaluation_mode(self) -> Iterator[None]:
-        """Dropout off in both evaluations (arXiv 2305.17333, released code); the flags come back as they were."""
+        """Dropout off in both evaluations (arXiv 2305.17333, released code), the frozen prefix shared; all comes back as it was."""
         training = [m for m in self.module.modules() if m.training] if self.module is not None else []
         try:
             for module in training:
                 module.training = False
-            yield
+            with self._prefix() if self._prefix is not None else nullcontext():
+                yield
         finally:
             for module in training:
                 module.training = True

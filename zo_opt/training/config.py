@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from zo_opt.adapters import ADAPTERS, TTConfig
+from zo_opt.adapters import ADAPTERS, AdapterConfig, make_config
 from zo_opt.adapters.tt_init import FEATURES
 from zo_opt.errors import ZOError
 from zo_opt.optim import OPTIMIZERS, UPDATE_RULES, Adam, ClipProjectedGrads, StepControl, UpdateRule
@@ -14,7 +14,11 @@ from zo_opt.schedule_options import make_schedule, parse_milestones
 from zo_opt.schedules import QuerySchedule
 from zo_opt.training import builtin
 from zo_opt.training.batches import ORDERS
+from zo_opt.training.prefix_store import PLACES
 
+_ADAPTER_FIELDS = ("rank", "rank_pattern", "tt_rank", "scale", "bottleneck", "activation", "target_modules", "layers")
+# Option -> field of an adapter's configuration.
+ADAPTER_OPTIONS = {name: name for name in (*_ADAPTER_FIELDS, "modules_to_tensorize")} | {"lora_alpha": "alpha"}
 LR_SCHEDULES = ("linear", "cosine", "constant")
 
 
@@ -40,13 +44,20 @@ class TrainConfig:
         max_length: tokens a prompt may have; the model's context if not given.
         adapter: adapter method.
         adapter_init: where adapters start: "class_means" (features that tell the classes apart, from training rows' hidden
-            states), "components" (their principal components, no labels used), "random", or "auto": class_means where the
-            model and the task allow it and no target_modules are given.
+            states), "components" (their principal components, no labels used), "random" (the method's own start), or "auto":
+            class_means where the model and the task allow it and no target_modules are given. Placement is for tt alone;
+            tt-delta has "zero" and "svd" besides.
         feature_components: principal components among which class_means looks.
         output_scale: norm of a placed adapter's output directions, relative to the hidden states'.
-        rank: inner ranks of the tensor trains (5 if random, else 32).
+        rank: inner ranks of the tensor trains (5 if random, else 32); tt-lora: the rank of the update (8).
+        rank_pattern: path ending -> rank, for modules whose rank is another, such as '{"layers.7.mlp.up_proj": 8}'.
+        lora_alpha: tt-lora: the update is multiplied by lora_alpha / rank (16). The plain --alpha is AdaZeta's.
+        tt_rank: tt-lora: inner ranks of its two tensor trains (5).
+        scale: tt-delta: what the train is multiplied by (1).
         bottleneck: features between the adapter's down and up (64 if random, else the number of classes).
-        activation: between down and up.
+        activation: between down and up: tanh, gelu, relu or identity (tanh).
+        modules_to_tensorize: linear layers, such as a classification head's, replaced by a tensor train of their weight.
+        adapter_options: other options of the adapter's configuration by name, such as '{"tensorize_rank": 8}'.
         target_modules: names of the modules to adapt ("residual": the residual stream where it enters a layer); the
             architecture's defaults if random, else residual.
         layers: an integer: the last so many layers; a list: these layers; not given: the last quarter if random, else the
@@ -77,7 +88,13 @@ class TrainConfig:
         batch_order: balanced (classes take turns) or shuffled.
         steps: optimizer steps.
         seed: of directions, cores and the order of examples.
-        prefix_cache_mb: bound on cached hidden states below the first adapter, in MiB; 0 turns the cache off.
+        prefix_cache: where hidden states below the first adapter are kept: device, cpu (memory), disk (a file; a resumed run takes
+            it up again) or off.
+        prefix_cache_mb: bound on them, in MiB; 0 turns the cache off.
+        prefix_cache_dir: directory of the file on disk, which then outlasts the run for others on the same model; the run's
+            own if not given.
+        compile: run the layers through torch.compile (sequential query mode; takes a minute, see benchmarks/compiled.py for what
+            it gains).
         output_dir: where everything goes; runs/<task>-<optimizer>-<time> if not given. Must be empty unless resuming.
         save_steps: steps between checkpoints.
         resume: continue the run in output_dir.
@@ -105,8 +122,14 @@ class TrainConfig:
     feature_components: int = 64
     output_scale: float = 0.3
     rank: int | None = None
+    rank_pattern: dict[str, int] | None = None
+    lora_alpha: float | None = None
+    tt_rank: int | None = None
+    scale: float | None = None
     bottleneck: int | None = None
-    activation: str = "tanh"
+    activation: str | None = None
+    modules_to_tensorize: list[str] | None = None
+    adapter_options: dict[str, Any] | None = None
     target_modules: list[str] | None = None
     layers: int | list[int] | None = None
 
@@ -135,7 +158,10 @@ class TrainConfig:
     batch_order: str = "balanced"
     steps: int = 100
     seed: int = 0
+    prefix_cache: str = "device"
     prefix_cache_mb: int = 1024
+    prefix_cache_dir: Path | None = None
+    compile: bool = False
 
     output_dir: Path | None = None
     save_steps: int = 100
@@ -158,23 +184,54 @@ class TrainConfig:
             raise ZOError("layers=[] leaves nothing to adapt; give a number, a list of layers, or nothing.")
         if self.warmup_steps < 0 or self.prefix_cache_mb < 0 or self.clip < 0:
             raise ZOError("warmup_steps, prefix_cache_mb and clip cannot be negative; 0 turns each of them off.")
+        if self.prefix_cache not in PLACES:
+            raise ZOError(f"prefix_cache={self.prefix_cache!r} is not known; choose one of {', '.join(PLACES)}.")
+        if self.prefix_cache_dir is not None and self.prefix_cache != "disk":
+            raise ZOError(
+                f"prefix_cache_dir was given with prefix_cache={self.prefix_cache!r}; add --prefix_cache disk, or leave it out."
+            )
+        if self.compile and (self.mode != "sequential" or self.optimizer == "forward-gradient"):
+            raise ZOError(
+                "compiled layers cannot be run on many copies or differentiated; with --compile give --query_mode sequential and "
+                "another optimizer than forward-gradient."
+            )
         if self.lr_schedule not in LR_SCHEDULES:
             raise ZOError(f"lr_schedule={self.lr_schedule!r} is not known; choose one of {', '.join(LR_SCHEDULES)}.")
         if self.eval_file is not None and self.train_file is None:
             raise ZOError("eval_file was given without train_file; give both, or neither for the built-in rows.")
-        if self.adapter not in ADAPTERS:
-            raise ZOError(f"adapter={self.adapter!r} is not known; choose one of {', '.join(ADAPTERS)}.")
-        if self.adapter_init not in ("auto", "random", *FEATURES):
-            raise ZOError(
-                f"adapter_init={self.adapter_init!r} is not known; choose auto, random, {', '.join(FEATURES)}."
-            )
+        self.make_adapter()
         if self.feature_components < 1 or self.output_scale <= 0:
             raise ZOError("feature_components must be at least 1 and output_scale positive.")
-        TTConfig(rank=self.rank or 1, bottleneck=self.bottleneck or 1, activation=self.activation)
         if self.optimizer not in OPTIMIZERS:
             raise ZOError(f"optimizer={self.optimizer!r} is not known; choose one of {', '.join(OPTIMIZERS)}.")
         self.make_query_schedule()
         self.make_update_rule()
+
+    def make_adapter(self, **defaults: Any) -> AdapterConfig:
+        """The adapter that the options describe; ``defaults`` stand for options that were not given.
+
+        Raises:
+            ZOError: the method is not known, has no such option or no such start; or a value is not possible.
+        """
+        if self.adapter not in ADAPTERS:
+            raise ZOError(f"adapter={self.adapter!r} is not known; choose one of {', '.join(ADAPTERS)}.")
+        has = {f.name for f in fields(ADAPTERS[self.adapter])}
+        options = dict(self.adapter_options or {})
+        for option, name in ADAPTER_OPTIONS.items():
+            if (value := getattr(self, option)) is not None:
+                if name not in has:
+                    raise ZOError(
+                        f"{option} is no option of adapter {self.adapter!r}; leave it out, or choose another adapter."
+                    )
+                options[name] = value
+        starts = ("auto", "random", *(FEATURES if self.adapter == "tt" else ()))
+        if self.adapter_init not in starts:
+            if "init" not in has:
+                raise ZOError(
+                    f"adapter_init={self.adapter_init!r} is not known to adapter {self.adapter!r}; choose one of {', '.join(starts)}."
+                )
+            options["init"] = self.adapter_init
+        return make_config(self.adapter, {k: v for k, v in defaults.items() if k in has} | options)
 
     @property
     def mode(self) -> str:

@@ -61,6 +61,6 @@ def evaluate_run(run_dir: Path, eval_file: Path | None, zero_shot: bool, reporte
     if not zero_shot:
         model = load_adapter_model(model, run_dir)
     model.to(base.device).eval()
-    prepared = Prepared(examples.held_out, base.scorer, base.device, None, 0)
+    prepared = Prepared(examples.held_out, base.scorer, base.device, None)
     with reporter.track("evaluation", len(prepared), "rows") as tracker:
         return evaluate(model, prepared, config.eval_batch_size, tracker.advance)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass
 
 import torch
@@ -37,19 +38,26 @@ class Prepared:
         scorer: how the model scores labels.
         device: where batches go.
         cache: the prefix cache, shared by all sets of a run, or None.
-        offset: this set's first key in the cache.
     """
 
     def __init__(
-        self, examples: Sequence[Example], scorer: Scorer, device: torch.device, cache: PrefixCache | None, offset: int
+        self, examples: Sequence[Example], scorer: Scorer, device: torch.device, cache: PrefixCache | None
     ) -> None:
         self.encoded = [scorer.encode(e) for e in examples]
-        self.scorer, self.device, self._cache, self._offset = scorer, device, cache, offset
+        self.scorer, self.device, self._cache = scorer, device, cache
         self.labels = [e.label for e in examples]
         self.truncated = sum(e.truncated for e in self.encoded)
 
     def __len__(self) -> int:
         return len(self.encoded)
+
+    def subset(self, indices: Sequence[int]) -> Prepared:
+        """Some of the examples, with the same cache."""
+        some = copy(self)
+        some.encoded = [self.encoded[i] for i in indices]
+        some.labels = [self.labels[i] for i in indices]
+        some.truncated = sum(e.truncated for e in some.encoded)
+        return some
 
     def by_length(self, batch_size: int) -> list[list[int]]:
         """All examples in batches of like length."""
@@ -60,18 +68,21 @@ class Prepared:
         """Fill the prefix cache with these examples."""
         for indices in self.by_length(batch_size):
             if self._cache is not None:
-                batch = self._plain(indices)
-                self._cache.record(self._keys(indices), self.scorer.inputs(batch), batch["attention_mask"])
+                self._record(self._cache, self._plain(indices))
             progress(len(indices))
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Tensors of these examples, with their cached prefix states under "prefix" if all of them are kept."""
-        batch = self._plain(indices)
-        if self._cache is not None:
-            states = self._cache.batch(self._keys(indices), batch["attention_mask"])
-            if states is not None:
-                batch["prefix"] = states
-        return batch
+        plain, cache = self._plain(indices), self._cache
+        batch = self._on_device(plain)
+        if cache is None:
+            return batch
+        damaged = cache.store.damaged
+        states = cache.batch(plain)
+        if cache.store.damaged > damaged:  # computed anew, once
+            self._record(cache, plain)
+            states = cache.batch(plain)
+        return batch if states is None else batch | {"prefix": states}
 
     def scores(self, model: nn.Module, batch: Batch) -> Tensor:
         """Scores of the labels, shape (B, C), by way of the cached prefix where the batch has it."""
@@ -85,11 +96,13 @@ class Prepared:
         """Mean cross entropy of the scores: the loss that is trained and evaluated."""
         return F.cross_entropy(self.scores(model, batch), batch["labels"])
 
-    def _keys(self, indices: Sequence[int]) -> list[int]:
-        return [self._offset + i for i in indices]
+    def _record(self, cache: PrefixCache, plain: Batch) -> None:
+        cache.record(plain, self.scorer.inputs(self._on_device(plain)))
 
     def _plain(self, indices: Sequence[int]) -> Batch:
-        batch = self.scorer.collate([self.encoded[i] for i in indices])
+        return self.scorer.collate([self.encoded[i] for i in indices])
+
+    def _on_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
 

@@ -28,6 +28,7 @@ from zo_opt.training.config import TrainConfig
 from zo_opt.training.evaluate_run import RUN_NAME, read_config, read_record
 from zo_opt.training.evaluation import Evaluation, evaluate
 from zo_opt.training.metrics import MetricsWriter
+from zo_opt.training.prefix_store import FILE_NAME
 from zo_opt.training.progress import Reporter
 from zo_opt.training.setup import Tools, build_tools, load_examples
 
@@ -138,9 +139,12 @@ class _Run:
             self.progress = Progress(**extra)
             self._reopen_journal()
             self.reporter.say(f"resuming after step {self.optimizer.step_count} of {self.config.steps}")
-        self.tools.record_prefixes(self.config, self.reporter)
+        self.tools.record_prefixes(self.config, self.output_dir, self.reporter)
         if not self.config.resume:
             self.tools.place_adapters(self.config, self.reporter)
+        if self.config.compile:
+            self.tools.compile_model(self.reporter)
+        if not self.config.resume:
             self.progress.before = self._evaluate("zero-shot evaluation").to_dict()
             record = {
                 "command": self.command,
@@ -163,6 +167,7 @@ class _Run:
             after = self._evaluate("evaluation")
         except KeyboardInterrupt:
             raise InterruptedRunError(self.output_dir, self.optimizer.step_count, signal.SIGINT) from None
+        self.tools.close_cache(self.config, self.reporter)
         self.tools.model.save_pretrained(self.output_dir)
         self.progress.other_seconds += time.monotonic() - start
         summary = self._summary(after)
@@ -250,7 +255,8 @@ class _Run:
             forwards=self.optimizer.history.forwards,
             forward_depth=depth,
             prepared_rows=cache.recorded_examples if cache is not None else tools.placed_rows,
-            cache_bytes=cache.bytes if cache is not None else 0,
+            cache_bytes=cache.store.bytes if cache is not None else 0,
+            cache_place=cache.place if cache is not None else "off",
             dropped=self.optimizer.dropped_queries,
             truncated=tools.train.truncated + tools.held_out.truncated,
             train_seconds=self.progress.train_seconds,
@@ -308,7 +314,8 @@ def output_directory(directory: Path, what: str = "output_dir", *, resume: bool 
     try:
         created = not directory.exists()
         directory.mkdir(parents=True, exist_ok=True)
-        occupied = any(directory.iterdir())
+        # Hidden states that a run kept on disk before it was stopped at its start are no obstacle: they are taken up again.
+        occupied = any(path.name != FILE_NAME for path in directory.iterdir())
         (probe := directory / ".writable").write_bytes(b"")
         probe.unlink()
     except OSError as error:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zo_opt.adapters.targets import layer_of
 from zo_opt.errors import ZOError
+from zo_opt.layers import layer_of
 
 PRECISIONS = ("auto", "mixed", "fp32")
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from zo_opt.adapters import TTConfig
+from zo_opt.adapters import AdapterConfig
+from zo_opt.adapters.tt_init import FEATURES
 from zo_opt.errors import ZOError
 from zo_opt.optim import OPTIMIZERS, Adam
 from zo_opt.training.adapter_init import can_place
@@ -23,9 +24,9 @@ LAYER_SHARE = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run trains: the adapter, how it is initialised ("class_means", "components" or "random"), and lr."""
+    """What a run trains: the adapter, how it is placed ("class_means", "components"; "random": the method's own start), and lr."""
 
-    adapter: TTConfig
+    adapter: AdapterConfig
     init: str
     lr: float
 
@@ -36,35 +37,30 @@ def resolve(config: TrainConfig, model: nn.Module, scorer: Scorer, task: Task, e
     Raises:
         ZOError: the options ask for a placement that this model or task does not allow.
     """
-    placeable = can_place(scorer, task, example)
+    placeable = config.adapter == "tt" and config.modules_to_tensorize is None and can_place(scorer, task, example)
     init = config.adapter_init
     if init == "auto":
         init = "class_means" if placeable and config.target_modules is None else "random"
-    if init == "random":
-        adapter = TTConfig(
-            rank=config.rank if config.rank is not None else 5,
-            bottleneck=config.bottleneck if config.bottleneck is not None else 64,
-            activation=config.activation,
-            target_modules=config.target_modules,
-            layers=config.layers if config.layers is not None else -(-depth(model) // 4),
-            modules_to_save=classification_heads(model) if config.head == "classification" else None,
+    if init not in FEATURES:
+        tensorized = config.modules_to_tensorize or []
+        heads = classification_heads(model) if config.head == "classification" else []
+        adapter = config.make_adapter(
+            layers=-(-depth(model) // 4),
+            modules_to_save=[name for name in heads if name not in tensorized] or None,
             seed=config.seed,
         )
-        return Recipe(adapter, init, _lr(config, adam=1e-2, sgd=1e-4))
+        return Recipe(adapter, "random", _lr(config, adam=1e-2, sgd=1e-4))
     if not placeable:
         raise ZOError(
-            f"adapter_init={init!r} needs a causal or masked model and label words that are the same in every row and "
-            "begin with different tokens; give --adapter_init random."
+            f"adapter_init={init!r} needs a causal or masked model, label words that are the same in every row and begin with "
+            "different tokens, and no modules_to_tensorize; give --adapter_init random."
         )
     classes = len(task.labels)
-    adapter = TTConfig(
-        rank=config.rank if config.rank is not None else 32,
-        bottleneck=config.bottleneck if config.bottleneck is not None else classes,
-        activation=config.activation,
-        target_modules=config.target_modules if config.target_modules is not None else ["residual"],
-        layers=config.layers
-        if config.layers is not None
-        else [min(round(LAYER_SHARE * depth(model)), depth(model) - 1)],
+    adapter = config.make_adapter(
+        rank=32,
+        bottleneck=classes,
+        target_modules=["residual"],
+        layers=[min(round(LAYER_SHARE * depth(model)), depth(model) - 1)],
         trainable="mixing",
         output_rank=classes - 1,
         seed=config.seed,

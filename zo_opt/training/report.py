@@ -35,6 +35,7 @@ class Summary:
     forward_depth: float
     prepared_rows: int
     cache_bytes: int
+    cache_place: str
     dropped: int
     truncated: int
     train_seconds: float
@@ -79,7 +80,7 @@ def markdown(s: Summary) -> str:
         ("time", f"{s.train_seconds:.0f} s training, {s.other_seconds:.0f} s caching and evaluation"),
         (
             "peak memory",
-            f"{readable(s.peak_memory)} on {s.device}, of which {readable(s.cache_bytes)} cached hidden states",
+            f"{readable(s.peak_memory)} on {s.device}, {_cache_share(s)}",
         ),
         ("frozen base", s.precision),
         ("prompts cut to fit", f"{s.truncated}"),
@@ -91,6 +92,13 @@ def markdown(s: Summary) -> str:
         f"![loss and queries against forward passes, accuracy before and after](report.png)\n\n"
         f"| | |\n|---|---|\n{table}\n\n```\n{s.command}\n```\n\n± is one standard error over the held-out rows.\n"
     )
+
+
+def _cache_share(s: Summary) -> str:
+    elsewhere = {"disk": "on disk", "cpu": "in CPU memory"}.get(s.cache_place)
+    if elsewhere is None or (s.cache_place == "cpu" and s.device == "cpu"):
+        return f"of which {readable(s.cache_bytes)} cached hidden states"
+    return f"and {readable(s.cache_bytes)} of cached hidden states {elsewhere}"
 
 
 def draw(metrics: list[dict[str, Any]], s: Summary, path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from zo_opt.adapters import AdapterModel, get_adapter_model
 from zo_opt.errors import ZOError
 from zo_opt.training import builtin, data
 from zo_opt.training.adapter_init import initialise
+from zo_opt.training.compilation import compile_layers, running_layers
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.data import Example
 from zo_opt.training.evaluation import Prepared
@@ -60,16 +63,45 @@ class Tools:
         """Rows whose hidden states say where adapters start."""
         return 0 if self.recipe.init == "random" else len(self.train)
 
-    def record_prefixes(self, config: TrainConfig, reporter: Reporter) -> None:
-        """Fill the prefix cache, where there is one."""
+    def record_prefixes(self, config: TrainConfig, output_dir: Path, reporter: Reporter) -> None:
+        """Fill the prefix cache, where there is one.
+
+        Raises:
+            ZOError: it is to be on disk and cannot be written there.
+        """
         if self.cache is None:
             return
+        self.cache.open(Path(config.prefix_cache_dir or output_dir))
         total = len(self.train) + len(self.held_out)
         with reporter.track("caching the frozen layers", total, "rows") as tracker:
-            for prepared in (self.held_out, self.train):
+            for prepared in (self.train, self.held_out):  # training rows first: they are needed most often
                 prepared.record(config.eval_batch_size, tracker.advance)
-        if self.cache.full:
+        notes = self.cache.store.notes
+        for note in notes:
+            reporter.say(note)
+        if self.cache.full and not notes:
             reporter.say("the prefix cache is full; rows beyond it are computed whole (raise --prefix_cache_mb).")
+
+    def compile_model(self, reporter: Reporter) -> None:
+        """Compile the layers that run in a step; where that fails they run as they are."""
+        layers = running_layers(self.model, self.cache.cut if self.cache is not None else 0)
+        start = time.monotonic()
+        reporter.say(f"compiling {len(layers)} layers")
+        batch = self.train.batch(self.train.by_length(2)[0])  # one row would be a shape of its own
+        if (failure := compile_layers(layers, lambda: self.train.loss(self.model, batch))) is not None:
+            reporter.say(f"torch.compile failed ({failure}); the run goes on without it.")
+        else:
+            reporter.say(f"compiled in {time.monotonic() - start:.0f} s")
+
+    def close_cache(self, config: TrainConfig, reporter: Reporter) -> None:
+        """At the end of a run: say what went wrong, close the file, and remove it where it is the run's own."""
+        if self.cache is None:
+            return
+        if self.cache.store.damaged:
+            reporter.say(
+                f"{self.cache.store.damaged} cached hidden states failed their checksum and were computed anew; look after that disk."
+            )
+        self.cache.store.close(remove=config.prefix_cache_dir is None)
 
     def place_adapters(self, config: TrainConfig, reporter: Reporter) -> None:
         """Start the adapters where they matter, where the recipe says so."""
@@ -137,10 +169,9 @@ def build_tools(config: TrainConfig, examples: Examples, reporter: Reporter) -> 
     model = get_adapter_model(base.model, recipe.adapter)
     model.to(device)
     model.eval()
-    cached = config.prefix_cache_mb > 0 and first_adapted_layer(model) is not None
-    cache = PrefixCache(model, config.prefix_cache_mb << 20) if cached else None
-    train = Prepared(examples.train, scorer, device, cache, 0)
-    held_out = Prepared(examples.held_out, scorer, device, cache, len(train))
+    cache = _make_cache(config, model, reporter)
+    train = Prepared(examples.train, scorer, device, cache)
+    held_out = Prepared(examples.held_out, scorer, device, cache)
     for name, prepared in (("training", train), ("held-out", held_out)):
         if prepared.truncated:
             reporter.say(
@@ -148,6 +179,16 @@ def build_tools(config: TrainConfig, examples: Examples, reporter: Reporter) -> 
                 "their longest column was cut, template and label words are whole."
             )
     return Tools(model, train, held_out, cache, base.precision, device, recipe)
+
+
+def _make_cache(config: TrainConfig, model: AdapterModel, reporter: Reporter) -> PrefixCache | None:
+    if config.prefix_cache == "off" or config.prefix_cache_mb == 0 or first_adapted_layer(model) is None:
+        return None
+    cache = PrefixCache(model, config.prefix_cache_mb << 20, config.prefix_cache)
+    if cache.objection is not None:
+        reporter.say(f"no prefix cache, every forward pass runs all layers: {cache.objection}.")
+        return None
+    return cache
 
 
 def _task_for_file(config: TrainConfig, rows: Sequence[data.Row]) -> Task:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zo_opt.adapters.adapted import AdaptedModule
 from zo_opt.training.data import Example
 from zo_opt.training.scoring.base import IGNORED, Batch, Encoded, Scorer, pad_words, sequence_scores, word_logits
 from zo_opt.training.tasks import Task
@@ -49,12 +50,13 @@ class CausalScorer(Scorer):
         inputs: dict[str, Any] = self.inputs(batch)
         if "use_cache" in self._forward_arguments:
             inputs["use_cache"] = False
-        if alone and self._plain_head:
+        head = model.get_output_embeddings()
+        if alone and self._plain_head and not isinstance(head, AdaptedModule):  # an adapter acts on the whole head
             hidden_BH = model.base_model(**inputs).last_hidden_state[:, -1].float()
-            return _restricted_logits(hidden_BH, model.get_output_embeddings(), words_BCT[:, :, 0])
+            return _restricted_logits(hidden_BH, head, words_BCT[:, :, 0])
         if self._plain_head:
             hidden = model.base_model(**inputs).last_hidden_state[:, -positions:]
-            logits = model.get_output_embeddings()(hidden.contiguous()).float()
+            logits = head(hidden.contiguous()).float()
         else:
             if "logits_to_keep" in self._forward_arguments:
                 inputs["logits_to_keep"] = positions

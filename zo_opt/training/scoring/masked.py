@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,6 @@ class MaskedScorer(Scorer):
         super().__init__(model, tokenizer, task, max_length)
         if tokenizer.mask_token_id is None:
             raise ZOError("the tokenizer of this masked model has no mask token; choose another model.")
-        self._head = _output_head(model)
 
     def encode(self, example: Example) -> Encoded:
         # A mask in the text itself would be taken for the label position.
@@ -56,14 +56,8 @@ class MaskedScorer(Scorer):
         masked = (inputs["input_ids"] == self.tokenizer.mask_token_id).int()
         # Positions of the masks in order, those of shorter label words filled up with positions that count for nothing.
         order = masked.argsort(dim=1, descending=True, stable=True)[:, : words_BCT.shape[2]]
-        if self._head is None:
-            logits = model(**inputs).logits
-            logits = logits.gather(1, order.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
-        else:
-            hidden = model.base_model(**inputs).last_hidden_state
-            label_positions = hidden.gather(1, order.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
-            logits = model.get_submodule(self._head)(label_positions)
-        logits_BCTV = logits.float().unflatten(0, ids.shape[:2])
+        with _hidden_states_at(model.base_model, order):
+            logits_BCTV = model(**inputs).logits.float().unflatten(0, ids.shape[:2])
         if ids.shape[1] == 1:
             return word_logits(logits_BCTV[:, 0, 0], words_BCT)
         return sequence_scores(logits_BCTV, words_BCT)
@@ -74,12 +68,17 @@ class MaskedScorer(Scorer):
         return rows, (first == self.tokenizer.mask_token_id).int().argmax(1)
 
 
-def _output_head(model: Any) -> str | None:
-    """The child that turns hidden states into logits, or None where it is not one module."""
-    embeddings = model.get_output_embeddings()
-    base = model.base_model
-    heads = [
-        n for n, child in model.named_children() if child is not base and any(m is embeddings for m in child.modules())
-    ]
-    others = [n for n, child in model.named_children() if child is not base and n not in heads]
-    return heads[0] if len(heads) == 1 and not others else None
+@contextmanager
+def _hidden_states_at(base: Any, positions_NT: Tensor) -> Iterator[None]:
+    """Within this context the base model returns its hidden states at these positions alone: heads work position by position."""
+
+    def gather(_module: Any, _args: Any, output: Any) -> Any:
+        hidden = output.last_hidden_state
+        output.last_hidden_state = hidden.gather(1, positions_NT.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+        return output
+
+    handle = base.register_forward_hook(gather)
+    try:
+        yield
+    finally:
+        handle.remove()

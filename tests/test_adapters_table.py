@@ -1,0 +1,359 @@
+"""Contracts that every adapter keeps, over one table of them and models of several architectures."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers
+from tiny_models import CONFIGS, IDS, SIZES, build, padded_batch, perturb
+
+from zo_opt import (
+    AdaZeta,
+    TTConfig,
+    TTDeltaConfig,
+    TTLoRAConfig,
+    ZOError,
+    get_adapter_model,
+    load_adapter_model,
+    trainable_parameters,
+)
+from zo_opt.adapters import ADAPTERS
+from zo_opt.schedules import constant_queries
+
+TABLE = {
+    "tt": TTConfig(rank=2, bottleneck=4),
+    "tt-lora": TTLoRAConfig(rank=4, tt_rank=2, alpha=2.0),
+    "tt-delta": TTDeltaConfig(rank=3),
+    "tt-delta svd": TTDeltaConfig(rank=3, init="svd", scale=0.5),
+}
+MERGEABLE = {name: config for name, config in TABLE.items() if config.mergeable}
+# Conv1D: gpt2; narrower keys and values: llama; tied weights: gpt2, opt, t5, bart, gemma2.
+MODELS = ("llama", "gpt2", "opt", "bert", "deberta-v2", "t5", "bart", "gemma2")
+EMBEDDINGS = {  # tied to the output head in each of them; bart's and gemma2's multiply what they look up
+    "gpt2": "wte",
+    "opt": "embed_tokens",
+    "gemma2": "embed_tokens",
+    "bart": "decoder.embed_tokens",
+    "t5": "decoder.embed_tokens",
+}
+
+
+def test_the_table_is_complete():
+    assert {config.adapter_type for config in TABLE.values()} == ADAPTERS.keys()
+
+
+@torch.no_grad()
+def logits(model, batch):
+    return model(**batch).logits
+
+
+def adapted(name, config, dtype=torch.float32):
+    """A model with adapters that are no identities, and its batch."""
+    model = get_adapter_model(build(name, dtype=dtype), config)
+    perturb(trainable_parameters(model))
+    return model, padded_batch(name)
+
+
+def all_weights(model):
+    """Every parameter under each of its names."""
+    return {n: p.detach().clone() for n, p in model.named_parameters(remove_duplicate=False)}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def with_(config, **changes):
+    return type(config)(**{**vars(config), **changes})
+
+
+@pytest.mark.parametrize("case", TABLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_start_is_an_identity_and_unloading_gives_the_bits_back(name, case, dtype):
+    base, batch = build(name, dtype=dtype), padded_batch(name)
+    before, weights = logits(base, batch), all_weights(base)
+    model = get_adapter_model(base, TABLE[case])
+    assert torch.equal(logits(model, batch), before)
+    assert {p.dtype for p in trainable_parameters(model)} == {torch.float32}
+    perturb(trainable_parameters(model))
+    after = logits(model, batch)
+    assert after.dtype == dtype
+    assert not torch.equal(after, before)
+    plain = model.unload()
+    assert plain is base
+    assert same(all_weights(plain), weights)
+    assert torch.equal(logits(plain, batch), before)
+
+
+@pytest.mark.parametrize("case", TABLE)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_every_trainable_matters(name, case):
+    model, batch = adapted(name, TABLE[case])
+    model(**batch).loss.backward()
+    silent = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert silent == []
+
+
+@pytest.mark.parametrize("case", TABLE)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bart"])
+def test_files_hold_the_bits(tmp_path, name, case):
+    model, batch = adapted(name, TABLE[case])
+    model.save_pretrained(tmp_path)
+    again = load_adapter_model(build(name), tmp_path)
+    assert same(model.adapter_state(), again.adapter_state())
+    assert again.trainable_state().keys() == model.trainable_state().keys()
+    assert torch.equal(logits(again, batch), logits(model, batch))
+
+
+@pytest.mark.parametrize("case", MERGEABLE)
+@pytest.mark.parametrize("name", MODELS)
+def test_merging_keeps_the_function(name, case):
+    """To 1e-5 of the largest logit in fp32; the weights that no adapter changed keep their bits."""
+    model, batch = adapted(name, MERGEABLE[case])
+    expected, targets, before = logits(model, batch), model.adapted, all_weights(copy.deepcopy(model).unload())
+    plain = model.merge_and_unload()
+    assert isinstance(plain, transformers.PreTrainedModel)
+    torch.testing.assert_close(logits(plain, batch), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    after = all_weights(plain)
+    assert {n for n in before if not torch.equal(before[n], after[n])} == {f"{n}.weight" for n in targets}
+
+
+@pytest.mark.parametrize("case", MERGEABLE)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_merging_in_bfloat16(name, case):
+    """The merged weight is rounded once: to 3e-2 of the largest logit (eight bits of mantissa, two layers)."""
+    model, batch = adapted(name, MERGEABLE[case], torch.bfloat16)
+    expected = logits(model, batch).float()
+    plain = model.merge_and_unload()
+    assert {p.dtype for p in plain.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(logits(plain, batch).float(), expected, rtol=0, atol=3e-2 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("case", MERGEABLE)
+@pytest.mark.parametrize("name", EMBEDDINGS)
+def test_a_tied_embedding_parts_from_the_head_when_it_is_merged(tmp_path, name, case):
+    base, batch = build(name), padded_batch(name)
+    before, head = logits(base, batch), base.get_output_embeddings().weight
+    model = get_adapter_model(base, with_(MERGEABLE[case], target_modules=[EMBEDDINGS[name]]))
+    assert torch.equal(logits(model, batch), before)
+    perturb(trainable_parameters(model))
+    expected, frozen = logits(model, batch), head.detach().clone()
+    assert not torch.equal(expected, before)
+    plain = model.merge_and_unload()
+    assert torch.equal(plain.get_output_embeddings().weight, frozen)
+    assert not plain.config.tie_word_embeddings
+    close = {"rtol": 0, "atol": 1e-5 * float(expected.abs().max())}
+    torch.testing.assert_close(logits(plain, batch), expected, **close)
+    plain.save_pretrained(tmp_path)
+    loaded = type(plain).from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(loaded, batch), logits(plain, batch))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5", "bart"])
+def test_a_tied_head_parts_from_the_embedding_when_it_is_merged(tmp_path, name):
+    base, batch = build(name), padded_batch(name)
+    embedding = base.get_input_embeddings().weight.detach().clone()
+    model = get_adapter_model(base, TTLoRAConfig(rank=4, target_modules=["lm_head"]))
+    perturb(trainable_parameters(model))
+    expected = logits(model, batch)
+    plain = model.merge_and_unload()
+    assert torch.equal(plain.get_input_embeddings().weight, embedding)
+    plain.save_pretrained(tmp_path)
+    loaded = type(plain).from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits(loaded, batch), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_parameters_that_are_tied_besides_are_kept_as_well(tmp_path):
+    """A masked language model's head shares its bias too; the config has one switch for both."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = transformers.BertForMaskedLM(CONFIGS["bert"]()).eval()
+        base.cls.predictions.bias.data.normal_()
+    batch = {"input_ids": padded_batch("bert")["input_ids"]}
+    model = get_adapter_model(base, TTDeltaConfig(target_modules=["word_embeddings"]))
+    perturb(trainable_parameters(model))
+    plain = model.merge_and_unload()
+    plain.save_pretrained(tmp_path)
+    loaded = transformers.BertForMaskedLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(loaded, batch), logits(plain, batch))
+
+
+def test_merging_leaves_ties_alone_that_no_adapter_touched():
+    model, _ = adapted("gpt2", TABLE["tt-lora"])
+    plain = model.merge_and_unload()
+    assert plain.config.tie_word_embeddings
+    assert plain.lm_head.weight is plain.transformer.wte.weight
+
+
+@pytest.mark.parametrize("case", TABLE)
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_batched_queries_give_the_sequential_losses(name, case):
+    """One step of AdaZeta; losses to 1e-5 and projected gradients to 1e-3 of the largest (fp32; a difference over 2 zo_eps)."""
+    records = []
+    for mode in ("sequential", "batched"):
+        model, batch = adapted(name, TABLE[case])
+        optimizer = AdaZeta(
+            trainable_parameters(model), lr=1e-2, zo_eps=1e-2, seed=0, query_schedule=constant_queries(3), module=model, query_mode=mode
+        )  # fmt: skip
+        loss = optimizer.step(lambda b, m=model: m(**b).loss, batch)
+        records.append((float(loss), torch.tensor(optimizer.last_update.coefficients)))
+    assert records[0][0] == pytest.approx(records[1][0], rel=1e-5)
+    torch.testing.assert_close(records[1][1], records[0][1], rtol=0, atol=1e-3 * float(records[0][1].abs().max()))
+
+
+@pytest.mark.parametrize("case", TABLE)
+@pytest.mark.parametrize("mode", ["batched", "split"])
+def test_training_lowers_the_loss_and_moves_nothing_else(case, mode):
+    base, batch = build("llama"), padded_batch("llama")
+    frozen = all_weights(base)
+    model = get_adapter_model(base, TABLE[case])
+    kept = {n: t.clone() for n, t in model.adapter_state().items() if n not in model.trainable_state()}
+    optimizer = AdaZeta(
+        trainable_parameters(model), lr=1e-3, zo_eps=1e-3, seed=0, query_schedule=constant_queries(4), module=model, query_mode=mode,
+        directions="rademacher",
+    )  # fmt: skip
+    with torch.no_grad():
+        before = float(model(**batch).loss)
+    for _ in range(30):
+        optimizer.step(lambda b: model(**b).loss, batch)
+    with torch.no_grad():
+        assert float(model(**batch).loss) < before
+    assert all(torch.equal(model.adapter_state()[n], t) for n, t in kept.items())
+    assert same(all_weights(model.unload()), frozen)
+
+
+@pytest.mark.parametrize("case", TABLE)
+def test_modules_trained_whole(tmp_path, case):
+    """Beside adapters, in a bf16 model: a classification head in float32, saved and loaded with them."""
+    config = with_(TABLE[case], modules_to_save=["classifier"])
+    model, batch = adapted("bert", config, torch.bfloat16)
+    assert {p.dtype for p in trainable_parameters(model)} == {torch.float32}
+    model.save_pretrained(tmp_path)
+    again = load_adapter_model(build("bert", dtype=torch.bfloat16), tmp_path)
+    assert torch.equal(logits(again, batch), logits(model, batch))
+    assert any(n.startswith("classifier.") for n in model.trainable_state())
+
+
+@pytest.mark.parametrize("case", TABLE)
+def test_layers_and_the_seed(case):
+    def start(**changes):
+        model = get_adapter_model(build("llama"), with_(TABLE[case], **changes))
+        return model.adapted, torch.cat([p.detach().flatten() for p in trainable_parameters(model)])
+
+    names, first = start(layers=1)
+    assert names
+    assert all(".1." in name for name in names)
+    assert torch.equal(start(layers=1)[1], first)
+    assert torch.equal(start(layers=1, seed=1)[1], first) == ("svd" in case)  # which draws nothing
+
+
+@pytest.mark.parametrize("case", TABLE)
+def test_a_rank_for_some_layers(tmp_path, case):
+    """The longest ending that fits decides; files keep it."""
+    names = get_adapter_model(build("llama"), TABLE[case]).adapted
+    last = names[-1].rpartition(".")[2]
+    config = with_(TABLE[case], rank=2, rank_pattern={last: 3, names[-1]: 4})
+    model = get_adapter_model(build("llama"), config)
+    uniform = {r: get_adapter_model(build("llama"), with_(TABLE[case], rank=r)).adapted_modules() for r in (2, 3, 4)}
+    for name, module in model.adapted_modules().items():
+        rank = 4 if name == names[-1] else 3 if name.endswith(last) else 2
+        assert [p.shape for p in module.adapter.parameters()] == [
+            p.shape for p in uniform[rank][name].adapter.parameters()
+        ]
+    model.save_pretrained(tmp_path)
+    assert same(load_adapter_model(build("llama"), tmp_path).adapter_state(), model.adapter_state())
+
+
+WRONG = {
+    "a rank for nothing": ({"rank_pattern": {"o_proj": 2}}, "'o_proj'.*no adapted module"),
+    "a rank of 0": ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
+    "ranks in a list": ({"rank_pattern": ["q_proj"]}, "rank_pattern"),
+    "rank 0": ({"rank": 0}, "rank=0"),
+    "a fraction as rank": ({"rank": 1.5}, "rank=1.5"),
+    "tensorize_rank 0": ({"tensorize_rank": 0}, "tensorize_rank=0"),
+    "a head that is not there": ({"modules_to_tensorize": ["score"]}, "'score' matches nothing"),
+    "a norm as head": ({"modules_to_tensorize": ["input_layernorm"]}, "LlamaRMSNorm"),
+    "a head that is a target": ({"target_modules": ["down_proj"], "modules_to_tensorize": ["down_proj"]}, "both"),
+}
+
+
+@pytest.mark.parametrize("case", TABLE)
+@pytest.mark.parametrize("what", WRONG)
+def test_mistakes_are_sentences_and_change_nothing(what, case):
+    changes, sentence = WRONG[what]
+    base = build("llama")
+    with pytest.raises(ZOError, match=sentence):
+        get_adapter_model(base, with_(TABLE[case], **changes))
+    assert all(p.requires_grad for p in base.parameters())
+    assert not any(hasattr(m, "adapter") for m in base.modules())
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: TTLoRAConfig(alpha=0), "alpha=0"),
+        (lambda: TTLoRAConfig(alpha=float("nan")), "alpha"),
+        (lambda: TTLoRAConfig(tt_rank=0), "tt_rank=0"),
+        (lambda: TTDeltaConfig(scale=-1), "scale=-1"),
+        (lambda: TTDeltaConfig(init="qr"), "'qr'.*svd"),
+    ],
+)
+def test_impossible_values(make, sentence):
+    with pytest.raises(ZOError, match=sentence):
+        make()
+
+
+def test_positions_that_are_computed_are_no_target():
+    with pytest.raises(ZOError, match="OPTLearnedPositionalEmbedding"):
+        get_adapter_model(build("opt"), TTDeltaConfig(target_modules=["embed_positions"]))
+
+
+def test_quantised_weights_cannot_be_read():
+    base = build("llama")
+    base.model.layers[1].self_attn.v_proj.weight = torch.nn.Parameter(torch.zeros(16, 32, dtype=torch.int8), False)
+    with pytest.raises(ZOError, match="quantis"):
+        get_adapter_model(base, TTDeltaConfig(init="svd"))
+    model = get_adapter_model(base, TTDeltaConfig())
+    before = all_weights(base)
+    with pytest.raises(ZOError, match="quantis"):
+        model.merge_and_unload()
+    assert same(all_weights(base), before)
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        # A: 16.16.16 | 8 and B: 8 | 16.16.16, 920 each; LoRA of rank 8 has 4,194,304
+        (TTLoRAConfig(rank=8, tt_rank=5), 2 * 32 * 1840),
+        # 16.16.16 | 16.16.16: 80 + 4 * 400 + 80
+        (TTDeltaConfig(rank=5), 2 * 32 * 1760),
+        (TTDeltaConfig(rank=5, init="svd"), 2 * 32 * 1760),
+    ],
+)  # fmt: skip
+def test_counts_on_llama_2_7b(config, count):
+    shape = transformers.LlamaConfig(
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+    )
+    with torch.device("meta"):
+        model = get_adapter_model(transformers.AutoModelForCausalLM.from_config(shape), config)
+    assert len(model.adapted) == 64
+    assert sum(p.numel() for p in trainable_parameters(model)) == count
+
+
+def test_narrow_keys():
+    """Grouped queries: k_proj maps 32 to 16 here, and to a single key of 1 in the extreme."""
+    sizes = SIZES | {"hidden_size": 33, "num_attention_heads": 33}
+    config = transformers.LlamaConfig(**IDS, **sizes, num_key_value_heads=1, head_dim=2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = transformers.LlamaForCausalLM(config).eval()
+    batch = {"input_ids": padded_batch("llama")["input_ids"]}
+    for case in MERGEABLE.values():
+        plain = copy.deepcopy(base)
+        model = get_adapter_model(plain, with_(case, target_modules=["q_proj", "k_proj"]))
+        perturb(trainable_parameters(model))
+        expected = logits(model, batch)
+        torch.testing.assert_close(logits(model.merge_and_unload(), batch), expected, rtol=0, atol=1e-5)

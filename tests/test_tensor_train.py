@@ -1,0 +1,485 @@
+"""zo_opt.tensor_train against dense tensors and tensorly, in float64; relative errors are Frobenius."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import tensorly
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tensorly.tenalg import tensordot
+from tensorly.tt_matrix import TTMatrix
+from tensorly.tt_tensor import TTTensor
+from tt_kernels import core_shapes, reconstruct, tt_linear, useful_ranks
+
+from zo_opt import ZOError
+from zo_opt.tensor_train import convert as routes
+from zo_opt.tensor_train import (
+    from_tensorly,
+    from_tt_matrix,
+    right_orthogonal,
+    to_tensorly,
+    to_tt_matrix,
+    tt_inner,
+    tt_norm,
+    tt_round,
+    tt_svd,
+)
+
+EXACT = 1e-10  # float64 against float64
+SIZES = st.sampled_from([1, 2, 3, 4, 5, 7])  # ones and primes
+SIDES = st.lists(SIZES, min_size=1, max_size=3)
+SEEDS = st.integers(0, 1000)
+
+
+@st.composite
+def trains(draw, dims=None, most=6):
+    """Cores of random dims and of a rank of its own at every bond, useful or not."""
+    dims = dims or draw(st.lists(SIZES, min_size=1, max_size=most))
+    ranks = draw(st.lists(st.integers(1, 5), min_size=len(dims) - 1, max_size=len(dims) - 1))
+    return make(dims, ranks, draw(SEEDS))
+
+
+@st.composite
+def matrices(draw):
+    in_dims, out_dims = tuple(draw(SIDES)), tuple(draw(SIDES))
+    return draw(trains(dims=(*in_dims, *out_dims))), in_dims, out_dims
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def make(dims, ranks, seed=0):
+    return [noise(*shape, seed=seed + k) for k, shape in enumerate(core_shapes(dims, (), ranks))]
+
+
+def dims_of(cores):
+    return tuple(core.shape[1] for core in cores)
+
+
+def ranks_of(cores):
+    return [core.shape[2] for core in cores[:-1]]
+
+
+def dense(cores):
+    """By tensorly: the oracle of everything here."""
+    return torch.tensor(tensorly.tt_to_tensor([core.numpy() for core in cores]))
+
+
+def error(actual, expected):
+    return float((actual - expected).norm() / expected.norm())
+
+
+def total(a, b):
+    """The train of the sum: block-diagonal cores, of the sum of the ranks."""
+    if len(a) == 1:
+        return [a[0] + b[0]]
+    first, last = torch.cat([a[0], b[0]], dim=2), torch.cat([a[-1], b[-1]], dim=0)
+    middle = []
+    for x, y in zip(a[1:-1], b[1:-1], strict=True):
+        core = torch.zeros(x.shape[0] + y.shape[0], x.shape[1], x.shape[2] + y.shape[2], dtype=x.dtype)
+        core[: x.shape[0], :, : x.shape[2]], core[x.shape[0] :, :, x.shape[2] :] = x, y
+        middle.append(core)
+    return [first, *middle, last]
+
+
+def apply_by_tensorly(x_TM, cores, in_dims, out_dims):
+    """x @ W, core after core, by tensorly's contractions: a twin of tt_linear that shares nothing with it."""
+    state = x_TM.reshape(len(x_TM), *in_dims, 1).numpy()
+    for core in cores[: len(in_dims)]:
+        state = tensordot(state, core.numpy(), ([1, state.ndim - 1], [1, 0]))
+    for core in cores[len(in_dims) :]:
+        state = tensordot(state, core.numpy(), ([state.ndim - 1], [0]))
+    return torch.tensor(state).reshape(len(x_TM), math.prod(out_dims))
+
+
+# --- TT-SVD
+
+
+@settings(deadline=None, max_examples=60)
+@given(cores=trains())
+@example(cores=make((7,), ()))
+@example(cores=make((1, 1, 1), (2, 2)))
+@example(cores=make((5, 1, 7, 1, 2, 3), (5, 5, 3, 3, 2)))
+def test_svd_at_the_trains_own_ranks_gives_its_tensor_back(cores):
+    values = dense(cores)
+    again = tt_svd(values, dims_of(cores), ranks_of(cores), dtype=torch.float64)
+    assert ranks_of(again) == useful_ranks(dims_of(cores), ranks_of(cores))
+    assert error(dense(again), values) < EXACT
+
+
+@settings(deadline=None, max_examples=60)
+@given(dims=st.lists(SIZES, min_size=1, max_size=5), tolerance=st.floats(0, 0.9), seed=SEEDS)
+def test_svd_keeps_its_tolerance(dims, tolerance, seed):
+    values = noise(*dims, seed=seed)
+    cores = tt_svd(values, dims, tolerance=tolerance, dtype=torch.float64)
+    assert dims_of(cores) == tuple(dims)
+    assert error(dense(cores), values) <= tolerance + 1e-13
+    assert all(r <= u for r, u in zip(ranks_of(cores), useful_ranks(dims, 10**6), strict=True))
+
+
+def test_svd_spends_its_tolerance():
+    """Without that a train that never truncates would pass. Singular values 2^-k at one bond: the rank is known."""
+    values = torch.diag(2.0 ** -torch.arange(10, dtype=torch.float64))
+    norm = float(values.norm())
+    for kept in range(1, 10):
+        lost = float(values.diagonal()[kept:].norm()) / norm
+        assert ranks_of(tt_svd(values, (10, 10), tolerance=lost * 1.001)) == [kept]
+        assert ranks_of(tt_svd(values, (10, 10), tolerance=lost * 0.999)) == [kept + 1]
+
+
+@settings(deadline=None, max_examples=40)
+@given(cores=trains(most=5))
+def test_a_tolerance_finds_the_ranks_of_a_low_rank_tensor(cores):
+    values = dense(cores)
+    found = tt_svd(values, dims_of(cores), tolerance=1e-11, dtype=torch.float64)
+    unfoldings = [values.reshape(math.prod(dims_of(cores)[:k]), -1) for k in range(1, len(cores))]
+    assert ranks_of(found) == [int(torch.linalg.matrix_rank(u, rtol=1e-9)) for u in unfoldings]
+
+
+def test_svd_at_ranks_is_quasi_optimal():
+    """|X - train|^2 <= sum over bonds of the best rank-r error of that unfolding (Oseledets 2011, theorem 2.2)."""
+    dims, ranks = (4, 5, 3, 4), (2, 3, 2)
+    values = noise(*dims)
+    cores = tt_svd(values, dims, ranks, dtype=torch.float64)
+    best = [torch.linalg.svdvals(values.reshape(math.prod(dims[: k + 1]), -1))[r:] for k, r in enumerate(ranks)]
+    assert ranks_of(cores) == list(ranks)
+    lost = float((dense(cores) - values).square().sum())
+    assert (
+        max(float(b.square().sum()) for b in best) <= lost <= sum(float(b.square().sum()) for b in best) * (1 + EXACT)
+    )
+
+
+def test_svd_of_any_layout_dtype_and_device():
+    values = noise(6, 4).T
+    assert not values.is_contiguous()
+    cores = tt_svd(values.requires_grad_(), (4, 2, 3), 24)
+    assert all(core.dtype == torch.float32 and not core.requires_grad for core in cores)
+    assert error(dense(cores).double().reshape(4, 6), values.detach()) < 1e-6  # float32
+    half = tt_svd(values.detach().bfloat16(), (4, 6), tolerance=1e-12, dtype=torch.float64)
+    assert error(dense(half), values.detach().bfloat16().double()) < EXACT
+
+
+def test_a_zero_tensor_has_rank_one():
+    zero = [torch.zeros(1, 2, 3), torch.zeros(3, 5, 1)]
+    for cores in (tt_svd(torch.zeros(24), (2, 3, 4), tolerance=0.1), tt_round(zero, tolerance=0.1)):
+        assert set(ranks_of(cores)) == {1}
+        assert not dense(cores).any()
+    assert not dense(tt_svd(torch.zeros(24), (2, 3, 4), 2)).any()
+
+
+@pytest.mark.parametrize(
+    ("values", "dims", "options", "message"),
+    [
+        (torch.ones(6), (2, 3), {}, "neither"),
+        (torch.ones(6), (2, 3), {"ranks": 2, "tolerance": 0.1}, "both"),
+        (torch.ones(6), (2, 4), {"ranks": 2}, "6 entries"),
+        (torch.ones(6), (), {"ranks": 2}, r"dims=\(\)"),
+        (torch.ones(0), (2, 0), {"ranks": 2}, r"dims=\(2, 0\)"),
+        (torch.ones(6), (2, 3), {"ranks": (2, 2)}, "each of 1 bonds"),
+        (torch.ones(6), (2, 3), {"ranks": ()}, "each of 1 bonds"),
+        (torch.ones(6), (2, 3), {"ranks": 0}, "at least 1"),
+        (torch.ones(6), (2, 3), {"ranks": (1.5,)}, "whole number"),
+        (torch.ones(6), (2, 3), {"tolerance": 1.0}, "tolerance=1.0"),
+        (torch.ones(6), (2, 3), {"tolerance": -0.1}, "tolerance=-0.1"),
+        (torch.ones(6), (2, 3), {"tolerance": math.nan}, "tolerance=nan"),
+        (torch.tensor([1.0, math.nan]), (2, 1), {"ranks": 1}, "NaN"),
+        (torch.tensor([1.0, math.inf]), (2, 1), {"tolerance": 0.1}, "infinite"),
+    ],
+)
+def test_svd_refuses_what_is_not_possible(values, dims, options, message):
+    with pytest.raises(ZOError, match=message):
+        tt_svd(values, dims, **options)
+
+
+# --- rounding, norm, inner product
+
+
+@settings(deadline=None, max_examples=60)
+@given(cores=trains())
+def test_rounding_an_inflated_train_gives_its_ranks_back(cores):
+    """A train plus itself has twice the ranks and twice the values."""
+    slim = tt_round(cores, tolerance=1e-11)
+    again = tt_round(total(cores, cores), tolerance=1e-11)
+    assert ranks_of(again) == ranks_of(slim)
+    assert all(r <= u for r, u in zip(ranks_of(slim), useful_ranks(dims_of(cores), ranks_of(cores)), strict=True))
+    assert error(dense(again), 2 * dense(cores)) < EXACT
+
+
+@settings(deadline=None, max_examples=60)
+@given(cores=trains(), tolerance=st.floats(0, 0.9))
+def test_rounding_keeps_its_tolerance(cores, tolerance):
+    rounded = tt_round(cores, tolerance=tolerance)
+    assert error(dense(rounded), dense(cores)) <= tolerance + 1e-12
+    assert all(r <= given for r, given in zip(ranks_of(rounded), ranks_of(cores), strict=True))
+
+
+@settings(deadline=None, max_examples=60)
+@given(cores=trains(), rank=st.integers(1, 6), tolerance=st.floats(0.01, 0.9))
+def test_rounding_is_the_svd_of_the_dense_tensor(cores, rank, tolerance):
+    """The same truncations of the same tensor: the same ranks and values as TT-SVD, by tensorly where ranks are given."""
+    values, dims = dense(cores), dims_of(cores)
+    by_rank = tt_svd(
+        values, dims, [min(rank, r) for r in ranks_of(tt_round(cores, tolerance=1e-11))], dtype=torch.float64
+    )
+    assert error(dense(tt_round(cores, rank)), dense(by_rank)) < 1e-7  # cut subspaces of close singular values differ
+    assert ranks_of(tt_round(cores, tolerance=tolerance)) == ranks_of(tt_svd(values, dims, tolerance=tolerance))
+
+
+def test_rounding_at_a_rank_a_bond():
+    cores = make((4, 5, 6, 3), (4, 8, 3))
+    assert ranks_of(tt_round(cores, (2, 7, 9))) == [2, 7, 3]
+    assert ranks_of(tt_round(cores, 5)) == [4, 5, 3]
+
+
+def test_rounding_keeps_the_dtype_and_leaves_what_it_was_given():
+    cores = [core.float().requires_grad_() for core in make((3, 4, 5), 3)]
+    copies = [core.detach().clone() for core in cores]
+    rounded = tt_round(cores, 2)
+    assert all(core.dtype == torch.float32 and not core.requires_grad for core in rounded)
+    assert all(torch.equal(core.detach(), copy) for core, copy in zip(cores, copies, strict=True))
+    assert {core.dtype for core in tt_round(cores, 2, dtype=torch.float64)} == {torch.float64}
+    assert torch.equal(tt_round([noise(1, 3, 1)], 2)[0], noise(1, 3, 1))
+
+
+@settings(deadline=None, max_examples=40)
+@given(cores=trains())
+def test_right_orthogonal_cores_have_orthonormal_rows(cores):
+    train = right_orthogonal(cores)
+    assert error(dense(train), dense(cores)) < EXACT
+    for core in train[1:]:
+        rows = core.flatten(1)
+        torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows), dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data(), dims=st.lists(SIZES, min_size=1, max_size=5))
+def test_norm_and_inner_product_are_those_of_the_dense_tensors(data, dims):
+    a, b = data.draw(trains(dims=dims)), data.draw(trains(dims=dims))
+    x, y = dense(a), dense(b)
+    assert tt_norm(a) == pytest.approx(float(x.norm()), rel=EXACT)
+    assert tt_inner(a, b) == pytest.approx(float((x * y).sum()), abs=EXACT * float(x.norm() * y.norm()))
+
+
+def test_the_norm_of_a_small_difference_is_accurate():
+    """By way of inner products it would be lost below 1e-8 of the norm."""
+    a = make((4, 5, 6), 3)
+    b = [*a[:-1], -a[-1] * (1 + 1e-12)]
+    assert tt_norm(total(a, b)) == pytest.approx(1e-12 * tt_norm(a), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("cores", "message"),
+    [
+        ([], "no cores"),
+        ([torch.ones(1, 2, 3), torch.ones(2, 3, 1)], "core 1 has shape"),
+        ([torch.ones(2, 2, 1)], "core 0 has shape"),
+        ([torch.ones(1, 2)], "core 0 has shape"),
+        ([torch.ones(1, 0, 1)], "core 0 has shape"),
+        ([torch.ones(1, 2, 3)], "ends in rank 1"),
+        ([torch.full((1, 2, 1), math.nan)], "NaN"),
+    ],
+)
+def test_what_is_not_a_train_is_refused(cores, message):
+    for call in (lambda c: tt_round(c, 2), lambda c: tt_inner(c, c), tt_norm, right_orthogonal, to_tensorly,
+                 lambda c: to_tt_matrix(c, (2,), (3,)), lambda c: from_tensorly([x.numpy() for x in c])):  # fmt: skip
+        with pytest.raises(ZOError, match=message):
+            call(cores)
+
+
+def test_what_does_not_go_together_is_refused():
+    cores = make((2, 3), 2)
+    with pytest.raises(ZOError, match="same dims"):
+        tt_inner(cores, make((3, 2), 2))
+    with pytest.raises(ZOError, match="do not fit"):
+        to_tt_matrix(cores, (2,), (4,))
+    with pytest.raises(ZOError, match=r"out_dims=\(\)"):
+        to_tt_matrix(cores, (2, 3), ())
+    with pytest.raises(ZOError, match="neither"):
+        tt_round(cores)
+    with pytest.raises(ZOError, match="both"):
+        tt_round(cores, 2, 0.1)
+
+
+# --- tensorly's own forms
+
+
+@settings(deadline=None, max_examples=40)
+@given(cores=trains())
+def test_tensorly_and_back_is_exact(cores):
+    train = to_tensorly(cores)
+    assert isinstance(train, TTTensor)
+    assert (train.shape, train.rank) == (dims_of(cores), (1, *ranks_of(cores), 1))
+    assert error(torch.tensor(train.to_tensor()), dense(cores)) == 0
+    assert all(torch.equal(a, b) for a, b in zip(from_tensorly(train), cores, strict=True))
+    train[0][:] = 0  # a copy
+    assert cores[0].any()
+
+
+def test_dtypes_through_tensorly():
+    for dtype, kept in ((torch.float32,) * 2, (torch.float64,) * 2, (torch.bfloat16, torch.float32)):
+        cores = [core.to(dtype).requires_grad_() for core in make((2, 3), 2)]
+        assert [core.dtype for core in from_tensorly(to_tensorly(cores))] == [kept] * 2
+        again = from_tt_matrix(to_tt_matrix(cores, (2,), (3,)))
+        assert again[0].dtype == kept
+        expected = reconstruct([core.detach().double() for core in cores], (2,), (3,))
+        assert error(reconstruct(again, (2,), (3,)), expected) < 1e-6  # float32, also from 16 bits
+
+
+@settings(deadline=None, max_examples=60)
+@given(case=matrices())
+@example(case=(make((2, 3, 7, 5), (1, 1, 1)), (2, 3), (7, 5)))
+@example(case=(make((7, 5), 3), (7,), (5,)))
+@example(case=(make((2, 3, 4, 5), (2, 3, 4)), (2,), (3, 4, 5)))
+def test_a_tt_matrix_is_the_same_matrix_by_either_route(case):
+    cores, in_dims, out_dims = case
+    matrix, expected = to_tt_matrix(cores, in_dims, out_dims), reconstruct(cores, in_dims, out_dims)
+    assert isinstance(matrix, TTMatrix)
+    longest = max(len(in_dims), len(out_dims))
+    assert matrix.left_shape == in_dims + (1,) * (longest - len(in_dims))
+    assert matrix.right_shape == out_dims + (1,) * (longest - len(out_dims))
+    assert error(torch.tensor(matrix.to_matrix()), expected) < EXACT
+    again = from_tt_matrix(matrix)
+    assert dims_of(again) == (*matrix.left_shape, *matrix.right_shape)
+    assert error(reconstruct(again, in_dims, out_dims), expected) < EXACT
+
+    chains = routes._even_chains(cores, len(in_dims))
+    products = routes._paired(*chains)
+    assert max(core.numel() for core in products) == routes._paired_size(*chains)
+    by_dense = routes._paired_from_dense(expected, *chains, 1e-12)
+    assert error(dense(products), dense(by_dense)) < EXACT
+    assert ranks_of(tt_round(products, tolerance=1e-10)) == ranks_of(tt_round(by_dense, tolerance=1e-10))
+
+
+def test_the_smaller_route_is_taken(monkeypatch):
+    taken = []
+    for name in ("_paired", "_paired_from_dense"):
+        real = getattr(routes, name)
+        monkeypatch.setattr(routes, name, lambda *a, name=name, real=real: taken.append(name) or real(*a))
+    to_tt_matrix(make((8, 8, 8, 8), 1), (8, 8), (8, 8))
+    to_tt_matrix(make((8, 8, 8, 8), 8), (8, 8), (8, 8))
+    assert taken == ["_paired", "_paired_from_dense"]
+
+
+def test_a_tt_matrix_within_a_tolerance_is_smaller():
+    cores = tt_round(make((4, 4, 4, 4), 4), 4, dtype=torch.float64)
+    matrix = to_tt_matrix(cores, (4, 4), (4, 4), tolerance=0.3)
+    assert 1e-3 < error(torch.tensor(matrix.to_matrix()), reconstruct(cores, (4, 4), (4, 4))) <= 0.3
+    assert matrix.rank[1] < to_tt_matrix(cores, (4, 4), (4, 4)).rank[1]
+    assert to_tt_matrix([core.float() for core in cores], (4, 4), (4, 4))[0].dtype == "float32"
+    assert from_tt_matrix(to_tt_matrix([core.float() for core in cores], (4, 4), (4, 4)))[0].dtype == torch.float32
+
+
+@settings(deadline=None, max_examples=60)
+@given(case=matrices(), tokens=st.integers(1, 3))
+def test_tt_linear_equals_tensorlys_contractions(case, tokens):
+    cores, in_dims, out_dims = case
+    x = noise(tokens, math.prod(in_dims), seed=9)
+    expected = apply_by_tensorly(x, cores, in_dims, out_dims)
+    assert (tt_linear(x, cores, in_dims=in_dims, out_dims=out_dims) - expected).norm() <= EXACT * (
+        x.norm() * reconstruct(cores, in_dims, out_dims).norm()
+    )
+
+
+# --- tensorly's backend is its user's
+
+
+def calls():
+    """Everything that touches tensorly, each from torch cores to torch cores."""
+    cores = make((2, 3, 4), 2)
+    tt_svd(dense_by_torch(cores), (2, 3, 4), 2)
+    tt_svd(dense_by_torch(cores), (2, 3, 4), tolerance=0.1)
+    tt_round(cores, 1)
+    from_tensorly(to_tensorly(cores))
+    return from_tt_matrix(to_tt_matrix(cores, (2, 3), (4,)))
+
+
+def dense_by_torch(cores):
+    return reconstruct(cores, dims_of(cores), ())
+
+
+def in_thread(function):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(function()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def test_importing_leaves_the_backend_alone():
+    script = (
+        "import zo_opt.tensor_train, zo_opt.adapters.ranks, sys; assert 'tensorly' not in sys.modules;"
+        "import tensorly; assert tensorly.get_backend() == 'numpy'; tensorly.set_backend('pytorch');"
+        "import zo_opt.adapters.tt_init; assert tensorly.get_backend() == 'pytorch'"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, cwd=Path(__file__).parent.parent)
+
+
+@pytest.mark.parametrize("backend", ["numpy", "pytorch"])
+def test_no_call_switches_the_backend_of_any_thread(backend):
+    """A thread with a backend of its own keeps it; threads that have none keep the global one, numpy."""
+
+    def in_a_thread_of_its_own_backend():
+        tensorly.set_backend(backend, local_threadsafe=True)
+        cores = calls()
+        return tensorly.get_backend(), cores
+
+    here = calls()
+    found, there = in_thread(in_a_thread_of_its_own_backend)
+    assert found == backend
+    assert tensorly.get_backend() == in_thread(tensorly.get_backend) == "numpy"
+    assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
+
+
+def test_the_backend_is_given_back_after_an_error(monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no convergence")
+
+    def run():
+        tensorly.set_backend("pytorch", local_threadsafe=True)
+        with pytest.raises(RuntimeError, match="no convergence"):
+            tt_svd(torch.ones(6), (2, 3), 1)
+        return tensorly.get_backend()
+
+    monkeypatch.setattr("tensorly.decomposition.tensor_train", fail)
+    assert in_thread(run) == "pytorch"
+    assert in_thread(tensorly.get_backend) == "numpy"
+
+
+def test_other_threads_see_no_switch_while_a_call_runs(monkeypatch):
+    seen = []
+
+    def look(values, rank):
+        seen.extend([tensorly.get_backend(), in_thread(tensorly.get_backend)])
+        return real(values, rank)
+
+    real = tensorly.decomposition.tensor_train
+    monkeypatch.setattr("tensorly.decomposition.tensor_train", look)
+    tensorly.set_backend("pytorch")
+    try:
+        tt_svd(torch.ones(6), (2, 3), 1)
+        assert seen == ["numpy", "pytorch"]
+        assert tensorly.get_backend() == in_thread(tensorly.get_backend) == "pytorch"
+    finally:
+        tensorly.set_backend("numpy")
+
+
+def test_conversions_speak_the_users_backend():
+    def run():
+        tensorly.set_backend("pytorch", local_threadsafe=True)
+        cores = make((2, 3, 4), 2)
+        train, matrix = to_tensorly(cores), to_tt_matrix(cores, (2, 3), (4,))
+        return train.to_tensor(), matrix.to_matrix(), dense_by_torch(cores)
+
+    tensor, matrix, expected = in_thread(run)
+    assert isinstance(tensor, torch.Tensor)
+    assert isinstance(matrix, torch.Tensor)
+    assert error(tensor.reshape(6, 4), expected.reshape(6, 4)) < EXACT
+    assert error(matrix, expected.reshape(6, 4)) < EXACT

@@ -1,0 +1,116 @@
+"""Tensor trains as layers: the cores, and the linear layer whose weight they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from tt_kernels import Pair, core_shapes, factorize, merge_pair, tt_linear
+
+from zo_opt.tensor_train import tt_svd
+
+
+class TensorTrain(nn.Module):
+    """float32 cores (r_{k-1}, n_k, r_k) of a matrix (prod in_dims, prod out_dims), the input dims' cores first."""
+
+    def __init__(
+        self, in_dims: Sequence[int], out_dims: Sequence[int], ranks: int | Sequence[int], *, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.in_dims, self.out_dims = tuple(in_dims), tuple(out_dims)
+        shapes = core_shapes(in_dims, out_dims, ranks)
+        self.cores = nn.ParameterList(nn.Parameter(torch.empty(s, device=device)) for s in shapes)
+
+    @property
+    def ranks(self) -> list[int]:
+        """One for each bond between two cores."""
+        return [core.shape[2] for core in self.cores][:-1]
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator, variance: float | None = None) -> None:
+        """Gaussian cores such that an entry of the matrix has a variance: 1 / prod(in_dims) if None. Drawn on the CPU."""
+        variance = 1 / math.prod(self.in_dims) if variance is None else variance
+        paths = math.prod(core.shape[2] for core in self.cores)
+        std = (variance / paths) ** (0.5 / len(self.cores))
+        for core in self.cores:
+            core.copy_(torch.randn(core.shape, generator=generator) * std)
+
+    @torch.no_grad()
+    def decompose(self, matrix_MN: Tensor) -> None:
+        """Set the cores to the TT-SVD (Oseledets 2011, algorithm 1) of a matrix at the train's own ranks.
+
+        [choice] The cores are scaled to one norm an entry, for all are perturbed alike; TT-SVD leaves the norm in the last.
+        """
+        cores = tt_svd(matrix_MN, (*self.in_dims, *self.out_dims), self.ranks, dtype=torch.float64)
+        sizes = torch.stack([core.square().mean().sqrt() for core in cores])
+        # The geometric mean over all cores; of a zero matrix nothing can be scaled.
+        common = sizes.log().mean().exp() if bool((sizes > 0).all()) else None
+        for core, value, size in zip(self.cores, cores, sizes, strict=True):
+            core.copy_(value if common is None else value * (common / size))
+
+    def dense(self) -> Tensor:
+        """The matrix, (prod in_dims, prod out_dims), float32."""
+        pair = merge_pair(list(self.cores), len(self.in_dims))
+        return pair.a_MR @ pair.b_RN
+
+    def extra_repr(self) -> str:
+        return f"in_dims={self.in_dims}, out_dims={self.out_dims}, ranks={self.ranks}"
+
+    def __repr__(self) -> str:  # the cores' shapes follow from these: a line each would be noise
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+
+class TTLinear(TensorTrain):
+    """A linear layer whose weight is a tensor train: x (..., prod in_dims) -> (..., prod out_dims), float32.
+
+    >>> layer = TTLinear((2, 3), (2, 2), 2, bias=True, device=torch.device("cpu"))
+    >>> layer.reset(torch.Generator().manual_seed(0))
+    >>> layer
+    TTLinear(in_dims=(2, 3), out_dims=(2, 2), ranks=[2, 2, 2], bias=True)
+    >>> layer(torch.ones(5, 6)).shape, layer.dense().shape
+    (torch.Size([5, 4]), torch.Size([6, 4]))
+    """
+
+    def __init__(
+        self,
+        in_dims: Sequence[int],
+        out_dims: Sequence[int],
+        ranks: int | Sequence[int],
+        *,
+        bias: bool,
+        device: torch.device,
+    ) -> None:
+        super().__init__(in_dims, out_dims, ranks, device=device)
+        self.pair: Pair | None = None  # the merged cores, while a forward of the whole model has merged them
+        self.bias = nn.Parameter(torch.zeros(math.prod(out_dims), device=device)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pair is not None:
+            y_TN = self.pair(x.reshape(-1, x.shape[-1]))
+            return y_TN.reshape(*x.shape[:-1], y_TN.shape[-1])
+        return tt_linear(x, list(self.cores), in_dims=self.in_dims, out_dims=self.out_dims, bias=self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bias={self.bias is not None}"
+
+
+def tt_dims(size: int) -> tuple[int, ...]:
+    """Factors of a layer's size, ascending: ceil(log16(size)) of them or fewer, as equal as possible.
+
+    [choice] This gives the published shapes of Llama-2-7B, RoBERTa-base and -large (arXiv 2406.18060).
+
+    >>> tt_dims(4096), tt_dims(1024), tt_dims(768), tt_dims(97), tt_dims(1)
+    ((16, 16, 16), (8, 8, 16), (8, 8, 12), (97,), (1,))
+    """
+    return factorize(size, max(digits(size - 1), 1))
+
+
+def digits(number: int) -> int:
+    """Hexadecimal digits of a number, none of 0: floor(log16(number)) + 1.
+
+    >>> digits(15), digits(16), digits(0)
+    (1, 2, 0)
+    """
+    return -(-number.bit_length() // 4)

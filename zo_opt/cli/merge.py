@@ -1,0 +1,45 @@
+"""``zo-opt merge``."""
+
+from __future__ import annotations
+
+from jsonargparse import Namespace
+
+from zo_opt.adapters import load_adapter_model
+from zo_opt.adapters.storage import load
+from zo_opt.errors import ZOError
+from zo_opt.training.evaluate_run import read_config, read_record
+from zo_opt.training.loop import output_directory
+from zo_opt.training.models import load_model
+from zo_opt.training.progress import Reporter
+
+FORMS = ("model", "lora")
+
+
+def run(options: Namespace) -> None:
+    """Write what a run tuned as a plain model, or as an ordinary LoRA."""
+    form = options["as"]
+    if options.to is None:
+        raise ZOError("merge needs --to, a new directory for the model.")
+    if form not in FORMS:
+        raise ZOError(f"--as {form} is not known; choose one of {', '.join(FORMS)}.")
+    config = read_config(options.run_dir)
+    adapter, _ = load(options.run_dir)  # whatever is wrong with it is said before the model is loaded
+    if form == "model":
+        adapter.check_mergeable()
+    reporter = Reporter()
+    with output_directory(options.to, "--to") as to:
+        # In the checkpoint's own dtype: the run's precision is a form for running, not for keeping.
+        base, tokenizer = load_model(
+            config.model_name_or_path,
+            head=config.head,
+            labels=read_record(options.run_dir).get("resolved", {}).get("labels", 2),
+            trust_remote_code=config.trust_remote_code,
+            say=reporter.say,
+        )
+        model = load_adapter_model(base, options.run_dir)
+        if form == "lora":
+            model.export_lora(to)
+        else:
+            model.merge_and_unload().save_pretrained(to)  # type: ignore[operator]
+            tokenizer.save_pretrained(to)
+    reporter.say(f"the {'LoRA' if form == 'lora' else 'merged model'} of {options.run_dir} is in {options.to}")
