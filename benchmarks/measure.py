@@ -20,7 +20,6 @@ def interleaved(
     *,
     at_least: float = 0.0,
     at_most: float = math.inf,
-    synchronize: Callable[[], Any] = lambda: None,
 ) -> dict[str, float]:
     """Median seconds of each action; one warm-up round, then all of them in turn.
 
@@ -29,22 +28,24 @@ def interleaved(
         rounds: measurements of each.
         at_least: seconds that a measurement lasts: a short action is repeated, and its mean is one measurement.
         at_most: seconds for one action in all: a long one has fewer rounds, three at least.
-        synchronize: called before the clock is read.
+
+    A CUDA device in use is waited for before the clock is read.
     """
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     calls = dict.fromkeys(actions, 1)
     for name, action in actions.items():
         action()  # the first call of all pays for allocations
-        calls[name] = max(1, math.ceil(at_least / _time(action, 1, synchronize))) if at_least else 1
+        calls[name] = max(1, math.ceil(at_least / _time(action, 1))) if at_least else 1
     for _ in range(rounds):
         for name, action in actions.items():
             spent = sum(seconds[name]) * calls[name]
             if len(seconds[name]) < 3 or spent < at_most:
-                seconds[name].append(_time(action, calls[name], synchronize))
+                seconds[name].append(_time(action, calls[name]))
     return {name: sorted(values)[len(values) // 2] for name, values in seconds.items()}
 
 
-def _time(action: Callable[[], Any], calls: int, synchronize: Callable[[], Any]) -> float:
+def _time(action: Callable[[], Any], calls: int) -> float:
+    synchronize = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
     synchronize()
     start = time.perf_counter()
     for _ in range(calls):
@@ -53,8 +54,15 @@ def _time(action: Callable[[], Any], calls: int, synchronize: Callable[[], Any])
     return (time.perf_counter() - start) / calls
 
 
-def peak_bytes(call: Callable[[], Any]) -> int:
-    """The most bytes allocated at once while it runs."""
+def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:
+    """The most bytes allocated at once while it runs, beyond those that were."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         call()
     events = [(e.start_ns(), e.nbytes()) for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -92,14 +100,13 @@ def _cpuinfo() -> list[str]:
 
 def roofline(device: str, dtypes: tuple[torch.dtype, ...]) -> dict[str, float]:
     """Bytes a second of a large copy (read and written), and FLOPs a second of a square matrix product in each dtype."""
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     source = torch.ones(1 << 26, device=device)
     target = torch.empty_like(source)
-    seconds = interleaved({"copy": lambda: target.copy_(source)}, 7, synchronize=synchronize)
+    seconds = interleaved({"copy": lambda: target.copy_(source)}, 7)
     rates = {"bytes": 2 * source.nbytes / seconds["copy"]}
     side = 8192 if device == "cuda" else 1024
     for dtype in dtypes:
         square = torch.ones(side, side, dtype=dtype, device=device)
-        seconds = interleaved({"product": lambda square=square: square @ square}, 7, synchronize=synchronize)
+        seconds = interleaved({"product": lambda square=square: square @ square}, 7)
         rates[str(dtype)[6:]] = 2 * side**3 / seconds["product"]
     return rates

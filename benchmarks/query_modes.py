@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import interleaved, peak_bytes, show
+from measure import interleaved, machine, peak_bytes, show
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -42,8 +41,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     results: dict[str, Any] = {
-        "threads": arguments.threads, "rounds": arguments.rounds, "device": arguments.device, "torch": torch.__version__,
-        "machine": platform.processor(),
+        "machine": machine(arguments.device, "transformers"), "rounds": arguments.rounds
     }  # fmt: skip
     parts: dict[str, Callable[[int, str], dict[str, Any]]] = {
         "one": one_query, "batched": batched_queries, "split": split_queries, "prefix": shared_prefix, "memory": memory, "grid": grid,
@@ -157,12 +155,12 @@ def memory(rounds: int, device: str) -> dict[str, float]:
         for rows, length in ((16, 64), (4, 256)):
             name = f"{str(dtype)[6:]} {rows}x{length}"
             setup = Setup(dtype, rows, length, device)
-            forward = peak_bytes(setup.forward_plain)
+            forward = peak_bytes(setup.forward_plain, device)
             found[f"{name} forward, MiB"] = forward / 2**20
             for mode, queries in (("sequential", 1), ("sequential", 4), ("split", 16 if rows == 16 else 4)):
                 step = setup.step(setup.optimizer(mode, queries))
                 step()
-                found[f"{name} {mode} {queries} / forward"] = peak_bytes(step) / forward
+                found[f"{name} {mode} {queries} / forward"] = peak_bytes(step, device) / forward
         for rows, length, copies in ((1, 64, 8), (4, 64, 2), (2, 37, 5)):
             setup = Setup(dtype, rows, length, device)
             optimizer = setup.optimizer("batched")
@@ -172,7 +170,7 @@ def memory(rounds: int, device: str) -> dict[str, float]:
             evaluator = Evaluator(perturbed, setup.loss, setup.batch, "batched", setup.model)
             points = [Point(((q, EPS),)) for q in range(copies)]
             predicted = evaluator.predicted_memory(points)
-            measured = peak_bytes(lambda e=evaluator, p=points: _without_gradients(lambda: e._batched(p)))
+            measured = peak_bytes(lambda e=evaluator, p=points: _without_gradients(lambda: e._batched(p)), device)
             found[f"{str(dtype)[6:]} {rows}x{length}, {copies} copies: measured / predicted"] = measured / predicted
     return found
 

@@ -74,7 +74,6 @@ def main() -> None:
         rounds=3 if arguments.quick else 25,
         at_least=1e-4 if arguments.quick else 1e-3,
         at_most=0.01 if arguments.quick else 0.5,
-        synchronize=torch.cuda.synchronize if device == "cuda" else lambda: None,
     )
     with torch.no_grad():
         results["cells"] = {}

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import interleaved, peak_bytes, show
+from measure import interleaved, machine, peak_bytes, show
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -35,29 +34,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     results: dict[str, Any] = {
-        "threads": arguments.threads, "rounds": arguments.rounds, "torch": torch.__version__, "machine": platform.processor()
+        "machine": machine(arguments.device, "transformers"), "rounds": arguments.rounds
     }  # fmt: skip
-    results["adapter"] = adapter(arguments.rounds * 5)
+    results["adapter"] = adapter(arguments.rounds * 5, arguments.device)
     show("adapter, 288 tensors, 36,864 parameters", results["adapter"])
     for dtype in (torch.float32, torch.bfloat16):
         for batch in (1, 16):
             name = f"{str(dtype)[6:]} {batch}x64"
-            results[name] = whole_model(dtype, batch, arguments.rounds)
+            results[name] = whole_model(dtype, batch, arguments.rounds, arguments.device)
             show(name, results[name])
             if arguments.out is not None:
                 arguments.out.write_text(json.dumps(results, indent=2) + "\n")
 
 
-def whole_model(dtype: torch.dtype, batch: int, rounds: int) -> dict[str, float]:
+def whole_model(dtype: torch.dtype, batch: int, rounds: int, device: str) -> dict[str, float]:
     """Seconds (medians) and the ratios that the bars name."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = BertForSequenceClassification(BertConfig()).eval().to(dtype)
-        ids, labels = torch.randint(0, 30000, (batch, 64)), torch.randint(0, 2, (batch,))
+        model = BertForSequenceClassification(BertConfig()).eval().to(device, dtype)
+        ids, labels = torch.randint(0, 30000, (batch, 64)).to(device), torch.randint(0, 2, (batch,)).to(device)
     parameters = list(model.parameters())
 
     def closure() -> Tensor:
@@ -92,17 +92,17 @@ def whole_model(dtype: torch.dtype, batch: int, rounds: int) -> dict[str, float]
         ratios[f"{name} sweeps / MeZO loop"] = seconds[f"{name} sweeps"] / seconds["MeZO loop"]
         whole = seconds["two forwards"] + seconds["MeZO loop"]
         ratios[f"MeZO step / {name} step"] = whole / seconds[f"{name} step"]
-        step = peak_bytes(lambda optimizer=optimizer: optimizer.step(closure))
-        ratios[f"{name} step's memory / a forward's"] = step / peak_bytes(two_forwards)
-    ratios["a forward's memory, MiB"] = peak_bytes(two_forwards) / 2**20
+        step = peak_bytes(lambda optimizer=optimizer: optimizer.step(closure), device)
+        ratios[f"{name} step's memory / a forward's"] = step / peak_bytes(two_forwards, device)
+    ratios["a forward's memory, MiB"] = peak_bytes(two_forwards, device) / 2**20
     return {f"{k}, s": v for k, v in seconds.items()} | ratios
 
 
-def adapter(rounds: int) -> dict[str, float]:
+def adapter(rounds: int, device: str) -> dict[str, float]:
     """288 tensors of 128 entries: a whole step whose closure does nothing, and its perturb, restore and update alone."""
 
     def tensors() -> list[nn.Parameter]:
-        return [nn.Parameter(torch.zeros(16, 8)) for _ in range(288)]
+        return [nn.Parameter(torch.zeros(16, 8, device=device)) for _ in range(288)]
 
     parameters = tensors()
     # Tensors of its own for each: an optimizer gathers them in a buffer, and two would take them from each other.

@@ -41,7 +41,7 @@ MODES = ["sequential", "batched", "split", "auto"]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_exception_on_any_call_leaves_the_weights_to_the_bit(mode, error, dtype, monkeypatch):
     """And the next step is the one that would have been taken."""
-    monkeypatch.setattr(query_modes, "BATCHED_TOKENS", 16)  # 16 // 8 examples: two copies in one forward
+    monkeypatch.setitem(query_modes.BATCHED_TOKENS, "cpu", 16)  # 16 // 8 examples: two copies in one forward
     options = {"query_mode": mode, "query_schedule": constant_queries(3)}
     plain = Model(dtype)
     closure = Failing(plain)

@@ -13,7 +13,7 @@ from torch.func import vmap
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zo_opt.folded_attention import FoldedAttention
+from zo_opt.folded_attention import folded_attention
 
 COPIES, BATCH, HEADS, LENGTH, KEYS, WIDTH = 3, 2, 4, 5, 7, 6
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 2e-2}
@@ -51,7 +51,7 @@ def check(inputs, dims, mask=None, mask_dim=None, *, options=None, copies=COPIES
     def attend(*x):
         return F.scaled_dot_product_attention(*x, **options)
 
-    with FoldedAttention():
+    with folded_attention():
         found = vmap(attend, in_dims=tuple(axes))(*tensors)
     each = [
         [t if axis is None else t.select(axis, i) for t, axis in zip(tensors, axes, strict=True)] for i in range(copies)
@@ -148,7 +148,7 @@ def test_nested_copies():
     def attend(factor, q):
         return vmap(lambda x, k: F.scaled_dot_product_attention(x * factor, k, value[0]))(q, key)
 
-    with FoldedAttention():
+    with folded_attention():
         found = vmap(attend, in_dims=(0, None))(outer[:, 0, 0], query)
     expected = torch.stack(
         [
@@ -161,7 +161,7 @@ def test_nested_copies():
 
 def test_names_of_arguments():
     query, key, value = (x[0] for x in inputs())
-    with FoldedAttention():
+    with folded_attention():
         found = vmap(lambda q: F.scaled_dot_product_attention(query=q, key=key, value=value, attn_mask=None))(
             inputs()[0]
         )
@@ -171,7 +171,7 @@ def test_names_of_arguments():
 def test_without_copies_the_bits_are_torchs():
     query, key, value = (x[0] for x in inputs())
     mask = draw(LENGTH, KEYS, seed=3)
-    with FoldedAttention():
+    with folded_attention():
         found = F.scaled_dot_product_attention(query, key, value, mask)
     assert torch.equal(found, F.scaled_dot_product_attention(query, key, value, mask))
 
@@ -190,10 +190,10 @@ class Kernels(TorchDispatchMode):
 
 def test_one_kernel_for_all_copies_inside_of_the_context_alone():
     """After it, and after an exception in it, vmap is torch's own: a kernel for each copy, and a warning."""
-    with Kernels() as kernels, FoldedAttention():
+    with Kernels() as kernels, folded_attention():
         vmap(F.scaled_dot_product_attention)(*inputs())
     assert kernels.calls == 1
-    with pytest.raises(ZeroDivisionError), FoldedAttention():
+    with pytest.raises(ZeroDivisionError), folded_attention():
         vmap(lambda q, k, v: F.scaled_dot_product_attention(q, k, v) * (1 // 0))(*inputs())
     with Kernels() as kernels, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -203,19 +203,17 @@ def test_one_kernel_for_all_copies_inside_of_the_context_alone():
 
 def test_an_error_is_torchs_own():
     query, key, value = inputs()
-    with pytest.raises(RuntimeError), FoldedAttention():
+    with pytest.raises(RuntimeError), folded_attention():
         vmap(F.scaled_dot_product_attention)(query, key[..., :3], value)
     check(inputs(), (0, 0, 0))  # and nothing is left of it
 
 
-@pytest.mark.xfail(strict=True, reason="rows are folded without being broadcast first")
 @pytest.mark.parametrize("which", [0, 1], ids=["query", "key and value"])
 def test_one_row_for_a_batch(which):
     tensors = [x[:, :1] if (number == 0) == (which == 0) else x for number, x in enumerate(inputs())]
     check(tensors, (0, 0, 0))
 
 
-@pytest.mark.xfail(strict=True, reason="a function mode is off inside of F.multi_head_attention_forward")
 def test_torchs_own_attention_module():
     attention = nn.MultiheadAttention(8, 2, batch_first=True).eval()
     x = draw(COPIES, BATCH, LENGTH, 8)
@@ -223,7 +221,7 @@ def test_torchs_own_attention_module():
     def attend(x):
         return attention(x, x, x, need_weights=False)[0]
 
-    with Kernels() as kernels, FoldedAttention():
+    with Kernels() as kernels, folded_attention():
         found = vmap(attend)(x)
     assert kernels.calls == 1
     torch.testing.assert_close(found, torch.stack([attend(each) for each in x]), rtol=1e-5, atol=1e-6)

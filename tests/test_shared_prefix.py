@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections import Counter
-from contextlib import contextmanager
 
 import pytest
 import torch
 from optimizer_table import NAMES, ROWS
-from tiny_models import CONFIGS, SEQ2SEQ, build, padded_batch, perturb
 from torch import nn
 
-from zo_opt import MeZO, TTConfig, ZOError, get_adapter_model, trainable_parameters
-from zo_opt.layers import layer_of
+from zo_opt import MeZO, ZOError, trainable_parameters
 from zo_opt.optim import OPTIMIZERS
 from zo_opt.optim.line_search import LineSearch
 from zo_opt.schedules import constant_queries
@@ -166,67 +162,6 @@ def test_every_optimizer(name):
 
 
 MODES = ["sequential", "batched", "split"]
-
-
-def adapted(name, depth=4):
-    """Adapters in the last of four layers."""
-    config = CONFIGS[name]
-    try:
-        CONFIGS[name] = lambda: _deeper(config(), depth)
-        model = build(name)
-    finally:
-        CONFIGS[name] = config
-    model = get_adapter_model(model, TTConfig(rank=2, bottleneck=4, layers=1))
-    perturb(trainable_parameters(model))
-    return model
-
-
-def _deeper(config, depth):
-    for key in ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers"):
-        if key in type(config).__dict__.get("attribute_map", {}) or hasattr(config, key):
-            setattr(config, key, depth)
-    if getattr(config, "layer_types", None):
-        config.layer_types = (config.layer_types * depth)[:depth]
-    return config
-
-
-@contextmanager
-def counted(model):
-    """Forwards of every linear layer, by path."""
-    calls: Counter[str] = Counter()
-    linear = [(n, m) for n, m in model.named_modules() if type(m).__name__ in ("Linear", "Conv1D") and layer_of(n)]
-    handles = [m.register_forward_hook(lambda *_, n=n: calls.update([n])) for n, m in linear]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["llama", "gemma2", "bert", "roberta", "opt", "gpt2", "t5", "bart"])
-def test_transformers(name, mode):
-    """Layers that return states, tuples of them, position biases; encoders beside decoders; padding."""
-    batches, runs, work = [padded_batch(name), padded_batch(name, seed=1)], [], []
-    for share in (False, True):
-        model = adapted(name)
-        with counted(model) as calls:
-            runs.append(steps(model, share, batches, lambda m: lambda b: m(**b).loss, queries=2, query_mode=mode))
-        work.append(calls)
-    # A decoder sees what the encoder's last layer, which is adapted, made of the input.
-    stack = "encoder." if name in SEQ2SEQ else ""
-    below = {n: c for n, c in work[1].items() if layer_of(n)[1] < 3 and stack in layer_of(n)[0] + "."}
-    assert len(below) >= 6
-    assert set(below.values()) == {len(batches)}
-    assert {n: c for n, c in work[1].items() if n not in below} == {n: c for n, c in work[0].items() if n not in below}
-    (plain, weights), (shared, shared_weights) = runs
-    if mode == "batched":  # the frozen layers' part has one copy's shape instead of all copies'
-        for (loss, grads, _), (shared_loss, shared_grads, _) in zip(plain, shared, strict=True):
-            assert shared_loss == pytest.approx(loss, rel=1e-6)
-            assert shared_grads == pytest.approx(grads, rel=1e-3, abs=1e-3)
-        return
-    assert shared == plain
-    assert all(torch.equal(a, b) for a, b in zip(weights, shared_weights, strict=True))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -395,107 +330,3 @@ def test_memory_is_let_go_after_the_step(mode):
 def test_a_module_is_needed():
     with pytest.raises(ZOError, match="module=model"):
         MeZO(Stack().parameters(), lr=0.1, share_prefix=True)
-
-
-# --- where one layer's states cannot stand for all: found wrong ---
-
-
-def residual_outside(layers, x):
-    for layer in layers:
-        x = x + layer(x)
-    return x
-
-
-def beside_each_other(layers, x):
-    return sum(layer(x) for layer in layers)
-
-
-def added_to_in_place(layers, x):
-    first = layers[0](x)
-    first += x
-    return one_after_another(layers[1:], first)
-
-
-@pytest.mark.xfail(strict=True, reason="every frozen layer returns what the last of them gave")
-@pytest.mark.parametrize("through", [residual_outside, beside_each_other, added_to_in_place])
-def test_layers_that_do_not_simply_follow_each_other(through):
-    assert_unchanged(lambda: Stack(through=through))
-
-
-@pytest.mark.xfail(strict=True, reason="a kept input is compared with itself, whatever was written into it")
-def test_an_input_that_is_written_anew_in_place():
-    def closure(model):
-        buffer, evaluations = torch.ones(6, 4), iter(range(100))
-
-        def loss(batch):
-            buffer.fill_(1 / (1 + next(evaluations)))
-            return one_after_another(model.layers, buffer).square().mean()
-
-        return loss
-
-    assert_unchanged(Stack, closure=closure)
-
-
-@pytest.mark.xfail(strict=True, reason="only tensors are compared")
-def test_a_number_that_differs_between_evaluations():
-    def closure(model):
-        evaluations = iter(range(100))
-
-        def loss(batch):
-            x, factor = batch["x"] @ model.embedding, 1 + next(evaluations)
-            for layer in model.layers:
-                x = layer(x, factor)
-            return x.square().mean()
-
-        return loss
-
-    def make():
-        return Stack([Layer(i, lambda layer, x, factor: (x @ layer.weight * factor).tanh()) for i in range(4)])
-
-    assert_unchanged(make, closure=closure)
-
-
-@pytest.mark.xfail(strict=True, reason="inference tensors count no versions, and are taken for untouched")
-def test_inference_mode_with_writes_in_place():
-    def closure(model):
-        def loss(batch):
-            with torch.inference_mode():
-                return model(batch)
-
-        return loss
-
-    assert_unchanged(lambda: Stack([Layer(i, in_place if i == 3 else None) for i in range(4)]), closure=closure)
-
-
-@pytest.mark.xfail(strict=True, reason="children() leaves out a layer's second place, so that numbers shift")
-def test_a_layer_in_two_places():
-    def make():
-        first, second, third = (Layer(i) for i in range(3))
-        return Stack([first, second, second, third], trained=(3,))
-
-    assert_unchanged(make)
-
-
-@pytest.mark.xfail(strict=True, reason="a name's number is taken for a position")
-def test_layers_named_by_other_numbers():
-    def make():
-        model = Stack(through=lambda layers, x: one_after_another(layers.values(), x))
-        layers = dict(zip("379", model.layers, strict=False))
-        layers["9"].requires_grad_(True)
-        model.layers = nn.ModuleDict(layers)
-        return model
-
-    assert_unchanged(make)
-
-
-@pytest.mark.xfail(strict=True, reason="after a replay the other frozen layers go on replaying")
-def test_a_second_way_through_some_of_the_layers():
-    def through(layers, x):
-        return one_after_another(layers, x) + one_after_another(layers[1:], 2 * x)
-
-    assert_unchanged(lambda: Stack(through=through))
-
-
-@pytest.mark.xfail(strict=True, reason="equal values with other tangents are taken for the same input")
-def test_forward_gradients_through_a_trained_embedding():
-    assert_unchanged(lambda: Stack(embedding=True), name="forward-gradient", lr=1e-3)

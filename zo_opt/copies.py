@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from zo_opt.errors import ZOError
-from zo_opt.folded_attention import FoldedAttention
+from zo_opt.folded_attention import folded_attention
 from zo_opt.nesting import Leaves
 from zo_opt.perturbation import Perturbed, Point, as_scalar
 
@@ -43,8 +43,11 @@ class Copies:
 
     def __call__(self, points: Sequence[Point], batch: Any, *, split: bool) -> Tensor:
         """Losses at each point: float64, shape (len(points),)."""
-        stacked = zip(self._names, self._perturbed.stacked(points), strict=True)
-        copies = {name: copy for names, copy in stacked for name in names}
+        return self.run(self._perturbed.stacked(points), batch, split=split)
+
+    def run(self, stacked: Sequence[Tensor], batch: Any, *, split: bool) -> Tensor:
+        """Losses with copies of the trainables, each of shape (P, *parameter.shape): float64, shape (P,)."""
+        copies = {name: copy for names, copy in zip(self._names, stacked, strict=True) for name in names}
         tensors = Leaves(batch)
 
         def loss(parameters: dict[str, Tensor], leaves: list[Tensor]) -> Tensor:
@@ -56,7 +59,7 @@ class Copies:
         failure: Exception | None = None
         if not self._closure.unmappable:
             try:
-                with _masks_without_branches(), FoldedAttention():
+                with _masks_without_branches(), folded_attention():
                     run = vmap(loss, in_dims=(0, 0 if split and tensors.leaves else None), randomness="same")
                     return run(copies, tensors.leaves).double().cpu()
             except (RuntimeError, ValueError) as error:
@@ -67,7 +70,7 @@ class Copies:
             as_scalar(
                 loss({k: v[i] for k, v in copies.items()}, [x[i] for x in tensors.leaves] if split else tensors.leaves)
             )
-            for i in range(len(points))
+            for i in range(len(stacked[0]))
         ]
         if failure is not None:  # one by one it works, so that vmap is to blame and not the closure
             self._closure.give_up(failure)

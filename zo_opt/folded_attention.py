@@ -6,27 +6,35 @@ copies at once, which is slower and takes the most memory of a forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
+from torch.nn import functional
+
+_original = functional.scaled_dot_product_attention
 
 
-class FoldedAttention(TorchFunctionMode):
-    """Within this context ``scaled_dot_product_attention`` folds the axes that ``vmap`` adds into the batch. Without gradients."""
+@contextmanager
+def folded_attention() -> Iterator[None]:
+    """Within this context ``scaled_dot_product_attention`` folds the axes that ``vmap`` adds into the batch. Without gradients.
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is scaled_dot_product_attention and (args[0] if args else kwargs["query"]).ndim == 4:  # type: ignore[index]
-            return _call(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+    The function is replaced in ``torch.nn.functional`` (calls that no ``vmap`` surrounds, another thread's too, go to the original): a
+    ``TorchFunctionMode`` would be asked at every call of torch, which costs 5 % of a small forward.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # torch's own fused encoder layers have no batching rule
+    try:
+        with patch.object(functional, "scaled_dot_product_attention", _attention):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def _call(
+def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -36,8 +44,18 @@ def _call(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    folded: Tensor = _Folded.apply(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)  # type: ignore[no-untyped-call]
-    return folded
+    sequences = (query, key, value)
+    alike = all(
+        x.ndim == 4 and x.shape[0] == query.shape[0] for x in sequences
+    )  # rows that are broadcast have no fused kernel
+    if alike and any(map(_is_mapped, (*sequences, attn_mask))):
+        folded: Tensor = _Folded.apply(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)  # type: ignore[no-untyped-call]
+        return folded
+    return _original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def _is_mapped(x: Tensor | None) -> bool:
+    return x is not None and torch._C._functorch.is_batchedtensor(x)
 
 
 class _Folded(torch.autograd.Function):
@@ -52,9 +70,7 @@ class _Folded(torch.autograd.Function):
         scale: float | None,
         enable_gqa: bool,
     ) -> Tensor:
-        return scaled_dot_product_attention(
-            query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        return _original(query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

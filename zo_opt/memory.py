@@ -12,7 +12,7 @@ import psutil
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 def peak_memory(device: torch.device) -> int:
@@ -30,12 +30,11 @@ def current_memory(device: torch.device) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated."""
+def total_memory(device: torch.device) -> int:
+    """Bytes that there are, whoever uses them."""
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0] + unused)
-    return int(psutil.virtual_memory().available)
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().total)
 
 
 def predicted_peak(call: Callable[[], Any]) -> int:
@@ -50,10 +49,11 @@ def predicted_peak(call: Callable[[], Any]) -> int:
     >>> predicted_peak(lambda: (x + 1) * 2)
     8000
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-    live = _Live()
-    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), live:
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    live = _Live(lambda x: x if isinstance(x, FakeTensor) else fake.from_tensor(x))
+    with torch.no_grad(), fake, live:
         call()
     return live.peak
 
@@ -61,14 +61,17 @@ def predicted_peak(call: Callable[[], Any]) -> int:
 class _Live(TorchDispatchMode):
     """Counts the bytes of storages made inside that are still referred to."""
 
-    def __init__(self) -> None:
+    def __init__(self, fake: Callable[[Tensor], Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._fake = fake
         self.peak = 0
         self._now = 0
         self._alive: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        # Left alone, the mode would carry out an operation in place on real tensors.
+        args, kwargs = tree_map_only(Tensor, self._fake, (args, kwargs or {}))
+        out = func(*args, **kwargs)
         if all(r.alias_info is None for r in func._schema.returns):  # neither a view nor written in place
             for tensor in tree_leaves(out):
                 if isinstance(tensor, Tensor):

@@ -25,9 +25,9 @@ QUERY_MODES = ("sequential", "batched", "split", "auto")
 # Tokens in one forward beyond which copies gain nothing: measured on a CPU (benchmarks/query_modes.py); on a GPU launches are
 # what copies save, and a guess until it is measured there.
 BATCHED_TOKENS = {"cpu": 512, "cuda": 4096}
-MEMORY_SHARE = 0.8  # of the free memory that copies may take on a GPU
+MEMORY_SHARE = 0.8  # of a GPU's memory that weights and copies may take
 
-_fitting: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # copies that fitted, where more ran out of memory
+_fitting: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # tokens that fitted, where more ran out of memory
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,14 @@ class Evaluator:
 
     def predicted_memory(self, points: Sequence[Point]) -> int:
         """Bytes that one forward of the copies at these points will take above the weights, found without running it."""
-        return memory.predicted_peak(lambda: self._copies()(points, self.batch, split=False))
+        copies, trainables = self._copies(), self.perturbed.trainables.parameters
+
+        def run() -> None:
+            # Uninitialised copies: directions drawn here would be fake, and be kept for the step.
+            stacked = [p.new_empty(len(points), *p.shape) for p in trainables]
+            copies.run(stacked, self.batch, split=False)
+
+        return memory.predicted_peak(run)
 
     def _copies(self) -> Copies:
         if self.batch is None:
@@ -112,12 +119,15 @@ class Evaluator:
         return self._in_chunks(
             len(points),
             self._copies_at_once(points),
+            tokens(self.batch),
             lambda first, last: run(points[first:last], self.batch, split=False),
         )
 
-    def _in_chunks(self, total: int, chunk: int, run: Callable[[int, int], Tensor]) -> Tensor:
-        """``run`` over ranges of at most ``chunk``, and of half as many whenever memory runs out."""
+    def _in_chunks(self, total: int, chunk: int, size: int, run: Callable[[int, int], Tensor]) -> Tensor:
+        """``run`` over ranges of at most ``chunk``, and of half as many whenever memory runs out; ``size``: tokens that one copy sees."""
         assert self.module is not None
+        if self.module in _fitting:
+            chunk = max(1, min(chunk, _fitting[self.module] // max(1, size)))
         values: list[Tensor] = []
         first = 0
         while first < total:
@@ -130,7 +140,8 @@ class Evaluator:
                 if not out_of_memory(error) or last - first == 1:
                     raise
             # Outside of the handler, so that the failed forward's tensors are let go.
-            _fitting[self.module] = chunk = (last - first) // 2
+            chunk = (last - first) // 2
+            _fitting[self.module] = chunk * max(1, size)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         return torch.cat(values)
@@ -140,14 +151,16 @@ class Evaluator:
         assert self.module is not None
         device = self.perturbed.trainables.parameters[0].device
         kind = device.type if device.type in BATCHED_TOKENS else "cuda"
-        chunk = min(max(1, BATCHED_TOKENS[kind] // max(1, tokens(self.batch))), _fitting.get(self.module, 1 << 30))
+        chunk = max(1, BATCHED_TOKENS[kind] // max(1, tokens(self.batch)))
         if kind == "cpu" or min(chunk, len(points)) == 1:
             return chunk  # a few hundred tokens fit where the weights do
         try:
             one, two = self.predicted_memory(points[:1]), self.predicted_memory(points[:2])
         except RuntimeError:  # the closure looks at values: run out of memory, then halve
             return chunk
-        room = MEMORY_SHARE * memory.free_memory(device) - one
+        # Of what there is, not of what is free now: the chunk decides the last bits, and the same seed must give the same.
+        weights = sum(p.numel() * p.element_size() for p in self.module.parameters())
+        room = MEMORY_SHARE * memory.total_memory(device) - weights - one
         return max(1, min(chunk, 1 + int(room // max(1, two - one))))
 
     def _split(self, queries: int, scales: Sequence[float], anchor: Tensor | None) -> tuple[Tensor, Tensor, int]:
@@ -182,8 +195,7 @@ class Evaluator:
                 def part(lo: int, hi: int, points: Sequence[Point] = points, slices: Any = slices) -> Tensor:
                     return run(points[lo:hi], map_tensors(lambda x: x[lo:hi], slices), split=True)
 
-                chunk = _fitting.get(self.module, count) if self.module is not None else count
-                values[first:last, s] = self._in_chunks(count, chunk, part)
+                values[first:last, s] = self._in_chunks(count, count, tokens(slices) // count, part)
         return values, weights, len(scales)
 
 

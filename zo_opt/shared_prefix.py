@@ -10,9 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
+from torch._guards import active_fake_mode
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from zo_opt.layers import layer_of
@@ -23,7 +26,7 @@ class SharedPrefix:
 
     That their input is the same is checked entry by entry at every evaluation; what is trained below them, or another batch, is
     therefore never missed. What cannot be seen is a closure that looks into the skipped layers (``output_hidden_states``,
-    forward hooks, key-value caches): it must not share.
+    forward hooks, key-value caches, router losses): it must not share. Layers that do not simply feed each other are run as ever.
 
     Args:
         module: the model.
@@ -42,7 +45,9 @@ class SharedPrefix:
             stacks.setdefault(stack, index if not frozen else 1 << 30)
             if not frozen:
                 stacks[stack] = min(stacks[stack], index)
-        self._stacks = [list(module.get_submodule(stack).children())[:cut] for stack, cut in stacks.items() if cut]
+        found = [_first(module.get_submodule(stack), cut) for stack, cut in stacks.items()]
+        # A layer that stands in several places has several inputs in one forward.
+        self._stacks = [layers for layers in found if layers and len({*map(id, layers)}) == len(layers)]
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
@@ -55,12 +60,18 @@ class SharedPrefix:
             yield
 
 
+def _first(stack: nn.Module, cut: int) -> list[nn.Module]:
+    """The layers numbered below the cut, by name: children() leaves out repetitions."""
+    return [m for name, m in stack._modules.items() if m is not None and name.isdigit() and int(name) < cut]
+
+
 class _Memory:
     """Input and output of one stack's frozen layers, at their last computation."""
 
     def __init__(self, last: int) -> None:
         self._last = last
-        self._seen: list[_Physical] | None = None
+        self._seen: tuple[list[_Physical], list[Any]] | None = None  # tensors, everything else
+        self._previous: list[tuple[ReferenceType[Tensor], int]] = []  # what the layer below gave, and its version
         self._result: tuple[list[Any], Any] | None = None  # leaves and structure
         self._level = -1
         self._replaying = False
@@ -71,35 +82,52 @@ class _Memory:
         def remembered(*args: Any, **kwargs: Any) -> Any:
             if index == 0:
                 self._enter(args, kwargs)
+            elif not self._replaying and self._seen is not None and not self._chained(args, kwargs):
+                self._seen = None
             if self._replaying:
                 assert self._result is not None
+                self._replaying = index < self._last
                 leaves, structure = self._result
                 return tree_unflatten([_logical(leaf, self._level) for leaf in leaves], structure)
             output = forward(*args, **kwargs)
-            if index == self._last and self._seen is not None:
+            if self._seen is not None:
                 leaves, structure = tree_flatten(output)
-                self._result = [_physical(leaf) for leaf in leaves], structure
+                tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+                if any(t.is_inference() for t in tensors):  # their versions are not counted
+                    self._seen = None
+                elif index < self._last:
+                    self._previous = [(ref(t), t._version) for t in tensors]
+                else:
+                    self._result = [_physical(leaf) for leaf in leaves], structure
             return output
 
         return remembered
 
+    def _chained(self, args: Any, kwargs: Any) -> bool:
+        """Whether a layer takes what the one below gave, as it gave it: then, and only then, one may stand for all."""
+        first = next((leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)), None)
+        return first is not None and any(first is t() and first._version == version for t, version in self._previous)
+
     def _enter(self, args: Any, kwargs: Any) -> None:
-        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        leaves, structure = tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        plain = [structure, *(leaf for leaf in leaves if isinstance(leaf, bool | int | float | str | None))]
         seen = [_physical(t) for t in tensors]
-        if any(s is None or torch._C._functorch.is_functorch_wrapped_tensor(s.values) for s in seen):
-            self._seen, self._replaying = None, False  # transforms within transforms: not ours
+        if active_fake_mode() is not None or any(s.foreign for s in seen):
+            self._seen, self._replaying = None, False
             return
         known = self._seen
         self._replaying = (
             self._result is not None
             and all(leaf.untouched for leaf in self._result[0] if isinstance(leaf, _Physical))
             and known is not None
-            and len(known) == len(seen)
-            and all(a.same(b) for a, b in zip(seen, known, strict=True))
+            and known[1] == plain
+            and len(known[0]) == len(seen)
+            and all(a.same(b) for a, b in zip(seen, known[0], strict=True))
         )
         self._level = max((torch._C._functorch.maybe_get_level(t) for t in tensors), default=-1)
         if not self._replaying:
-            self._seen, self._result = seen, None
+            self._seen, self._result = (seen, plain), None
 
 
 class _Physical:
@@ -107,16 +135,26 @@ class _Physical:
 
     def __init__(self, values: Tensor, axis: int | None) -> None:
         self.values, self.axis = values, axis
-        self._version = 0 if values.is_inference() else values._version
+        self._version = -1 if values.is_inference() else values._version
+
+    @property
+    def foreign(self) -> bool:
+        """Transforms within transforms; tangents; tensors whose versions are not counted."""
+        return (
+            torch._C._functorch.is_functorch_wrapped_tensor(self.values)
+            or self.values.is_inference()
+            or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(self.values).tangent is not None)
+        )
 
     @property
     def untouched(self) -> bool:
         """Whether nobody has written into it since (a later layer may add to its input in place)."""
-        return self.values.is_inference() or self.values._version == self._version
+        return self.values._version == self._version
 
     def same(self, other: _Physical) -> bool:
         return (
-            self.axis == other.axis
+            other.untouched
+            and self.axis == other.axis
             and self.values.shape == other.values.shape
             and self.values.dtype == other.values.dtype
             and torch.equal(self.values, other.values)

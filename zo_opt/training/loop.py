@@ -103,6 +103,7 @@ def make_optimizer(config: TrainConfig, tools: Tools, steps_per_epoch: int) -> Z
         steps_per_epoch=steps_per_epoch,
         query_mode=config.mode,
         module=tools.model,
+        share_prefix=True,  # where the prefix cache is off or full
         step_control=config.make_step_control(),
         **{name: value for name, value in optional.items() if value is not None},
     )
