@@ -26,12 +26,7 @@ class Copies:
     """Runs the closure on several copies of the trainables in one forward."""
 
     def __init__(self, module: nn.Module, perturbed: Perturbed, closure: Callable[..., Any]) -> None:
-        # Every place that holds a parameter, each module once: functional_call's own tying restores a module that has
-        # two names with the copies instead of the parameters.
-        names: dict[int, list[str]] = {}
-        for prefix, owner in module.named_modules(prefix="module"):
-            for name, p in owner.named_parameters(recurse=False, remove_duplicate=False):
-                names.setdefault(id(p), []).append(f"{prefix}.{name}")
+        names = _names(module)
         missing = sum(id(p) not in names for p in perturbed.trainables.parameters)
         if missing:
             raise ZOError(
@@ -88,6 +83,26 @@ def out_of_memory(error: BaseException) -> bool:
     return (
         isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in said or "can't allocate" in said
     )
+
+
+def _names(module: nn.Module) -> dict[int, list[str]]:
+    """Every place that holds a parameter, each module once.
+
+    functional_call's own tying restores a module that has two names with the copies instead of the parameters. A walk of our own,
+    for named_modules takes as long as a layer's forward.
+    """
+    found: dict[int, list[str]] = {}
+    seen, pending = {id(module)}, [("module", module)]
+    while pending:
+        prefix, owner = pending.pop()
+        for name, p in owner._parameters.items():
+            if p is not None:
+                found.setdefault(id(p), []).append(f"{prefix}.{name}")
+        for name, child in owner._modules.items():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                pending.append((f"{prefix}.{name}", child))
+    return found
 
 
 class _ClosureModule(nn.Module):

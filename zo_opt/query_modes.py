@@ -123,6 +123,11 @@ class Evaluator:
             lambda first, last: run(points[first:last], self.batch, split=False),
         )
 
+    @property
+    def _device_kind(self) -> str:
+        kind = self.perturbed.trainables.parameters[0].device.type
+        return kind if kind in BATCHED_TOKENS else "cuda"
+
     def _in_chunks(self, total: int, chunk: int, size: int, run: Callable[[int, int], Tensor]) -> Tensor:
         """``run`` over ranges of at most ``chunk``, and of half as many whenever memory runs out; ``size``: tokens that one copy sees."""
         assert self.module is not None
@@ -149,10 +154,8 @@ class Evaluator:
     def _copies_at_once(self, points: Sequence[Point]) -> int:
         """How many copies share a forward: as many as gain something and fit."""
         assert self.module is not None
-        device = self.perturbed.trainables.parameters[0].device
-        kind = device.type if device.type in BATCHED_TOKENS else "cuda"
-        chunk = max(1, BATCHED_TOKENS[kind] // max(1, tokens(self.batch)))
-        if kind == "cpu" or min(chunk, len(points)) == 1:
+        chunk = max(1, BATCHED_TOKENS[self._device_kind] // max(1, tokens(self.batch)))
+        if self._device_kind == "cpu" or min(chunk, len(points)) == 1:
             return chunk  # a few hundred tokens fit where the weights do
         try:
             one, two = self.predicted_memory(points[:1]), self.predicted_memory(points[:2])
@@ -160,7 +163,7 @@ class Evaluator:
             return chunk
         # Of what there is, not of what is free now: the chunk decides the last bits, and the same seed must give the same.
         weights = sum(p.numel() * p.element_size() for p in self.module.parameters())
-        room = MEMORY_SHARE * memory.total_memory(device) - weights - one
+        room = MEMORY_SHARE * memory.total_memory(self.perturbed.trainables.parameters[0].device) - weights - one
         return max(1, min(chunk, 1 + int(room // max(1, two - one))))
 
     def _split(self, queries: int, scales: Sequence[float], anchor: Tensor | None) -> tuple[Tensor, Tensor, int]:
@@ -189,13 +192,17 @@ class Evaluator:
                 return pieces
 
             slices = map_tensors(cut, self.batch)
-            for s, scale in enumerate(scales):
-                points = [Point(((q, scale),), anchor=anchor) for q in range(first, last)]
 
-                def part(lo: int, hi: int, points: Sequence[Point] = points, slices: Any = slices) -> Tensor:
-                    return run(points[lo:hi], map_tensors(lambda x: x[lo:hi], slices), split=True)
+            def part(lo: int, hi: int, first: int = first, slices: Any = slices) -> Tensor:
+                rows = map_tensors(
+                    lambda x: x[lo:hi], slices
+                )  # all scales on the same rows in turn: their prefix is shared
+                points = [[Point(((first + q, scale),), anchor=anchor) for q in range(lo, hi)] for scale in scales]
+                return torch.stack([run(p, rows, split=True) for p in points], dim=1)
 
-                values[first:last, s] = self._in_chunks(count, count, tokens(slices) // count, part)
+            size = tokens(slices) // count
+            chunk = max(1, BATCHED_TOKENS[self._device_kind] // max(1, size))
+            values[first:last] = self._in_chunks(count, chunk, size, part)
         return values, weights, len(scales)
 
 

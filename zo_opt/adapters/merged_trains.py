@@ -16,6 +16,8 @@ from tt_kernels import MergeCache, plan
 
 from zo_opt.adapters.tt_linear import TTLinear
 
+MAX_COPIES = 2  # of more, all layers' pairs together would take half as much memory as a forward
+
 
 class MergedTrains:
     """Gives every TTLinear its merged pair before the model's forward and takes it away after it.
@@ -53,6 +55,8 @@ class MergedTrains:
         if self._depth > 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
         for layers, cache in self._groups:
+            if _copies(layers[0]) > MAX_COPIES:
+                continue
             biases = None if layers[0].bias is None else [layer.bias for layer in layers if layer.bias is not None]
             pairs = cache([list(layer.cores) for layer in layers], len(layers[0].in_dims), biases)
             for layer, pair in zip(layers, pairs, strict=True):
@@ -64,6 +68,16 @@ class MergedTrains:
             for layers, _cache in self._groups:
                 for layer in layers:
                     layer.pair = None
+
+
+def _copies(layer: TTLinear) -> int:
+    """How many copies of the train ``vmap`` runs at once."""
+    sizes = [1]
+    for core in layer.cores:
+        if torch._C._functorch.is_batchedtensor(core):
+            axis = torch._C._functorch.maybe_get_bdim(core)
+            sizes.append(torch._C._functorch.get_unwrapped(core).shape[axis])
+    return max(sizes)
 
 
 def _pair_is_best(layer: TTLinear) -> bool:
