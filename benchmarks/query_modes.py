@@ -40,7 +40,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    results: dict[str, Any] = {
+    kept = arguments.out is not None and arguments.out.exists()  # parts that are not run again stay as they are
+    results: dict[str, Any] = json.loads(arguments.out.read_text()) if kept else {}
+    results |= {
         "machine": machine(arguments.device, "transformers"), "rounds": arguments.rounds
     }  # fmt: skip
     parts: dict[str, Callable[[int, str], dict[str, Any]]] = {

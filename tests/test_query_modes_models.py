@@ -176,12 +176,12 @@ def ids(tokens):
 
 @given(tokens=st.integers(1, 1000), trainables=st.sampled_from([1, 1 << 20, (1 << 20) + 1]))
 def test_the_rule(tokens, trainables):
-    """Batched where two copies of the batch are few tokens, and the trainables few."""
-    small = 2 * tokens <= modes.BATCHED_TOKENS["cpu"] and trainables <= 1 << 20
+    """Batched where four copies of the batch are few tokens, and the trainables few."""
+    small = 4 * tokens <= modes.BATCHED_TOKENS["cpu"] and trainables <= 1 << 20
     assert choose(ids(tokens), nn.Linear(1, 1), trainables) == ("batched" if small else "sequential")
 
 
-@pytest.mark.parametrize(("tokens", "expected"), [(256, "batched"), (257, "sequential")])
+@pytest.mark.parametrize(("tokens", "expected"), [(128, "batched"), (129, "sequential")])
 def test_its_edge(tokens, expected):
     assert choose(ids(tokens), nn.Linear(1, 1), 1 << 20) == expected
     assert choose(ids(tokens), None, 1) == "sequential"

@@ -215,4 +215,5 @@ def choose(batch: Any, module: nn.Module | None, trainables: int) -> str:
         return "sequential"
     device = next((p.device.type for p in module.parameters()), "cpu")
     limit = BATCHED_TOKENS.get(device, BATCHED_TOKENS["cuda"])
-    return "batched" if 2 * tokens(batch) <= limit else "sequential"
+    # Two copies that just fill a forward gain nothing; four do (benchmarks/query_modes.py, grid).
+    return "batched" if 4 * tokens(batch) <= limit else "sequential"
