@@ -24,7 +24,7 @@ Options = Callable[..., list[str]]
 RUNS: dict[str, dict[str, Any]] = {
     "tt": {},
     "tt-lora": {"rank": 4, "tt_rank": 2, "lora_alpha": 3.5, "rank_pattern": '{"v_proj": 2}', "layers": 2},
-    "tt-delta": {"rank": 3, "scale": 0.5, "adapter_init": "svd", "target_modules": "[q_proj, embed_tokens]", "layers": None},
+    "tt-delta": {"rank": 3, "scale": 0.5, "adapter_init": "svd", "target_modules": "[q_proj, embed_tokens]", "layers": None, "adapter_options": '{"layers": null}'},
     "tt-lora head": {"head": "classification", "template": None, "verbalizers": None},
     "tt-delta tensorised head": {
         "head": "classification", "template": None, "verbalizers": None, "modules_to_tensorize": "[score]",

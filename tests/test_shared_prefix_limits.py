@@ -7,6 +7,8 @@ import torch
 from test_shared_prefix import Layer, Stack, assert_unchanged, in_place, one_after_another
 from torch import nn
 
+from zo_opt import MeZO
+
 
 def residual_outside(layers, x):
     for layer in layers:
@@ -99,3 +101,47 @@ def test_a_second_way_through_some_of_the_layers():
 
 def test_forward_gradients_through_a_trained_embedding():
     assert_unchanged(lambda: Stack(embedding=True), name="forward-gradient", lr=1e-3)
+
+
+class Fed(nn.Module):
+    """Frozen layers that take an input of their own beside what the layer below gave."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.layers.requires_grad_(False)
+        self.own = nn.Parameter(torch.linspace(-1, 1, 4))
+
+    def forward(self, x):
+        for layer, own in zip(self.layers, (None, self.own, 2 * self.own), strict=True):
+            x = layer(x if own is None else torch.tanh(x) + own)
+        return x.sum()
+
+
+class TakesTwo(nn.Linear):
+    def forward(self, x, own=None):
+        return super().forward(x if own is None else x * own)
+
+
+class FedAsArgument(Fed):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(TakesTwo(4, 4).requires_grad_(False) for _ in range(3))
+
+    def forward(self, x):
+        for layer, own in zip(self.layers, (None, self.own, 2 * self.own), strict=True):
+            x = layer(x, own)
+        return x.sum()
+
+
+@pytest.mark.parametrize("kind", [Fed, FedAsArgument])
+def test_a_layer_with_an_input_of_its_own_that_moves(kind):
+    losses = []
+    for share in (False, True):
+        torch.manual_seed(0)
+        net = kind()
+        optimizer = MeZO([net.own], lr=0.1, zo_eps=0.1, module=net, share_prefix=share)
+        losses.append([float(optimizer.step(net, torch.ones(2, 4))) for _ in range(3)])
+        losses[-1] += optimizer.last_record.projected_grads
+    assert losses[0] == losses[1]
+    assert losses[0][-1] != 0

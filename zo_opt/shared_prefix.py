@@ -72,6 +72,7 @@ class _Memory:
         self._last = last
         self._seen: tuple[list[_Physical], list[Any]] | None = None  # tensors, everything else
         self._previous: list[tuple[ReferenceType[Tensor], int]] = []  # what the layer below gave, and its version
+        self._inputs: list[tuple[ReferenceType[Tensor], int]] = []  # what the first layer took
         self._result: tuple[list[Any], Any] | None = None  # leaves and structure
         self._level = -1
         self._replaying = False
@@ -104,9 +105,10 @@ class _Memory:
         return remembered
 
     def _chained(self, args: Any, kwargs: Any) -> bool:
-        """Whether a layer takes what the one below gave, as it gave it: then, and only then, one may stand for all."""
-        first = next((leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)), None)
-        return first is not None and any(first is t() and first._version == version for t, version in self._previous)
+        """Whether a layer takes what the one below gave, as it gave it, and besides what the first layer took: then one may stand for all."""
+        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        known = [*self._previous, *self._inputs]
+        return bool(tensors) and _among(tensors[0], self._previous) and all(_among(tensor, known) for tensor in tensors)
 
     def _enter(self, args: Any, kwargs: Any) -> None:
         leaves, structure = tree_flatten((args, kwargs))
@@ -128,6 +130,12 @@ class _Memory:
         self._level = max((torch._C._functorch.maybe_get_level(t) for t in tensors), default=-1)
         if not self._replaying:
             self._seen, self._result = (seen, plain), None
+            self._inputs = [(ref(t), t._version) for t in tensors]
+
+
+def _among(tensor: Tensor, known: Sequence[tuple[ReferenceType[Tensor], int]]) -> bool:
+    """Whether it is one of these very tensors, unchanged."""
+    return any(tensor is t() and tensor._version == version for t, version in known)
 
 
 class _Physical:

@@ -19,6 +19,7 @@ class AdapterConfig(ABC):
 
     adapter_type: ClassVar[str]
     adapts_embeddings: ClassVar[bool] = False
+    adapts_residual: ClassVar[bool] = False  # "residual" among the targets: the stream that enters a whole layer
     mergeable: ClassVar[bool] = True
 
     target_modules: Sequence[str] | None = field(
@@ -77,6 +78,16 @@ class AdapterConfig(ABC):
         for name in names:
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ZOError(f"{name}={getattr(self, name)} is not possible; give a whole number of at least 1.")
+
+    def check_seed(self) -> None:
+        """Whether ``seed`` names a stream for every target.
+
+        Raises:
+            ZOError: it is no whole number from 0 to 2^40.
+        """
+        seed = getattr(self, "seed", 0)
+        if type(seed) is not int or not 0 <= seed <= 1 << 40:
+            raise ZOError(f"seed={seed!r} is not possible; give a whole number from 0 to 2^40.")
 
     def check_mergeable(self) -> None:
         """Whether some weight equals the adapted layer.

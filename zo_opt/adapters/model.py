@@ -155,6 +155,10 @@ def _inject(model: nn.Module, config: AdapterConfig, *, start: bool) -> AdapterM
     targets = find_config_targets(model, config)
     replaced = _replaced(model, config, targets)
     saved = [module for name in config.modules_to_save or () for module in _named(model, name)]
+    whole = {id(m) for module in saved for m in module.modules()}
+    for target in targets:
+        if id(target.module) in whole:
+            raise ZOError(f"module {target.name!r} is in target_modules and within modules_to_save; leave it out of one.")
     check_rank_pattern(config, [t.name for t in (*targets, *replaced)])
     adapted: dict[str, AdaptedModule] = {t.name: config.wrap(t, number) for number, t in enumerate(targets)}
     adapted |= {t.name: tensorize(t, config.rank_of(t.name, config.tensorize_rank)) for t in replaced}
@@ -194,7 +198,10 @@ def _named(model: nn.Module, name: str) -> list[nn.Module]:
     modules = [m for n, m in model.named_modules() if matches(n, name)]
     if not modules:
         raise ZOError(f"module_to_save {name!r} matches nothing in this model.")
-    return modules
+    trained = [m for m in modules if next(m.parameters(), None) is not None]
+    if not trained:
+        raise ZOError(f"module_to_save {name!r} has no parameters to train; name another.")
+    return trained
 
 
 def _train_whole(module: nn.Module) -> None:

@@ -60,5 +60,7 @@ class ParallelAdapter(AdaptedModule):
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
-        set_matrix(self.base_layer, matrix(self.base_layer).float() + self.adapter.dense())
+        weight = matrix(self.base_layer)
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        set_matrix(self.base_layer, wide + self.adapter.dense())
         return self.base_layer

@@ -82,7 +82,9 @@ def find_config_targets(model: nn.Module, config: AdapterConfig) -> list[Target]
             raise ZOError(
                 f"there are no default targets for model type {model_type or type(model).__name__!r}; give target_modules=[...]."
             )
-    return find_targets(model, names, config.layers, embeddings=config.adapts_embeddings)
+    return find_targets(
+        model, names, config.layers, embeddings=config.adapts_embeddings, residual=config.adapts_residual
+    )
 
 
 def _check_has_rank(config: AdapterConfig) -> None:

@@ -60,15 +60,24 @@ class Target:
 
 
 def find_targets(
-    model: nn.Module, names: Sequence[str], layers: int | Sequence[int] | None, *, embeddings: bool = False
+    model: nn.Module,
+    names: Sequence[str],
+    layers: int | Sequence[int] | None,
+    *,
+    embeddings: bool = False,
+    residual: bool = False,
 ) -> list[Target]:
-    """Modules whose path ends in one of ``names``, within the given layers; ``embeddings``: these are possible too.
+    """Modules whose path ends in one of ``names``, within the given layers; ``embeddings``, ``residual``: these are possible too.
 
     Raises:
         ZOError: a name or a layer that matches nothing, or a module that is not a linear map.
     """
     if isinstance(names, str):
         names = [names]
+    if RESIDUAL in names and not residual:
+        raise ZOError(
+            f"target {RESIDUAL!r} is no layer with a weight; it is for adapter 'tt' alone. Name linear layers."
+        )
     if RESIDUAL in names:
         return _residual_targets(model, layers) + (
             find_targets(model, others, layers, embeddings=embeddings)
@@ -94,6 +103,12 @@ def find_targets(
         raise ZOError(
             f"layers={layers!r} leaves no target module; this model's layers are numbered {_layer_range(model, found)}."
         )
+    for wanted in names:
+        if not any(matches(t.name, wanted) for t in targets):
+            raise ZOError(
+                f"layers={layers!r} leaves nothing of target module {wanted!r}; leave it out, or adapt all layers (layers=None, "
+                "on the command line --adapter_options '{\"layers\": null}')."
+            )
     return targets
 
 

@@ -61,6 +61,7 @@ class TTConfig(AdapterConfig):
     """
 
     adapter_type: ClassVar[str] = "tt"
+    adapts_residual: ClassVar[bool] = True
     mergeable: ClassVar[bool] = False
 
     rank: int = field(default=5, metadata={"help": "inner ranks of the tensor trains"})
@@ -78,11 +79,14 @@ class TTConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_whole("rank", "bottleneck")
+        self.check_seed()
+        if type(self.bias) is not bool:
+            raise ZOError(f"bias={self.bias!r} is not possible; give true or false.")
         if self.trainable not in TRAINABLE:
             raise ZOError(f"trainable={self.trainable!r} is not known; choose one of {', '.join(TRAINABLE)}.")
         if self.output_rank is not None:
             self.check_whole("output_rank")
-        if self.activation not in ACTIVATIONS:
+        if not isinstance(self.activation, str) or self.activation not in ACTIVATIONS:
             raise ZOError(f"activation={self.activation!r} is not known; choose one of {', '.join(ACTIVATIONS)}.")
 
     def default_targets(self, model_type: str) -> Sequence[str] | None:
@@ -138,7 +142,8 @@ class TTAdapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         delta: Tensor = self.up(self._activation(self.down(x.float())))
-        return delta.add_(x).to(x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)  # autocast narrows delta, which x must not become
+        return delta.to(wide).add_(x).to(x.dtype)
 
 
 def adapter_dims(size: int, bottleneck: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -55,6 +55,7 @@ class TTDeltaConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_whole("rank")
+        self.check_seed()
         check_positive("scale", self.scale)
         if self.init not in INITS:
             raise ZOError(f"init={self.init!r} is not known; choose one of {', '.join(INITS)}.")

@@ -45,6 +45,7 @@ class TTLoRAConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_whole("rank", "tt_rank")
+        self.check_seed()
         check_positive("alpha", self.alpha)
 
     def default_targets(self, model_type: str) -> Sequence[str] | None:

@@ -38,7 +38,8 @@ def set_matrix(layer: nn.Module, value: Tensor) -> None:
 def untie(model: nn.Module) -> None:
     """Give every module its own copy of parameters that several modules share, and say so in the model's config.
 
-    The config has one switch for all of them (``tie_word_embeddings``), so that none can stay shared when one must part.
+    The config has one switch for all of them (``tie_word_embeddings``), so that none can stay shared when one must part. An encoder-decoder's
+    is left alone: some (UMT5, Switch) scale their logits where it is set, and a file with weights that differ is loaded as it is.
     """
     seen: set[int] = set()
     for module in model.modules():
@@ -51,7 +52,7 @@ def untie(model: nn.Module) -> None:
     config: Any = getattr(model, "config", None)
     parts: tuple[Any, Any] = (config, getattr(config, "text_config", None))
     for part in parts:
-        if getattr(part, "tie_word_embeddings", False):
+        if getattr(part, "tie_word_embeddings", False) and not getattr(part, "is_encoder_decoder", False):
             part.tie_word_embeddings = False
     if hasattr(model, "all_tied_weights_keys"):
         vars(model)["all_tied_weights_keys"] = {}  # transformers' record of them

@@ -173,11 +173,15 @@ class FileStore:
         while (record := self._record(offset)) is not None:
             key, place = record
             end = place.offset + place.length
-            if end > min(size, self.max_bytes):
+            if end > size:
+                break
+            if end > self.max_bytes:
+                self.notes.append(f"{self.path} holds more than prefix_cache_mb allows; the rest of it is dropped.")
+                size = offset
                 break
             self._index[key] = place
             offset = end
-        if offset < min(size, self.max_bytes):
+        if offset < size:
             self.notes.append(f"the end of the prefix cache {self.path} is damaged; what is missing is computed anew.")
         self._file.truncate(offset)
         self.bytes = offset

@@ -182,7 +182,13 @@ def build_tools(config: TrainConfig, examples: Examples, reporter: Reporter) -> 
 
 
 def _make_cache(config: TrainConfig, model: AdapterModel, reporter: Reporter) -> PrefixCache | None:
-    if config.prefix_cache == "off" or config.prefix_cache_mb == 0 or first_adapted_layer(model) is None:
+    if config.prefix_cache == "off" or config.prefix_cache_mb == 0:
+        return None
+    if first_adapted_layer(model) is None:
+        if config.prefix_cache != TrainConfig.prefix_cache:
+            reporter.say(
+                "no prefix cache: nothing is frozen below the first adapter, or adapters sit in several places."
+            )
         return None
     cache = PrefixCache(model, config.prefix_cache_mb << 20, config.prefix_cache)
     if cache.objection is not None:
