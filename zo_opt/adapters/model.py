@@ -155,9 +155,9 @@ def _inject(model: nn.Module, config: AdapterConfig, *, start: bool) -> AdapterM
     targets = find_config_targets(model, config)
     replaced = _replaced(model, config, targets)
     saved = [module for name in config.modules_to_save or () for module in _named(model, name)]
-    whole = {id(m) for module in saved for m in module.modules()}
+    trained = {id(m) for module in saved for m in module.modules()}
     for target in targets:
-        if id(target.module) in whole:
+        if id(target.module) in trained:
             raise ZOError(f"module {target.name!r} is in target_modules and within modules_to_save; leave it out of one.")
     check_rank_pattern(config, [t.name for t in (*targets, *replaced)])
     adapted: dict[str, AdaptedModule] = {t.name: config.wrap(t, number) for number, t in enumerate(targets)}
