@@ -158,7 +158,9 @@ def _inject(model: nn.Module, config: AdapterConfig, *, start: bool) -> AdapterM
     trained = {id(m) for module in saved for m in module.modules()}
     for target in targets:
         if id(target.module) in trained:
-            raise ZOError(f"module {target.name!r} is in target_modules and within modules_to_save; leave it out of one.")
+            raise ZOError(
+                f"module {target.name!r} is in target_modules and within modules_to_save; leave it out of one."
+            )
     check_rank_pattern(config, [t.name for t in (*targets, *replaced)])
     adapted: dict[str, AdaptedModule] = {t.name: config.wrap(t, number) for number, t in enumerate(targets)}
     adapted |= {t.name: tensorize(t, config.rank_of(t.name, config.tensorize_rank)) for t in replaced}
