@@ -194,15 +194,14 @@ class Evaluator:
             slices = map_tensors(cut, self.batch)
 
             def part(lo: int, hi: int, first: int = first, slices: Any = slices) -> Tensor:
-                rows = map_tensors(
-                    lambda x: x[lo:hi], slices
-                )  # all scales on the same rows in turn: their prefix is shared
+                # All scales on the same rows in turn: their prefix is shared.
+                rows = map_tensors(lambda x: x[lo:hi], slices)
                 points = [[Point(((first + q, scale),), anchor=anchor) for q in range(lo, hi)] for scale in scales]
                 return torch.stack([run(p, rows, split=True) for p in points], dim=1)
 
-            size = tokens(slices) // count
-            chunk = max(1, BATCHED_TOKENS[self._device_kind] // max(1, size))
-            values[first:last] = self._in_chunks(count, chunk, size, part)
+            slice_tokens = tokens(slices) // count
+            chunk = max(1, BATCHED_TOKENS[self._device_kind] // max(1, slice_tokens))
+            values[first:last] = self._in_chunks(count, chunk, slice_tokens, part)
         return values, weights, len(scales)
 
 

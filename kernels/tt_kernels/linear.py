@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tt_kernels.merge import autocast_dtype, merge_pair
+from tt_kernels.merge import LOW, autocast_dtype, merge_left, merge_pair
 from tt_kernels.plan import Plan, pair_of
 from tt_kernels.plan import plan as make_plan
 
@@ -139,7 +139,7 @@ def _run(
         ranks = [core.shape[2] for core in cores[:-1]]
         tokens = 1 << max(0, x_TM.shape[0] - 1).bit_length()  # one plan for each power of two, not for each number
         groups = make_plan(in_dims, out_dims, ranks, tokens, x.dtype, x.device).groups
-    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *cores) if t is not None)
+    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *cores))
     if differentiated and forward_ad._current_level < 0:
         y_TN: Tensor = _Recomputing.apply(x_TM, groups, inputs, bias, *cores)  # type: ignore[no-untyped-call]
     else:
@@ -160,7 +160,8 @@ def contract(
     for size in groups:
         group = cores[first : first + size]
         taken = math.prod([core.shape[1] for core in group[: max(0, inputs - first)]])
-        matrix = _merge_group(group).reshape(group[0].shape[0] * taken, -1).to(dtype)
+        wide = [core.float() if core.dtype in LOW else core for core in group]
+        matrix = merge_left(wide, group).reshape(group[0].shape[0] * taken, -1).to(dtype)
         rest //= taken
         if rest > 1:  # (r', r n) @ (tokens, r n, rest): no axis is ever moved
             z = matrix.t() @ z.reshape(tokens, matrix.shape[0], rest)
@@ -169,15 +170,6 @@ def contract(
         first += size
     y_TN = z.reshape(tokens, outputs)
     return y_TN if bias is None else y_TN + bias.to(dtype)
-
-
-def _merge_group(group: Sequence[Tensor]) -> Tensor:
-    """Neighbouring cores as one (r, n, r'), float32 at least."""
-    wide = [core.float() if core.dtype in (torch.bfloat16, torch.float16) else core for core in group]
-    merged = wide[0]
-    for core in wide[1:]:
-        merged = (merged.flatten(0, -2) @ core.flatten(1)).reshape(merged.shape[0], -1, core.shape[2])
-    return merged
 
 
 class _Recomputing(torch.autograd.Function):
