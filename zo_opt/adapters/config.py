@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
 
 from zo_opt.adapters.adapted import AdaptedModule
-from zo_opt.adapters.targets import Target, matches
+from zo_opt.adapters.schedule import AdapterSchedule
+from zo_opt.adapters.targets import Target, find_targets, matches
 from zo_opt.errors import ZOError
+
+if TYPE_CHECKING:
+    from zo_opt.adapters.model import AdapterModel
 
 
 @dataclass
 class AdapterConfig(ABC):
-    """Where adapters go. A method adds its own fields and says how a target module is wrapped."""
+    """Where adapters go. A method adds its own fields and says how a target module is wrapped.
+
+    ``default_targets`` and ``wrap`` are all that most methods have to say. The others stand for methods whose adapters share
+    tensors (``wrap_all``), train weights of the model itself (``in_place``), look at the pretrained weights before their sizes are
+    known (``resolve``), add to the loss (``penalty``) or change as training goes on (``schedule``).
+    """
 
     adapter_type: ClassVar[str]
     adapts_embeddings: ClassVar[bool] = False
@@ -106,6 +117,42 @@ class AdapterConfig(ABC):
         pattern = self.rank_pattern or {}
         endings = [key for key in pattern if matches(name, key)]
         return pattern[max(endings, key=len)] if endings else default
+
+    def find_targets(self, model: nn.Module) -> list[Target]:
+        """The modules to adapt, in the model's order.
+
+        Raises:
+            ZOError: nothing matches, or no default for this architecture.
+        """
+        names = self.target_modules
+        if names is None:
+            model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
+            names = self.default_targets(model_type)
+            if names is None:
+                raise ZOError(
+                    f"there are no default targets for model type {model_type or type(model).__name__!r}; give target_modules=[...]."
+                )
+        return find_targets(model, names, self.layers, embeddings=self.adapts_embeddings, residual=self.adapts_residual)
+
+    def resolve(self, targets: Sequence[Target]) -> AdapterConfig:
+        """This configuration with what depends on the pretrained weights filled in (ranks a layer); not called when loading."""
+        return self
+
+    def wrap_all(self, targets: Sequence[Target]) -> dict[str, AdaptedModule]:
+        """Path -> the module that replaces the target there."""
+        return {target.name: self.wrap(target, number) for number, target in enumerate(targets)}
+
+    def in_place(self, model: nn.Module) -> list[str]:
+        """Names of the model's own parameters that the method trains where they are (in float32)."""
+        return []
+
+    def penalty(self, adapted: Mapping[str, AdaptedModule]) -> Tensor | None:
+        """A scalar that is added to the loss in training, if any."""
+        return None
+
+    def schedule(self, model: AdapterModel) -> AdapterSchedule | None:
+        """What changes as training goes on, if anything."""
+        return None
 
     @abstractmethod
     def default_targets(self, model_type: str) -> Sequence[str] | None:

@@ -13,25 +13,63 @@ from zo_opt.adapters import lora_export, storage, table
 from zo_opt.adapters.adapted import AdaptedModule
 from zo_opt.adapters.config import AdapterConfig
 from zo_opt.adapters.merged_trains import MergedTrains
-from zo_opt.adapters.rank_pattern import check_rank_pattern, find_config_targets
+from zo_opt.adapters.rank_pattern import check_rank_pattern
 from zo_opt.adapters.replacement import tensorize
+from zo_opt.adapters.schedule import Watch
 from zo_opt.adapters.targets import Target, find_targets, matches
 from zo_opt.adapters.weights import matrix, shared_parameters, untie
 from zo_opt.errors import ZOError
 
 
 class AdapterModel(nn.Module):
-    """A model whose targets are wrapped by adapters. Calls and unknown attributes go to the wrapped model."""
+    """A model whose targets are wrapped by adapters. Calls and unknown attributes go to the wrapped model.
+
+    Attributes:
+        adapted: paths of the adapted modules.
+        trained: names of all parameters that are trained, those included whose turn comes later (LISA) or is over (AFLoRA).
+        schedule: what changes as training goes on, or None; advanced by :meth:`step`.
+    """
 
     def __init__(self, wrapped: nn.Module, config: AdapterConfig, adapted: Sequence[str]) -> None:
         super().__init__()
         self.wrapped = wrapped
         self.adapter_config = config
         self.adapted = list(adapted)
+        self.trained = [name for name, p in wrapped.named_parameters() if p.requires_grad]
         self._trains = MergedTrains(wrapped)
+        self.schedule = config.schedule(self)
+        self._watch = Watch(self) if self.schedule is not None else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.wrapped(*args, **kwargs)
+        """The wrapped model's outputs; a loss among them has the method's penalty added, as in PEFT."""
+        output = self.wrapped(*args, **kwargs)
+        if getattr(output, "loss", None) is not None and (penalty := self.penalty()) is not None:
+            output.loss = output.loss + penalty
+        return output
+
+    def step(self, global_step: int) -> None:
+        """Advance what changes as training goes on; of no effect for methods without a schedule.
+
+        Call it once after every ``optimizer.step()``, before ``zero_grad()``. Training that goes on without it is stopped with an
+        error at the optimizer's second step.
+
+        Args:
+            global_step: the number of the optimizer step just made, from 0.
+
+        Raises:
+            ZOError: a negative number; or what the schedule needs is not there (gradients, ``total_steps``).
+        """
+        if type(global_step) is not int or global_step < 0:
+            raise ZOError(f"global_step={global_step!r} is not possible; give the optimizer step's number, from 0.")
+        if self.schedule is not None:
+            with torch.no_grad():
+                self.schedule.step(global_step)
+        if self._watch is not None:
+            self._watch.advanced()
+
+    def penalty(self) -> torch.Tensor | None:
+        """What the method adds to the loss (AdaLoRA's orthogonality), a scalar with gradient; None for most methods."""
+        return self.adapter_config.penalty(self.adapted_modules())
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -41,17 +79,26 @@ class AdapterModel(nn.Module):
 
     def trainable_state(self) -> dict[str, torch.Tensor]:
         """The trainables by their path in the wrapped model."""
-        return {n: p.detach() for n, p in self.wrapped.named_parameters() if p.requires_grad}
+        trained = set(self.trained)
+        return {n: p.detach() for n, p in self.wrapped.named_parameters() if n in trained}
 
     def adapter_state(self) -> dict[str, torch.Tensor]:
         """Everything the frozen model does not have: the adapters' tensors, frozen ones included, and modules_to_save."""
         own = {id(p) for adapted in self.adapted_modules().values() for p in adapted.adapter.parameters()}
-        return {n: p.detach() for n, p in self.wrapped.named_parameters() if p.requires_grad or id(p) in own}
+        trained = set(self.trained)
+        return {n: p.detach() for n, p in self.wrapped.named_parameters() if n in trained or id(p) in own}
+
+    def schedule_state(self) -> dict[str, torch.Tensor]:
+        """What the schedule's later steps depend on besides ``adapter_state``; empty for methods without one."""
+        return self.schedule.state() if self.schedule is not None else {}
 
     def save_pretrained(self, directory: str | Path, **_: Any) -> None:
-        """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (the adapters alone, to the bit)."""
+        """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (the adapters alone, to the bit).
+
+        Of a method that changes as training goes on also ``adapter_schedule.safetensors``, with which training continues to the same bits.
+        """
         base = getattr(getattr(self.wrapped, "config", None), "_name_or_path", None)
-        storage.save(Path(directory), self.adapter_config, self.adapter_state(), base or None)
+        storage.save(Path(directory), self.adapter_config, self.adapter_state(), self.schedule_state(), base or None)
 
     def export_lora(self, directory: str | Path) -> None:
         """Write the adapters as an ordinary LoRA, which ``peft.PeftModel.from_pretrained`` loads with the same logits.
@@ -85,8 +132,11 @@ class AdapterModel(nn.Module):
         return plain
 
     def unload(self) -> nn.Module:
-        """Remove the adapters and return the model, frozen, to the bit; ``modules_to_save`` keep what they learned."""
+        """Remove the adapters and return the model, to the bit; what was trained in place or by ``modules_to_save`` stays as it is."""
         self._trains.remove()
+        self.schedule = None
+        if self._watch is not None:
+            self._watch.end()
         for name, module in self.adapted_modules().items():
             _replace(self.wrapped, name, module.base_layer)
         return self.wrapped
@@ -107,8 +157,8 @@ class AdapterModel(nn.Module):
         """One line: how many parameters are trained, of how many, in how many adapters."""
         trained = sum(p.numel() for p in trainable_parameters(self))
         total = sum(p.numel() for p in self.parameters())
-        adapters = "1 adapter" if len(self.adapted) == 1 else f"{len(self.adapted)} adapters"
-        return f"{trained:,} trainable parameters of {total:,} ({100 * trained / total:.2g} %) in {adapters}"
+        where = {0: "the model itself", 1: "1 adapter"}.get(len(self.adapted), f"{len(self.adapted)} adapters")
+        return f"{trained:,} trainable parameters of {total:,} ({100 * trained / total:.2g} %) in {where}"
 
 
 def get_adapter_model(model: nn.Module, config: AdapterConfig) -> AdapterModel:
@@ -133,26 +183,42 @@ def load_adapter_model(model: nn.Module, directory: str | Path) -> AdapterModel:
     Raises:
         ZOError: files missing or damaged, or made for a model of other shapes.
     """
-    config, tensors = storage.load(Path(directory))
+    config, tensors, schedule = storage.load(Path(directory))
     adapted = _inject(model, config, start=False)
     try:
         storage.restore(adapted.adapter_state(), tensors, f"the adapter in {directory}")
+        if schedule:
+            restore_schedule(adapted, schedule, f"the schedule in {directory}")
     except ZOError:
         adapted.unload()
         raise
     return adapted
 
 
+def restore_schedule(model: AdapterModel, tensors: dict[str, torch.Tensor], what: str) -> None:
+    """Put back what ``schedule_state`` gave.
+
+    Raises:
+        ZOError: it does not fit the method or the model.
+    """
+    storage.restore(model.schedule_state(), tensors, what)
+    if model.schedule is not None:
+        model.schedule.restored()
+
+
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that require grad, each once."""
-    return [p for p in model.parameters() if p.requires_grad]
+    """The parameters that are trained, each once: those that require grad, and those whose turn comes later (LISA)."""
+    later = {id(m.wrapped.get_parameter(n)) for m in model.modules() if isinstance(m, AdapterModel) for n in m.trained}
+    return [p for p in model.parameters() if p.requires_grad or id(p) in later]
 
 
 def _inject(model: nn.Module, config: AdapterConfig, *, start: bool) -> AdapterModel:
     """Put adapters in; ``start``: set those that begin as a decomposition of the weight, which a saved adapter overwrites."""
     if isinstance(model, AdapterModel) or any(isinstance(m, AdaptedModule) for m in model.modules()):
         raise ZOError("this model has adapters already; call unload() on it before adding others.")
-    targets = find_config_targets(model, config)
+    targets = config.find_targets(model)
+    if start:
+        config = config.resolve(targets)
     replaced = _replaced(model, config, targets)
     saved = [module for name in config.modules_to_save or () for module in _named(model, name)]
     trained = {id(m) for module in saved for m in module.modules()}
@@ -162,7 +228,8 @@ def _inject(model: nn.Module, config: AdapterConfig, *, start: bool) -> AdapterM
                 f"module {target.name!r} is in target_modules and within modules_to_save; leave it out of one."
             )
     check_rank_pattern(config, [t.name for t in (*targets, *replaced)])
-    adapted: dict[str, AdaptedModule] = {t.name: config.wrap(t, number) for number, t in enumerate(targets)}
+    in_place = config.in_place(model)
+    adapted = config.wrap_all(targets)
     adapted |= {t.name: tensorize(t, config.rank_of(t.name, config.tensorize_rank)) for t in replaced}
     if start:
         for module in adapted.values():
@@ -173,6 +240,10 @@ def _inject(model: nn.Module, config: AdapterConfig, *, start: bool) -> AdapterM
         _train_whole(whole)
     for target in replaced:
         target.module.requires_grad_(False)  # it may be within a module that is trained whole
+    if in_place:
+        model.float()
+    for name in in_place:
+        model.get_parameter(name).requires_grad_(True)
     for name, module in adapted.items():
         _replace(model, name, module)
     return AdapterModel(model, config, list(adapted))

@@ -10,7 +10,7 @@ from torch import nn
 
 from zo_opt.adapters.config import AdapterConfig
 from zo_opt.adapters.ranks import search_ranks
-from zo_opt.adapters.targets import Target, find_targets, matches
+from zo_opt.adapters.targets import Target, matches
 from zo_opt.adapters.weights import matrix
 from zo_opt.errors import ZOError
 
@@ -41,7 +41,7 @@ def search_rank_pattern(
     {'0': 8, '1': 1}
     """
     _check_has_rank(config)
-    targets = {t.name: t for t in find_config_targets(model, config)}
+    targets = {t.name: t for t in config.find_targets(model)}
 
     @cache
     def cost(name: str, rank: int) -> int:
@@ -66,25 +66,6 @@ def check_rank_pattern(config: AdapterConfig, names: Sequence[str]) -> None:
             raise ZOError(
                 f"rank_pattern names {key!r}, which is no adapted module; adapted are {', '.join(names[:4])} ..."
             )
-
-
-def find_config_targets(model: nn.Module, config: AdapterConfig) -> list[Target]:
-    """The modules that a configuration adapts in a model.
-
-    Raises:
-        ZOError: nothing matches, or no default for this architecture.
-    """
-    names = config.target_modules
-    if names is None:
-        model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
-        names = config.default_targets(model_type)
-        if names is None:
-            raise ZOError(
-                f"there are no default targets for model type {model_type or type(model).__name__!r}; give target_modules=[...]."
-            )
-    return find_targets(
-        model, names, config.layers, embeddings=config.adapts_embeddings, residual=config.adapts_residual
-    )
 
 
 def _check_has_rank(config: AdapterConfig) -> None:

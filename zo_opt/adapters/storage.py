@@ -17,17 +17,27 @@ from zo_opt.files import write_atomically
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+SCHEDULE_NAME = "adapter_schedule.safetensors"
 
 
-def save(directory: Path, config: AdapterConfig, tensors: dict[str, Tensor], base_model: str | None) -> None:
-    """Write both files, each atomically."""
+def save(
+    directory: Path,
+    config: AdapterConfig,
+    tensors: dict[str, Tensor],
+    schedule: dict[str, Tensor],
+    base_model: str | None,
+) -> None:
+    """Write the files, each atomically; the schedule's only where there is one."""
     values: dict[str, Any] = {"format": "zo_opt/1", "base_model_name_or_path": base_model} | config.to_dict()
     write_atomically(directory / WEIGHTS_NAME, safetensors_bytes({k: v.contiguous().cpu() for k, v in tensors.items()}))
+    if schedule:
+        content = safetensors_bytes({k: v.contiguous().cpu() for k, v in schedule.items()})
+        write_atomically(directory / SCHEDULE_NAME, content)
     write_atomically(directory / CONFIG_NAME, (json.dumps(values, indent=2) + "\n").encode())
 
 
-def load(directory: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """Read both files; the sentence of the error says which is missing or damaged."""
+def load(directory: Path) -> tuple[AdapterConfig, dict[str, Tensor], dict[str, Tensor]]:
+    """Configuration, weights and the schedule's state (empty without one); the error says which file is missing or damaged."""
     path = directory / CONFIG_NAME
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -38,7 +48,12 @@ def load(directory: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
     if not isinstance(values, dict) or values.pop("format", None) != "zo_opt/1":
         raise ZOError(f"{path} was not written by zo_opt (its format is not 'zo_opt/1').")
     values.pop("base_model_name_or_path", None)
-    return config_from_dict(values), read_tensors(directory / WEIGHTS_NAME)
+    schedule = directory / SCHEDULE_NAME
+    return (
+        config_from_dict(values),
+        read_tensors(directory / WEIGHTS_NAME),
+        read_tensors(schedule) if schedule.exists() else {},
+    )
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ def run(options: Namespace) -> None:
     if form not in FORMS:
         raise ZOError(f"--as {form} is not known; choose one of {', '.join(FORMS)}.")
     config = read_config(options.run_dir)
-    adapter, _ = load(options.run_dir)
+    adapter, *_ = load(options.run_dir)
     if form == "model":
         adapter.check_mergeable()
     reporter = Reporter()

@@ -230,7 +230,11 @@ def sequences(batch: dict[str, Tensor]) -> list[Span]:
 def first_adapted_layer(model: AdapterModel) -> tuple[str, int] | None:
     """(stack, index) of the lowest adapted layer, where everything below it is frozen and a cache can be cut; else None."""
     places = [layer_of(name) for name in model.adapted]
-    if not places or any(place is None for place in places) or model.config.is_encoder_decoder:
+    if any(place is None for place in places) or model.config.is_encoder_decoder:
+        return None
+    # What is trained outside the layers runs after them (a head), or is found out when the cache is tried.
+    places += [place for name in model.trained if (place := layer_of(name)) is not None]
+    if not places:
         return None
     stacks = {place[0] for place in places if place is not None}
     lowest = min(place[1] for place in places if place is not None)

@@ -1,0 +1,89 @@
+"""What changes in an adapter as training goes on (ranks, frozen columns, active blocks), and the watch over its being driven."""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from zo_opt.errors import ZOError
+
+
+class AdapterSchedule(ABC):
+    """Advanced once an optimizer step by ``AdapterModel.step``.
+
+    Attributes:
+        needs_grad: whether ``step`` reads ``.grad`` of the trainables, so that it must come before ``zero_grad``.
+    """
+
+    needs_grad: ClassVar[bool] = False
+
+    @abstractmethod
+    def step(self, global_step: int) -> None:
+        """Called after the optimizer's step of this number (from 0): put back what must not have moved, decide what changes.
+
+        Raises:
+            ZOError: something that the schedule needs is not there (gradients, the number of steps).
+        """
+
+    def state(self) -> dict[str, Tensor]:
+        """All that later steps depend on besides the adapters' weights; tensors in place, to be copied from and into."""
+        return {}
+
+    def restored(self) -> None:  # noqa: B027
+        """Called after tensors of ``state`` were overwritten by saved ones."""
+
+    def moving(self) -> int | None:
+        """How many numbers still move; None: all trainables that require grad."""
+        return None
+
+
+class Watch:
+    """Counts optimizer steps on a model's trainables, and complains if its schedule is not advanced between two of them.
+
+    Every ``torch.optim.Optimizer`` is seen, wrapped or not, by torch's own hook; the watch ends with the model.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._steps = 0
+        self._watching = True
+        self.optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        watched, watch = weakref.ref(model), weakref.ref(self)
+
+        def after_step(optimizer: Optimizer, *_: Any) -> None:
+            model, self = watched(), watch()
+            if model is None or self is None or not self._watching:
+                handle.remove()
+            elif _holds(optimizer, {id(p) for p in model.parameters()}):
+                self._count(optimizer)
+
+        handle = register_optimizer_step_post_hook(after_step)
+
+    def advanced(self) -> None:
+        """The schedule was advanced."""
+        self._steps = 0
+
+    def end(self) -> None:
+        """Watch no longer."""
+        self._watching = False
+
+    def _count(self, optimizer: Optimizer) -> None:
+        self.optimizers.add(optimizer)
+        self._steps += 1
+        if self._steps > 1:
+            raise ZOError(
+                "this adapter changes as training goes on, but the optimizer made two steps without it; call "
+                "model.step(global_step) after every optimizer.step() and before zero_grad()."
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copied model is not watched."""
+        return None
+
+
+def _holds(optimizer: Optimizer, parameters: set[int]) -> bool:
+    return any(id(p) in parameters for group in optimizer.param_groups for p in group["params"])
