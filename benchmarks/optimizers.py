@@ -24,9 +24,9 @@ from rich.console import Console
 
 from zo_opt.errors import ZOError
 from zo_opt.training.batches import BatchOrder
+from zo_opt.training.build_optimizer import make_optimizer, make_param_groups
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.evaluation import Evaluation, evaluate
-from zo_opt.training.loop import make_optimizer
 from zo_opt.training.progress import Reporter
 from zo_opt.training.setup import Tools, build_tools, load_examples
 
@@ -132,7 +132,13 @@ class Bench:
         config = replace(self.config, optimizer=optimizer_name, lr=lr, **options)
         tools = replace(self.tools, recipe=replace(self.tools.recipe, lr=lr))
         order = BatchOrder([tools.train.labels[i] for i in self.fit], config.batch_size, 0, config.batch_order)
-        optimizer = make_optimizer(config, tools, order.steps_per_epoch)
+        optimizer = make_optimizer(
+            config,
+            tools.model,
+            make_param_groups(config, tools.model, tools.recipe.lr),
+            tools.recipe.lr,
+            order.steps_per_epoch,
+        )
         begun = time.perf_counter()
         steps = 0
         try:

@@ -22,7 +22,7 @@ import torch
 from optimizers import Bench, restore, selection
 
 from zo_opt.training.batches import BatchOrder
-from zo_opt.training.loop import make_optimizer
+from zo_opt.training.build_optimizer import make_optimizer, make_param_groups
 
 SIDES: dict[str, dict[str, Any]] = {
     "one shared direction": {"query_mode": "sequential", "query_schedule": "constant", "max_queries": 1},
@@ -83,7 +83,13 @@ def run(bench: Bench, options: dict[str, Any], lr: float, seed: int) -> list[tup
     config = replace(bench.config, optimizer="adazeta", lr=lr, seed=seed, **options)
     tools = replace(bench.tools, recipe=replace(bench.tools.recipe, lr=lr))
     order = BatchOrder([tools.train.labels[i] for i in bench.fit], config.batch_size, seed, config.batch_order)
-    optimizer = make_optimizer(config, tools, order.steps_per_epoch)
+    optimizer = make_optimizer(
+        config,
+        tools.model,
+        make_param_groups(config, tools.model, tools.recipe.lr),
+        tools.recipe.lr,
+        order.steps_per_epoch,
+    )
     budget = bench.arguments.forwards
     losses = [(0, selection(tools, bench.select).loss)]
     while optimizer.history.forwards < budget:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -14,13 +17,29 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+_STATUS = Path("/proc/self/status")  # Linux
+
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes so far: allocated on a CUDA device, resident for a CPU process."""
+    """Peak bytes so far, or since :func:`reset_peak_memory`: allocated on a CUDA device, resident for a CPU process."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    if _STATUS.exists():
+        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let :func:`peak_memory` count from now. A CPU process can do so on Linux only; elsewhere its peak goes on from the start."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif _STATUS.exists():
+        with suppress(AttributeError):  # a C library without it
+            ctypes.CDLL(None).malloc_trim(0)  # what was freed while loading goes back to the system
+        with suppress(OSError):  # forbidden in some containers
+            _STATUS.with_name("clear_refs").write_text("5")
 
 
 def current_memory(device: torch.device) -> int:
@@ -52,26 +71,55 @@ def predicted_peak(call: Callable[[], Any]) -> int:
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    live = _Live(lambda x: x if isinstance(x, FakeTensor) else fake.from_tensor(x))
+
+    class Live(LiveBytes):
+        def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+            # Left alone, the mode would carry out an operation in place on real tensors.
+            args, kwargs = tree_map_only(Tensor, as_fake, (args, kwargs))
+            return func(*args, **kwargs)
+
+    def as_fake(x: Tensor) -> Tensor:
+        return x if isinstance(x, FakeTensor) else fake.from_tensor(x)
+
+    live = Live()
     with torch.no_grad(), fake, live:
         call()
     return live.peak
 
 
-class _Live(TorchDispatchMode):
-    """Counts the bytes of storages made inside that are still referred to."""
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages, made inside or handed to ``hold``, that are still referred to.
 
-    def __init__(self, fake: Callable[[Tensor], Tensor]) -> None:
+    Attributes:
+        now: bytes that are there.
+        peak: the most that were there at once.
+    """
+
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._fake = fake
-        self.peak = 0
-        self._now = 0
-        self._alive: set[int] = set()
+        self.now = self.peak = 0
+        self._births: dict[int, int] = {}  # of storages alive, by number
+        self._made = self._made_at_peak = 0
+
+    def hold(self, tensors: Iterable[Tensor]) -> None:
+        """Count tensors that exist already."""
+        for tensor in tensors:
+            self._count(tensor.untyped_storage())
+
+    def forget_peak(self) -> None:
+        """Look for the peak from now on."""
+        self.peak, self._made_at_peak = self.now, self._made
+
+    def there_at_peak(self, tensor: Tensor) -> bool:
+        """Whether a tensor that is alive was so at the peak."""
+        return self._births.get(tensor.untyped_storage()._cdata, self._made) < self._made_at_peak
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Carry out an operation."""
+        return func(*args, **kwargs)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        # Left alone, the mode would carry out an operation in place on real tensors.
-        args, kwargs = tree_map_only(Tensor, self._fake, (args, kwargs or {}))
-        out = func(*args, **kwargs)
+        out = self.call(func, args, kwargs or {})
         if all(r.alias_info is None for r in func._schema.returns):  # neither a view nor written in place
             for tensor in tree_leaves(out):
                 if isinstance(tensor, Tensor):
@@ -80,16 +128,18 @@ class _Live(TorchDispatchMode):
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self._alive:
+        if key in self._births:
             return
-        self._alive.add(key)
-        self._now += size
-        self.peak = max(self.peak, self._now)
+        self._births[key] = self._made
+        self._made += 1
+        self.now += size
+        if self.now > self.peak:
+            self.peak, self._made_at_peak = self.now, self._made
         weakref.finalize(storage, self._free, key, size)
 
     def _free(self, key: int, size: int) -> None:
-        self._alive.discard(key)
-        self._now -= size
+        self._births.pop(key, None)
+        self.now -= size
 
 
 def readable(size: float) -> str:

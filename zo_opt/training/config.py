@@ -12,7 +12,7 @@ from zo_opt.errors import ZOError
 from zo_opt.optim import OPTIMIZERS, UPDATE_RULES, Adam, ClipProjectedGrads, StepControl, UpdateRule
 from zo_opt.schedule_options import make_schedule, parse_milestones
 from zo_opt.schedules import QuerySchedule
-from zo_opt.training import builtin
+from zo_opt.training import builtin, first_order
 from zo_opt.training.batches import ORDERS
 from zo_opt.training.prefix_store import PLACES
 
@@ -63,8 +63,11 @@ class TrainConfig:
         layers: an integer: the last so many layers; a list: these layers; not given: the last quarter if random, else the
             one at two thirds of the depth.
         optimizer: adazeta, mezo, zo-sign, zo-momentum, zo-adam, zo-conservative, sparse-mezo, hizoo, lozo, subzero, fzoo, grzo,
-            mezo-svrg, forward-gradient or zo-kalman.
+            mezo-svrg, forward-gradient or zo-kalman; or adamw: backpropagation, for comparison.
         lr: learning rate (see docs/optimizers.md; with adam 0.1 for placed adapters, 0.01 for random ones).
+        loraplus_lr_ratio: LoRA+: the learning rate of B over that of A (adamw; 16 in the paper).
+        loraplus_lr_embedding: LoRA+: the learning rate of adapters of embeddings.
+        max_grad_norm: adamw: bound on the gradient's norm; 0 turns it off.
         lr_schedule: linear (to zero), cosine or constant.
         warmup_steps: steps over which the learning rate rises from zero.
         update_rule: sgd, adam, sign, momentum or amsgrad, on the estimated gradient (adam for adazeta, else the optimizer's own).
@@ -135,6 +138,9 @@ class TrainConfig:
 
     optimizer: str = "adazeta"
     lr: float | None = None
+    loraplus_lr_ratio: float | None = None
+    loraplus_lr_embedding: float = 1e-6
+    max_grad_norm: float = 1.0
     lr_schedule: str = "linear"
     warmup_steps: int = 0
     update_rule: str | None = None
@@ -202,10 +208,24 @@ class TrainConfig:
         self.make_adapter()
         if self.feature_components < 1 or self.output_scale <= 0:
             raise ZOError("feature_components must be at least 1 and output_scale positive.")
-        if self.optimizer not in OPTIMIZERS:
-            raise ZOError(f"optimizer={self.optimizer!r} is not known; choose one of {', '.join(OPTIMIZERS)}.")
+        if self.optimizer not in (known := (*OPTIMIZERS, first_order.NAME)):
+            raise ZOError(f"optimizer={self.optimizer!r} is not known; choose one of {', '.join(known)}.")
+        if self.optimizer == first_order.NAME:
+            self._check_first_order()
+        if self.loraplus_lr_ratio is not None and self.loraplus_lr_ratio <= 0:
+            raise ZOError(f"loraplus_lr_ratio={self.loraplus_lr_ratio} is not possible; give a positive number.")
+        if self.max_grad_norm < 0 or self.loraplus_lr_embedding < 0:
+            raise ZOError("max_grad_norm and loraplus_lr_embedding cannot be negative; give 0 or more.")
         self.make_query_schedule()
         self.make_update_rule()
+
+    def _check_first_order(self) -> None:
+        given = [n for n in ("directions", "query_mode", "query_schedule", "max_queries", "update_rule", "budget_forwards")
+                 if getattr(self, n) is not None]  # fmt: skip
+        if given:
+            raise ZOError(
+                f"{given[0]} is an option of zeroth-order optimizers; leave it out with optimizer={self.optimizer!r}."
+            )
 
     def make_adapter(self, **defaults: Any) -> AdapterConfig:
         """The adapter that the options describe; ``defaults`` stand for options that were not given.
@@ -238,7 +258,7 @@ class TrainConfig:
         """The query mode asked for; else split, where the optimizer has it."""
         if self.query_mode is not None:
             return self.query_mode
-        return "sequential" if self.optimizer == "forward-gradient" else "split"
+        return "sequential" if self.optimizer in ("forward-gradient", first_order.NAME) else "split"
 
     def make_query_schedule(self, steps_per_epoch: int = 1) -> QuerySchedule | None:
         """The query schedule asked for; None stands for the optimizer's own."""

@@ -15,18 +15,22 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from torch import Tensor
+
 from zo_opt.adapters import AdapterModel, trainable_parameters
 from zo_opt.errors import ZOError
 from zo_opt.files import write_atomically
 from zo_opt.journal import NAME as JOURNAL_NAME
 from zo_opt.journal import Journal
-from zo_opt.memory import current_memory, peak_memory, readable
-from zo_opt.optim import OPTIMIZERS, ZerothOrderOptimizer
+from zo_opt.memory import current_memory, peak_memory, readable, reset_peak_memory
+from zo_opt.optim import ZerothOrderOptimizer
 from zo_opt.training import checkpoint, report
 from zo_opt.training.batches import BatchOrder
+from zo_opt.training.build_optimizer import make_optimizer, make_param_groups
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.evaluate_run import RUN_NAME, read_config, read_record
-from zo_opt.training.evaluation import Evaluation, evaluate
+from zo_opt.training.evaluation import Evaluation, Prepared, evaluate
+from zo_opt.training.first_order import FirstOrder
 from zo_opt.training.metrics import MetricsWriter
 from zo_opt.training.prefix_store import FILE_NAME
 from zo_opt.training.progress import Reporter
@@ -51,6 +55,8 @@ class Progress:
     train_seconds: float = 0.0
     other_seconds: float = 0.0
     loss: float | None = None  # running mean, for the progress bar
+    peak_memory: int = 0  # of everything before training
+    train_peak_memory: int = 0
 
     def smooth(self, loss: float) -> float:
         """Update the running mean of the loss with one step's (non-finite ones are skipped)."""
@@ -74,39 +80,14 @@ def train(config: TrainConfig, reporter: Reporter, command: str) -> tuple[report
         examples = load_examples(config, reporter)
         tools = build_tools(config, examples, reporter)
         order = BatchOrder(tools.train.labels, config.batch_size, config.seed, config.batch_order)
-        optimizer = make_optimizer(config, tools, order.steps_per_epoch)
+        params = make_param_groups(config, tools.model, tools.recipe.lr)
+        optimizer = make_optimizer(config, tools.model, params, tools.recipe.lr, order.steps_per_epoch)
         reporter.say(f"{tools.model.trainable_summary()}, frozen base in {tools.precision} on {tools.device.type}")
         if config.resume:
             command = read_record(output_dir)["command"]
         run = _Run(config, reporter, command, output_dir, tools, optimizer, order)
         run.prepare()
     return run.finish(), output_dir
-
-
-def make_optimizer(config: TrainConfig, tools: Tools, steps_per_epoch: int) -> ZerothOrderOptimizer:
-    """The optimizer that the options describe; what they leave open is the optimizer's own."""
-    kind = OPTIMIZERS[config.optimizer]
-    directions = config.directions
-    if directions is None and not kind.own_directions:
-        directions = "rademacher"
-    optional: dict[str, Any] = {
-        "directions": directions,
-        "query_schedule": config.make_query_schedule(steps_per_epoch),
-        "update_rule": config.make_update_rule(),
-    }
-    return kind(
-        trainable_parameters(tools.model),
-        lr=tools.recipe.lr,
-        zo_eps=config.zo_eps,
-        weight_decay=config.weight_decay,
-        seed=config.seed,
-        steps_per_epoch=steps_per_epoch,
-        query_mode=config.mode,
-        module=tools.model,
-        share_prefix=True,  # where the prefix cache is off or full
-        step_control=config.make_step_control(),
-        **{name: value for name, value in optional.items() if value is not None},
-    )
 
 
 class _Run:
@@ -119,14 +100,15 @@ class _Run:
         command: str,
         output_dir: Path,
         tools: Tools,
-        optimizer: ZerothOrderOptimizer,
+        optimizer: ZerothOrderOptimizer | FirstOrder,
         order: BatchOrder,
     ) -> None:
         from transformers import get_scheduler
 
         self.config, self.reporter, self.command, self.output_dir = config, reporter, command, output_dir
         self.tools, self.optimizer, self.progress = tools, optimizer, Progress()
-        self.lr_scheduler = get_scheduler(config.lr_schedule, optimizer, config.warmup_steps, config.steps)
+        scheduled = optimizer.adamw if isinstance(optimizer, FirstOrder) else optimizer
+        self.lr_scheduler = get_scheduler(config.lr_schedule, scheduled, config.warmup_steps, config.steps)
         self.order = order
         self.journal: Journal | None = None
 
@@ -154,15 +136,18 @@ class _Run:
                 "versions": versions(),
                 "started": _now(),
             }
-            self.tools.model.save_pretrained(self.output_dir / START_NAME)
-            self.journal = Journal.create(self.output_dir / JOURNAL_NAME, self.optimizer, self.tools.model)
+            self._start_journal()
             self._save()
             write_atomically(self.output_dir / RUN_NAME, (json.dumps(record, indent=2) + "\n").encode())
         self.progress.other_seconds += time.monotonic() - start
 
     def finish(self) -> report.Summary:
         """Train, evaluate, save and report."""
+        device = self.tools.device
+        self.progress.peak_memory = max(self.progress.peak_memory, peak_memory(device))
+        reset_peak_memory(device)
         self._train()
+        self.progress.train_peak_memory = max(self.progress.train_peak_memory, peak_memory(device))
         start = time.monotonic()
         try:
             after = self._evaluate("evaluation")
@@ -200,13 +185,15 @@ class _Run:
             while optimizer.step_count < config.steps:
                 batch = prepared.batch(self.order.indices(optimizer.step_count))
                 lr = self.lr_scheduler.get_last_lr()[0]
-                optimizer.step(lambda b: prepared.loss(model, b), batch)
-                if self.journal is not None:
-                    self.journal.append(optimizer.last_update)
+                penalty = model.penalty()
+                optimizer.step(lambda b: training_loss(model, prepared, b), batch)
+                self._advance_adapter()
                 self.lr_scheduler.step()
                 self.progress.train_seconds = offset + time.monotonic() - start
                 record = optimizer.last_record
                 assert record is not None
+                if penalty is not None:  # the task's loss is what can be compared
+                    record = replace(record, loss=record.loss - float(penalty.detach()))
                 metrics.write(record, lr, optimizer.history, self.progress.train_seconds)
                 tracker.advance(1, self._note(record.loss, record.queries))
                 done = optimizer.step_count
@@ -216,8 +203,32 @@ class _Run:
                     self._save()
                     raise InterruptedRunError(self.output_dir, done, stop.signum)
 
+    def _advance_adapter(self) -> None:
+        """What follows a step: on record, and what changes in the adapter as training goes on."""
+        optimizer, model = self.optimizer, self.tools.model
+        if isinstance(optimizer, FirstOrder):
+            moved = optimizer.failed_steps == 0
+        else:
+            if self.journal is not None:
+                self.journal.append(optimizer.last_update)
+            moved = bool(optimizer.last_update and optimizer.last_update.coefficients)
+            if model.schedule is not None and model.schedule.needs_grad and moved:
+                optimizer.write_last_grad()
+        if moved:  # gradients of a dropped step are not finite
+            model.step(optimizer.step_count - 1)
+        optimizer.zero_grad()
+
+    def _start_journal(self) -> None:
+        """Only what zeroth-order steps do to weights follows from a few numbers, and only where nothing else moves them."""
+        if isinstance(self.optimizer, FirstOrder) or self.tools.model.schedule is not None:
+            return
+        self.tools.model.save_pretrained(self.output_dir / START_NAME)
+        self.journal = Journal.create(self.output_dir / JOURNAL_NAME, self.optimizer, self.tools.model)
+
     def _reopen_journal(self) -> None:
         """Steps beyond the checkpoint are done again, to the same bits, and recorded again."""
+        if isinstance(self.optimizer, FirstOrder) or self.tools.model.schedule is not None:
+            return
         path = self.output_dir / JOURNAL_NAME
         if path.exists():
             self.journal = Journal.open(path, self.optimizer, self.tools.model, cut=True)
@@ -262,12 +273,20 @@ class _Run:
             truncated=tools.train.truncated + tools.held_out.truncated,
             train_seconds=self.progress.train_seconds,
             other_seconds=self.progress.other_seconds,
-            peak_memory=peak_memory(tools.device),
+            peak_memory=max(self.progress.peak_memory, peak_memory(tools.device)),
+            train_peak_memory=self.progress.train_peak_memory,
+            adapter_bytes=sum(t.numel() * t.element_size() for t in tools.model.adapter_state().values()),
             device=tools.device.type,
             precision=tools.precision,
             batch_size=self.config.batch_size,
             versions=versions(),
         )
+
+
+def training_loss(model: AdapterModel, prepared: Prepared, batch: Any) -> Tensor:
+    """The loss that is trained: the task's, and what the adapter adds to it."""
+    loss, penalty = prepared.loss(model, batch), model.penalty()
+    return loss if penalty is None else loss + penalty
 
 
 def versions() -> dict[str, str]:

@@ -10,9 +10,11 @@ from zo_opt.adapters import AdapterConfig
 from zo_opt.adapters.tt_init import FEATURES
 from zo_opt.errors import ZOError
 from zo_opt.optim import OPTIMIZERS, Adam
+from zo_opt.training import first_order
 from zo_opt.training.adapter_init import can_place
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.data import Example
+from zo_opt.training.methods import WHOLE_MODEL, default_lr
 from zo_opt.training.models import classification_heads
 from zo_opt.training.scoring import Scorer
 from zo_opt.training.tasks import Task
@@ -20,6 +22,8 @@ from zo_opt.training.tasks import Task
 LAYER_SHARE = (
     2 / 3
 )  # placed adapters sit at this depth: classes are well separated there, and a third of the model is left to run
+
+PLACED_LR = 0.1
 
 
 @dataclass(frozen=True)
@@ -40,16 +44,18 @@ def resolve(config: TrainConfig, model: nn.Module, scorer: Scorer, task: Task, e
     placeable = config.adapter == "tt" and config.modules_to_tensorize is None and can_place(scorer, task, example)
     init = config.adapter_init
     if init == "auto":
-        init = "class_means" if placeable and config.target_modules is None else "random"
+        placed = placeable and config.target_modules is None and config.optimizer != first_order.NAME
+        init = "class_means" if placed else "random"
     if init not in FEATURES:
         tensorized = config.modules_to_tensorize or []
         heads = classification_heads(model) if config.head == "classification" else []
         adapter = config.make_adapter(
-            layers=-(-depth(model) // 4),
+            layers=None if config.adapter in WHOLE_MODEL else -(-depth(model) // 4),
+            total_steps=config.steps,
             modules_to_save=[name for name in heads if name not in tensorized] or None,
             seed=config.seed,
         )
-        return Recipe(adapter, "random", _lr(config, adam=1e-2, sgd=1e-4))
+        return Recipe(adapter, "random", _lr(config))
     if not placeable:
         raise ZOError(
             f"adapter_init={init!r} needs a causal or masked model, label words that are the same in every row and begin with "
@@ -65,14 +71,16 @@ def resolve(config: TrainConfig, model: nn.Module, scorer: Scorer, task: Task, e
         output_rank=classes - 1,
         seed=config.seed,
     )
-    return Recipe(adapter, init, _lr(config, adam=0.1, sgd=0.1))
+    return Recipe(adapter, init, config.lr if config.lr is not None else PLACED_LR)
 
 
-def _lr(config: TrainConfig, *, adam: float, sgd: float) -> float:
-    """The learning rate given, or the recipe's for the kind of update rule."""
+def _lr(config: TrainConfig) -> float:
+    """The learning rate given, or the method's."""
     if config.lr is not None:
         return config.lr
-    return adam if isinstance(config.make_update_rule(), Adam) or OPTIMIZERS[config.optimizer].lr_is_a_length else sgd
+    kind = OPTIMIZERS.get(config.optimizer)  # None: first order
+    adam = isinstance(config.make_update_rule(), Adam) or (kind is not None and kind.lr_is_a_length)
+    return default_lr(config.optimizer, config.adapter, adam=adam)
 
 
 def depth(model: nn.Module) -> int:

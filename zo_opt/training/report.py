@@ -41,10 +41,17 @@ class Summary:
     train_seconds: float
     other_seconds: float
     peak_memory: int
+    train_peak_memory: int
+    adapter_bytes: int
     device: str
     precision: str
     batch_size: int
     versions: dict[str, str]
+
+    @property
+    def how(self) -> str:
+        """What a step takes."""
+        return "with forward passes alone" if self.queries else "by backpropagation"
 
     @property
     def gain(self) -> float:
@@ -63,6 +70,8 @@ def markdown(s: Summary) -> str:
     """The summary as a short page."""
     whole = s.forwards * s.forward_depth + s.prepared_rows / s.batch_size
     cost = f"{s.forwards:,} in training ({s.forwards / s.steps:.3g} a step, batches of {s.batch_size})"
+    if not s.queries:
+        cost += ", a backward pass counted as two"
     if s.forward_depth < 1:
         cost += f", each through {s.forward_depth:.0%} of the layers, above the cached prefix"
     cost += f"; {whole:,.0f} whole passes in all, with one over {s.prepared_rows:,} rows to cache and place"
@@ -80,7 +89,7 @@ def markdown(s: Summary) -> str:
         ("time", f"{s.train_seconds:.0f} s training, {s.other_seconds:.0f} s caching and evaluation"),
         (
             "peak memory",
-            f"{readable(s.peak_memory)} on {s.device}, {_cache_share(s)}",
+            f"{readable(s.peak_memory)} on {s.device} ({readable(s.train_peak_memory)} in training), {_cache_share(s)}",
         ),
         ("frozen base", s.precision),
         ("prompts cut to fit", f"{s.truncated}"),
@@ -88,7 +97,7 @@ def markdown(s: Summary) -> str:
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return (
-        f"# {s.optimizer} on {s.task}\n\n{s.model}, tuned with forward passes alone.\n\n"
+        f"# {s.optimizer} on {s.task}\n\n{s.model}, tuned {s.how}.\n\n"
         f"![loss and queries against forward passes, accuracy before and after](report.png)\n\n"
         f"| | |\n|---|---|\n{table}\n\n```\n{s.command}\n```\n\n± is one standard error over the held-out rows.\n"
     )
@@ -110,7 +119,7 @@ def draw(metrics: list[dict[str, Any]], s: Summary, path: Path) -> None:
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2, 2, width_ratios=(3.4, 1), height_ratios=(3, 1))
     loss_axes = figure.add_subplot(grid[0, 0])
-    query_axes = figure.add_subplot(grid[1, 0], sharex=loss_axes)
+    lower_axes = figure.add_subplot(grid[1, 0], sharex=loss_axes)
     accuracy_axes = figure.add_subplot(grid[:, 1])
     forwards = [m["forwards"] for m in metrics]
     losses = [m["loss"] for m in metrics]
@@ -126,10 +135,11 @@ def draw(metrics: list[dict[str, Any]], s: Summary, path: Path) -> None:
         loss_axes.set_ylim(low - 0.05 * (top - low), top + 0.25 * (top - low))
     loss_axes.legend(frameon=False, ncols=2, fontsize=9)
     loss_axes.tick_params(labelbottom=False)
-    query_axes.step(forwards, [m["queries"] for m in metrics], color=BLUE, where="pre")
-    query_axes.set_ylim(0, 1.25 * max((m["queries"] for m in metrics), default=1))
-    query_axes.set_ylabel("queries\na step")
-    query_axes.set_xlabel("forward passes")
+    below = "queries" if s.queries else "lr"
+    lower_axes.step(forwards, [m[below] for m in metrics], color=BLUE, where="pre")
+    lower_axes.set_ylim(0, 1.25 * max((m[below] for m in metrics), default=1))
+    lower_axes.set_ylabel("queries\na step" if s.queries else "lr")
+    lower_axes.set_xlabel("forward passes")
     bars = accuracy_axes.bar(
         ["before", "after"], [100 * s.before.accuracy, 100 * s.after.accuracy], color=[GREY, BLUE], width=0.62,
         yerr=[100 * _standard_error(s.before), 100 * _standard_error(s.after)], capsize=4, ecolor="#4a5568",
@@ -137,11 +147,12 @@ def draw(metrics: list[dict[str, Any]], s: Summary, path: Path) -> None:
     accuracy_axes.bar_label(bars, fmt="%.1f %%", padding=4, fontsize=11)
     accuracy_axes.set_ylim(0, 105)
     accuracy_axes.set_ylabel(f"accuracy on {s.after.rows} held-out rows (%)")
-    for axes in (loss_axes, query_axes, accuracy_axes):
+    for axes in (loss_axes, lower_axes, accuracy_axes):
         axes.spines[["top", "right"]].set_visible(False)
     name = Path(s.model).name
     figure.suptitle(
-        f"{name} on {Path(s.task).name}: {s.gain:+.1f} points in {s.forwards:,} training forward passes, no backward pass",
+        f"{name} on {Path(s.task).name}: {s.gain:+.1f} points in {s.forwards:,} training forward passes, "
+        f"{'no backward pass' if s.queries else 'a backward pass counted as two'}",
         fontsize=13,
     )
     figure.savefig(path)

@@ -1,0 +1,55 @@
+"""From options to an optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from zo_opt.adapters import trainable_parameters
+from zo_opt.optim import OPTIMIZERS, ZerothOrderOptimizer
+from zo_opt.training import first_order
+from zo_opt.training.config import TrainConfig
+from zo_opt.training.first_order import FirstOrder
+
+
+def make_optimizer(
+    config: TrainConfig, model: nn.Module, params: list[Any], lr: float, steps_per_epoch: int
+) -> ZerothOrderOptimizer | FirstOrder:
+    """The optimizer that the options describe; what they leave open is the optimizer's own."""
+    if config.optimizer == first_order.NAME:
+        return FirstOrder(
+            params, lr=lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm, steps_per_epoch=steps_per_epoch,
+        )  # fmt: skip
+    kind = OPTIMIZERS[config.optimizer]
+    directions = config.directions
+    if directions is None and not kind.own_directions:
+        directions = "rademacher"
+    optional: dict[str, Any] = {
+        "directions": directions,
+        "query_schedule": config.make_query_schedule(steps_per_epoch),
+        "update_rule": config.make_update_rule(),
+    }
+    return kind(
+        params,
+        lr=lr,
+        zo_eps=config.zo_eps,
+        weight_decay=config.weight_decay,
+        seed=config.seed,
+        steps_per_epoch=steps_per_epoch,
+        query_mode=config.mode,
+        module=model,
+        share_prefix=True,  # where the prefix cache is off or full
+        step_control=config.make_step_control(),
+        **{name: value for name, value in optional.items() if value is not None},
+    )
+
+
+def make_param_groups(config: TrainConfig, model: nn.Module, lr: float) -> list[Any]:
+    """The trainables; in LoRA+'s groups where a ratio is given."""
+    if config.loraplus_lr_ratio is None:
+        return trainable_parameters(model)
+    from zo_opt.adapters import lora_plus_groups
+
+    return lora_plus_groups(model, lr=lr, ratio=config.loraplus_lr_ratio, lr_embedding=config.loraplus_lr_embedding)

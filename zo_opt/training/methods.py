@@ -1,0 +1,104 @@
+"""Names of methods as their papers call them: an adapter, what moves it, and at which learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from zo_opt.adapters import ADAPTERS
+from zo_opt.errors import ZOError
+from zo_opt.optim import OPTIMIZERS
+from zo_opt.training import first_order
+
+RANDOM_START = {"adapter_init": "random"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of a comparison.
+
+    Attributes:
+        name: the name asked for.
+        optimizer: "adamw" (backpropagation) or a name of :data:`~zo_opt.optim.OPTIMIZERS`.
+        adapter: a name of :data:`~zo_opt.adapters.ADAPTERS`.
+        options: other options of ``zo-opt train`` that make the method.
+    """
+
+    name: str
+    optimizer: str
+    adapter: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def zeroth_order(self) -> bool:
+        """Whether it takes forward passes alone."""
+        return self.optimizer != first_order.NAME
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        *(
+            Method(name, first_order.NAME, name)
+            for name in ("full", "bitfit", "lora", "dora", "adalora", "lora-fa", "vera", "aflora", "lisa", "lamda")
+        ),
+        Method("lamda++", first_order.NAME, "lamda++"),
+        Method("adapter", first_order.NAME, "adapter"),
+        Method("spectral", first_order.NAME, "spectral"),
+        Method("lora+", first_order.NAME, "lora", {"loraplus_lr_ratio": 16.0}),
+        Method("loretta", first_order.NAME, "tt", RANDOM_START),
+        # MeZO as published: one two-sided Gaussian query a step, the same for all examples, plain SGD.
+        *(
+            Method(name, optimizer, adapter, {"query_mode": "auto", "directions": "gaussian"})
+            for name, optimizer, adapter in (("mezo", "mezo", "full"), ("mezo-lora", "mezo", "lora"))
+        ),
+        Method("sparse-mezo", "sparse-mezo", "full", {"query_mode": "auto"}),
+        # The paper's own start and schedule; its queries split over the batch, which makes them free.
+        Method("adazeta", "adazeta", "tt", RANDOM_START),
+        # The defaults of zo-opt train: one adapter, placed by class means of hidden states (docs/recipe.md).
+        Method("adazeta-placed", "adazeta", "tt"),
+    )
+}
+
+# AdamW's learning rates by adapter, and zeroth-order SGD's: orders of magnitude to start a search from.
+FIRST_ORDER_LR: Mapping[str, float] = {
+    "full": 2e-5, "lisa": 2e-5, "tt": 1e-2, "tt-lora": 1e-2, "tt-delta": 1e-2, "spectral": 3e-2, "vera": 1e-2,
+}  # fmt: skip
+LOW_RANK_LR = 2e-3
+WHOLE_MODEL_SGD_LR = 1e-6  # arXiv 2305.17333
+WHOLE_MODEL = ("full", "lisa")  # adapters that train the model's own weights
+
+
+def get_method(name: str) -> Method:
+    """The method of that name, or ``optimizer:adapter`` for any two.
+
+    Raises:
+        ZOError: it is not known.
+
+    >>> get_method("lora+").optimizer, get_method("fzoo:tt-lora").adapter
+    ('adamw', 'tt-lora')
+    """
+    if name in METHODS:
+        return METHODS[name]
+    optimizer, colon, adapter = name.partition(":")
+    if not colon:
+        raise ZOError(f"method {name!r} is not known; choose of {', '.join(METHODS)}, or give optimizer:adapter.")
+    if optimizer not in (known := (first_order.NAME, *OPTIMIZERS)):
+        raise ZOError(
+            f"method {name!r} names an optimizer that is not known ({optimizer!r}); choose of {', '.join(known)}."
+        )
+    if adapter not in ADAPTERS:
+        raise ZOError(
+            f"method {name!r} names an adapter that is not known ({adapter!r}); choose of {', '.join(ADAPTERS)}."
+        )
+    return Method(name, optimizer, adapter, RANDOM_START if optimizer != first_order.NAME else {})
+
+
+def default_lr(optimizer: str, adapter: str, *, adam: bool) -> float:
+    """Where nothing else is known; ``adam``: the update's length is lr whatever the gradient's."""
+    if optimizer == first_order.NAME:
+        return FIRST_ORDER_LR.get(adapter, LOW_RANK_LR)
+    if adapter in WHOLE_MODEL:
+        return 1e-4 if adam else WHOLE_MODEL_SGD_LR
+    return 1e-2 if adam else 1e-4
