@@ -217,7 +217,7 @@ def test_peft_loads_the_exported_lora(tmp_path, name):
     model, batch = get_adapter_model(build(name), TTLoRAConfig(rank=4, tt_rank=2, **EXPORTS[name])), padded_batch(name)
     perturb(trained(model))
     expected = logits(model, batch)
-    model.export_lora(tmp_path / "lora")
+    model.export_peft(tmp_path / "lora")
     values = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert (values["peft_type"], values["r"], values["lora_alpha"]) == ("LORA", 4, 16.0)
     assert values["fan_in_fan_out"] == (name == "gpt2")
@@ -239,7 +239,7 @@ def test_peft_loads_the_exported_lora(tmp_path, name):
 def test_what_is_no_lora_is_not_exported(tmp_path, config):
     model = get_adapter_model(build("llama"), config)
     with pytest.raises(ZOError, match="LoRA"):
-        model.export_lora(tmp_path / "lora")
+        model.export_peft(tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
 
 

@@ -98,7 +98,7 @@ def test_tsv_keeps_any_text_without_tabs_and_line_ends(tmp_path: Path, texts: li
         ("a.csv", b"", "empty"),
         ("a.csv", b"text,label\n", "empty"),
         ("a.tsv", b"text\tlabel\n\n", "empty"),
-        ("a.txt", b"text\n", r"\.jsonl, \.csv or \.tsv"),
+        ("a.parquet", b"text\n", r"\.jsonl, \.csv or \.tsv"),
         ("a", b"text\n", r"\.jsonl, \.csv or \.tsv"),
         ("a.jsonl", b'{"text": 1}\n\n{"text": \n', "line 3"),
         ("a.jsonl", b'{"text": 1}\n[1, 2]\n', "line 2.*list.*object"),

@@ -523,6 +523,33 @@ def test_sparse_mezos_thresholds_stay_with_their_parameters():
     assert torch.equal(model.b != before, before.abs() <= threshold)
 
 
+def test_sparse_mezos_thresholds_of_what_is_frozen_for_now_are_saved():
+    model = Model()
+    optimizer = build("sparse-mezo", model, density=0.4)
+    optimizer.step(model, BATCH)
+    model.w.requires_grad_(False)
+    again = copy.deepcopy(model)
+    resumed = build("sparse-mezo", again, density=0.4)
+    resumed.load_state_dict(json.loads(json.dumps(optimizer.state_dict())))
+    for m, o in ((model, optimizer), (again, resumed)):
+        m.w.requires_grad_(True)
+        o.step(m, BATCH)
+    assert same(bits(model), bits(again))
+
+
+def test_svrg_takes_a_snapshot_of_what_comes_in():
+    model = Model()
+    model.w.requires_grad_(False)
+    optimizer = build("mezo-svrg", model, interval=10)
+    older = []
+    for step in range(4):
+        if step == 2:
+            model.w.requires_grad_(True)
+        optimizer.step(model, BATCH)
+        older.append(bool(optimizer.last_update.older))
+    assert older == [False, True, False, True]
+
+
 class Tied(Model):
     """Two names for the matrix."""
 

@@ -6,9 +6,18 @@ import pytest
 
 from zo_opt import ZOError
 from zo_opt.training.data import make_examples
-from zo_opt.training.tasks import TASKS, Task, custom_task, get_task, parse_verbalizers, placeholders
+from zo_opt.training.task_metrics import CLASSIFICATION, GENERATION
+from zo_opt.training.tasks import (
+    TASKS,
+    Task,
+    custom_generation_task,
+    custom_task,
+    get_task,
+    parse_verbalizers,
+    placeholders,
+)
 
-# One row a task as the datasets have it, its label's number, its prompt and its label words.
+# One row a classification task as the datasets have it, its label's number, its prompt and its label words.
 ROWS = {
     "sst2": (
         {"idx": 7, "sentence": "a charming film ", "label": 1},
@@ -46,11 +55,60 @@ ROWS = {
         "The man broke his toe. because",
         ["He got a hole in his sock.", "He dropped a hammer on his foot."],
     ),
+    "mrpc": (
+        {"sentence1": "It rains.", "sentence2": "Rain falls.", "label": 1},
+        1,
+        "Do these two sentences mean the same?\nIt rains.\nRain falls.\nYes or No?\n",
+        ["No", "Yes"],
+    ),
+    "piqa": (
+        {"goal": "Boil an egg.", "sol1": "Freeze it.", "sol2": "Put it in hot water.", "label": 1},
+        1,
+        "Goal: Boil an egg.\nAnswer:",
+        ["Freeze it.", "Put it in hot water."],
+    ),
 }
+
+# One row a generation task, its prompt and its right texts.
+TARGETS = {
+    "arithmetic": ({"question": "Calculate 5 + 91 =", "answer": "96"}, "Calculate 5 + 91 =", ("96",)),
+    "nq_open": ({"question": "who sang help", "answer": ["The Beatles", "Beatles"]}, "Question: who sang help?\nAnswer:",
+                ("The Beatles", "Beatles")),
+    "sciq": ({"support": "Ice floats.", "question": "What floats?", "answer": "ice"}, "Ice floats.\nQuestion: What floats?\nAnswer:",
+             ("ice",)),
+}  # fmt: skip
+LABELLED = [name for name, task in TASKS.items() if task.kind == CLASSIFICATION]
 
 
 def test_every_task_of_the_table_has_a_row_here() -> None:
-    assert set(ROWS) == set(TASKS)
+    assert set(ROWS) == set(LABELLED)
+    assert set(TARGETS) == {name for name, task in TASKS.items() if task.kind == GENERATION}
+
+
+@pytest.mark.parametrize("name", sorted(TARGETS))
+def test_a_row_becomes_prompt_and_right_texts(name: str) -> None:
+    row, prompt, references = TARGETS[name]
+    task = get_task(name)
+    [example] = make_examples([row], task, "here")
+    assert task.template.format(**example.fields) == prompt
+    assert example.references == references
+    assert task.labels == []
+
+
+def test_targets_may_be_lists_numbers_and_truth_values() -> None:
+    task = custom_generation_task(text_column="q", target_column="a", template=None)
+    rows = [{"q": "x", "a": value} for value in (["one", "", None, "two"], 7, True)]
+    assert [e.references for e in make_examples(rows, task, "here")] == [("one", "two"), ("7",), ("true",)]
+    for empty in ("", " ", [], [""]):
+        with pytest.raises(ZOError, match=r"here, row 1: column 'a' holds no text"):
+            make_examples([{"q": "x", "a": empty}], task, "here")
+
+
+def test_running_text_is_taken_as_it_is() -> None:
+    rows = [{"text": "  indented"}, {"text": ""}, {"text": "7 "}]
+    assert [e.fields["text"] for e in make_examples(rows, get_task("lm"), "here")] == ["  indented", "", "7 "]
+    with pytest.raises(ZOError, match="here holds no text"):
+        make_examples([{"text": " "}, {"text": ""}], get_task("lm"), "here")
 
 
 @pytest.mark.parametrize("name", sorted(ROWS))
@@ -63,7 +121,7 @@ def test_a_row_becomes_prompt_label_and_label_words(name: str) -> None:
     assert example.label == number
 
 
-@pytest.mark.parametrize("name", sorted(TASKS))
+@pytest.mark.parametrize("name", sorted(LABELLED))
 def test_labels_are_known_by_name_and_by_number(name: str) -> None:
     task = get_task(name)
     for number, label in enumerate(task.labels):

@@ -174,3 +174,41 @@ def test_it_continues_from_a_state_to_the_same_bits(name):
     second.load_state_dict(state)
     second.write_grad(resumed, BATCH)
     assert torch.equal(resumed.w.grad, model.w.grad)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "sparse-mezo"])  # its mask follows the weights, which moved
+def test_the_last_steps_estimate(name):
+    """Twins: one steps and writes what it applied, the other writes in place of a step. Nothing else may differ."""
+    ours, theirs = Model(), Model()
+    own, writer = build(name, ours, lr=1e-6), build(name, theirs, lr=1e-6)
+    own.step(ours, BATCH)
+    state = copy.deepcopy(dict(own.state))
+    own.write_last_grad()
+    writer.write_grad(theirs, BATCH)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+        assert all(torch.equal(own.state[a][n], t) for n, t in state.get(a, {}).items() if isinstance(t, torch.Tensor))
+    assert own.step_count == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_writing_it_changes_nothing_that_follows(name):
+    one, other = Model(), Model()
+    quiet, writing = build(name, one), build(name, other)
+    for _ in range(3):
+        quiet.step(one, BATCH)
+        writing.step(other, BATCH)
+        writing.write_last_grad()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in other.parameters())
+        writing.zero_grad()
+    assert same(bits(one), bits(other))
+
+
+def test_it_is_zero_where_no_loss_was_finite_and_needs_a_step():
+    model = Model()
+    writer = make(model)
+    with pytest.raises(ZOError, match="before a step"):
+        writer.write_last_grad()
+    writer.step(lambda batch: model(batch) * math.nan, BATCH)
+    writer.write_last_grad()
+    assert all(not p.grad.any() for p in model.parameters())

@@ -165,6 +165,8 @@ def resume(place: Place, change: Callable[[Path], Any]) -> dict[str, Any]:
     return {"output_dir": place.broken_run(change), "resume": "true"}
 
 
+TARGET = {"target_column": "label", "verbalizers": None}
+TEXT = {"task": "lm", "template": None, "verbalizers": None}
 A, B = {"text": "a film", "label": 0}, {"text": "boring", "label": 1}
 MIB = 1 << 20
 
@@ -207,6 +209,42 @@ CASES: dict[str, Case] = {
         lambda p: {"train_file": p.rows("t.jsonl", *[{"text": "a", "label": i} for i in range(200)]), "verbalizers": None},
         "200 different labels",
     ),
+    # generation and language modelling
+    "missing target column": (lambda p: TARGET | {"target_column": "summary"}, "no column 'summary'.*text, label"),
+    "an empty target": (
+        lambda p: TARGET | {"train_file": p.rows("t.jsonl", {"text": "a", "label": " "}, {"text": "b", "label": "x"})},
+        r"t\.jsonl, row 1: column 'label' holds no text to write",
+    ),
+    "label words of a generation task": (lambda p: TARGET | {"verbalizers": "a,b"}, "verbalizers was given.*generation task"),
+    "a target column of built-in rows": (
+        lambda p: {"target_column": "answer", "train_file": None, "eval_file": None}, "target_column was given without train_file",
+    ),
+    "a built-in generation prompt on other columns": (lambda p: TEXT | {"task": "nq_open"}, "no column 'question'.*text, label"),
+    "a label column of a generation task": (lambda p: TARGET | {"label_column": "text"}, "label_column was given"),
+    "no new tokens": (lambda p: TARGET | {"max_new_tokens": 0}, "max_new_tokens=0"),
+    "new tokens of a classification": (lambda p: {"max_new_tokens": 5}, "max_new_tokens was given.*writes nothing"),
+    "no room for what is to be written": (lambda p: TARGET | {"max_new_tokens": 64}, "template alone.*context of 64"),
+    "a classification head for generation": (lambda p: TARGET | {"head": "classification"}, "head='classification'.*leave it out"),
+    "compiled layers for generation": (
+        lambda p: TARGET | {"compile": "true", "query_mode": "sequential"}, "leave --compile out",
+    ),
+    "class means of a generation task": (lambda p: TARGET | {"adapter_init": "class_means"}, "--adapter_init random"),
+    "plain text without labels": (lambda p: {"train_file": p.file("a.txt", "a\nb\n")}, r"a\.txt is plain text.*--task lm"),
+    "plain text to evaluate labels on": (lambda p: {"eval_file": p.file("a.txt", "a\nb\n")}, r"a\.txt is plain text.*--task lm"),
+    "plain text as a generation task": (
+        lambda p: TARGET | {"train_file": p.file("a.txt", "a\nb\n")}, r"a\.txt, row 1: there is no column 'label'",
+    ),
+    "an empty text": (lambda p: TEXT | {"train_file": p.file("a.txt", "\n \n")}, r"a\.txt is empty; it needs text"),
+    "a text of one line": (lambda p: TEXT | {"train_file": p.file("a.txt", "one"), "eval_file": None}, "one row only"),
+    "a text whose end is blank": (
+        lambda p: TEXT | {"train_file": p.rows("t.jsonl", {"text": "a"}, {"text": ""}), "eval_file": None}, "holds no text",
+    ),
+    "a text without a column of text": (
+        lambda p: TEXT | {"train_file": p.rows("t.jsonl", {"body": "a"})}, "no column 'text'; its columns are body",
+    ),
+    "a template for running text": (lambda p: TEXT | {"template": "{text}!"}, "template was given.*language-modelling"),
+    "language modelling on nothing": (lambda p: TEXT | {"train_file": None, "eval_file": None}, "'lm' has no built-in rows.*--train_file"),
+    "blocks of one token": (lambda p: TEXT | {"max_length": 1}, "max_length=1.*at least 2"),
     # prompt
     "template without columns": (lambda p: {"template": "It was"}, "shows nothing of the row"),
     "template with a mask alone": (lambda p: {"template": "It was {mask}."}, "template"),
@@ -395,3 +433,46 @@ def test_wrong_input_in_a_process_of_its_own(toy_options: Options, place: Place,
     assert done.returncode == 2
     assert_one_sentence(done.stderr, what)
     assert tree(place.path) == before
+
+
+PLANS = {
+    "a method that is not known": ({"methods": "lora,bogus"}, "'bogus'.*mezo-lora"),
+    "an adapter that is not known": ({"methods": "mezo:bogus"}, "'bogus'.*tt-lora"),
+    "no config": ({"model_name_or_path": "nowhere"}, r"nowhere.*config\.json"),
+    "a directory without a config": ({"model_name_or_path": "empty"}, r"empty holds no config\.json"),
+    "a config of nothing": ({"model_name_or_path": "odd"}, "odd"),
+    "memory without a unit": ({"memory": "24"}, "'24'.*24GB"),
+    "memory that is no size": ({"memory": "much"}, "'much'.*24GB"),
+    "no rows": ({"batch_size": 0}, "batch_size=0"),
+    "no tokens": ({"length": 0}, "length=0"),
+    "fewer tokens than the prompt": ({"length": 2}, "length=2.*at least"),
+    "more tokens than positions": ({"length": 100_000}, "length=100000.*8192"),
+    "more layers than there are": ({"layers": 31}, "layers=31"),
+    "another precision": ({"precision": "fp8"}, "'fp8'.*mixed"),
+    "another device": ({"device": "tpu"}, "'tpu'.*cuda"),
+    "other logits": ({"logits": "some"}, "'some'.*labels"),
+    "all logits of a classification head": ({"logits": "all", "head": "classification"}, "classification"),
+    "another query mode": ({"query_mode": "bogus"}, "'bogus'.*split"),
+    "a file of another kind": ({"out": "plan.txt"}, r"plan\.txt.*\.json"),
+    "a file that is there": ({"out": "taken.md"}, r"taken\.md exists"),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_wrong_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    options, what = PLANS[name]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text('{"model_type": "bogus"}')
+    (tmp_path / "taken.md").touch()
+    line = ["plan"]
+    for option, value in ({"methods": "lora"} | options).items():
+        line += [f"--{option}", str(value)]
+    before = tree(tmp_path)
+    assert run_main(line) == 2
+    assert_one_sentence(capsys.readouterr().err, what)
+    assert tree(tmp_path) == before

@@ -54,7 +54,7 @@ class Copies:
         failure: Exception | None = None
         if not self._closure.unmappable:
             try:
-                with _masks_without_branches(), folded_attention():
+                with masks_without_branches(), folded_attention():
                     run = vmap(loss, in_dims=(0, 0 if split and tensors.leaves else None), randomness="same")
                     return run(copies, tensors.leaves).double().cpu()
             except (RuntimeError, ValueError) as error:
@@ -129,7 +129,7 @@ class _ClosureModule(nn.Module):
 
 
 @contextmanager
-def _masks_without_branches() -> Iterator[None]:
+def masks_without_branches() -> Iterator[None]:
     """Let transformers build attention masks as it does when traced: without reading the padding mask's values.
 
     Its shortcut for batches without padding is a branch on data, which ``vmap`` cannot follow.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import resource
 import sys
 import weakref
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from zo_opt.errors import ZOError
 
 _STATUS = Path("/proc/self/status")  # Linux
 
@@ -140,6 +143,25 @@ class LiveBytes(TorchDispatchMode):
     def _free(self, key: int, size: int) -> None:
         self._births.pop(key, None)
         self.now -= size
+
+
+def parse_bytes(text: str) -> int:
+    """A size such as 24GB (powers of 1000) or 24GiB (powers of 1024) in bytes.
+
+    Raises:
+        ZOError: it is no positive size with a unit.
+
+    >>> parse_bytes("24GB"), parse_bytes("1.5 MiB")
+    (24000000000, 1572864)
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(i?)B\s*", text, re.IGNORECASE)
+    size = 0
+    if found is not None:
+        number, prefix, binary = found.groups()
+        size = int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(prefix.upper()) + 1))
+    if size < 1:
+        raise ZOError(f"memory={text!r} is not understood; give a size with its unit, such as 24GB or 22.5GiB.")
+    return size
 
 
 def readable(size: float) -> str:

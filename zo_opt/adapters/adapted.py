@@ -16,6 +16,7 @@ class AdaptedModule(nn.Module, ABC):
     """
 
     kind: ClassVar[str]
+    merged: ClassVar[str] = "weight"  # the base layer's parameter that merge() writes
 
     def __init__(self, base_layer: nn.Module, adapter: nn.Module) -> None:
         super().__init__()

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
-from zo_opt.adapters import lora_export, storage, table
+from zo_opt.adapters import peft_format, storage, table
 from zo_opt.adapters.adapted import AdaptedModule
 from zo_opt.adapters.config import AdapterConfig
 from zo_opt.adapters.merged_trains import MergedTrains
@@ -100,13 +101,15 @@ class AdapterModel(nn.Module):
         base = getattr(getattr(self.wrapped, "config", None), "_name_or_path", None)
         storage.save(Path(directory), self.adapter_config, self.adapter_state(), self.schedule_state(), base or None)
 
-    def export_lora(self, directory: str | Path) -> None:
-        """Write the adapters as an ordinary LoRA, which ``peft.PeftModel.from_pretrained`` loads with the same logits.
+    def export_peft(self, directory: str | Path) -> None:
+        """Write the adapters in PEFT's format, which ``peft.PeftModel.from_pretrained`` loads with the same logits.
+
+        DoRA, AdaLoRA and VeRA as such; every other method whose update is a pair of factors as an ordinary LoRA.
 
         Raises:
-            ZOError: the adapters are no pairs of low-rank factors.
+            ZOError: PEFT has no such adapter.
         """
-        lora_export.export_lora(
+        peft_format.export_peft(
             self.wrapped, self.adapted_modules(), self.adapter_config, self.adapter_state(), Path(directory)
         )
 
@@ -121,9 +124,8 @@ class AdapterModel(nn.Module):
         """
         adapted = self.adapted_modules()
         self.adapter_config.check_mergeable()
-        for module in adapted.values():
-            matrix(module.base_layer)  # all can be read before the first one is written
-        parting = shared_parameters(self.wrapped) & {id(module.weight) for module in adapted.values()}
+        # All can be read before the first one is written.
+        parting = shared_parameters(self.wrapped) & {id(_merged_into(module)) for module in adapted.values()}
         for module in adapted.values():
             module.merge()
         plain = self.unload()
@@ -146,9 +148,20 @@ class AdapterModel(nn.Module):
         found = ((name, self.wrapped.get_submodule(name)) for name in self.adapted)
         return {name: module for name, module in found if isinstance(module, AdaptedModule)}
 
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """Those that have made steps on this model's trainables; known for methods with a schedule alone."""
+        return list(self._watch.optimizers) if self._watch is not None else []
+
     def adapter_table(self, *, each: bool = False) -> str:
         """Where adapters sit and what they cost, as text: a line a kind of module, or one an adapter (``each``)."""
-        return table.adapter_table(self.wrapped, self.adapted_modules(), self.adapter_config.adapter_type, each)
+        return table.adapter_table(
+            self.wrapped,
+            self.adapted_modules(),
+            self.adapter_config.adapter_type,
+            trainable_parameters(self),
+            each=each,
+        )
 
     def extra_repr(self) -> str:
         return self.trainable_summary()
@@ -158,7 +171,9 @@ class AdapterModel(nn.Module):
         trained = sum(p.numel() for p in trainable_parameters(self))
         total = sum(p.numel() for p in self.parameters())
         where = {0: "the model itself", 1: "1 adapter"}.get(len(self.adapted), f"{len(self.adapted)} adapters")
-        return f"{trained:,} trainable parameters of {total:,} ({100 * trained / total:.2g} %) in {where}"
+        share = 100 * trained / total
+        shown = f"{share:.0f}" if share >= 10 else f"{share:.2g}"
+        return f"{trained:,} trainable parameters of {total:,} ({shown} %) in {where}"
 
 
 def get_adapter_model(model: nn.Module, config: AdapterConfig) -> AdapterModel:
@@ -180,10 +195,20 @@ def get_adapter_model(model: nn.Module, config: AdapterConfig) -> AdapterModel:
 def load_adapter_model(model: nn.Module, directory: str | Path) -> AdapterModel:
     """Put a saved adapter into its base model, to the bit.
 
+    Args:
+        model: the base model.
+        directory: written by ``save_pretrained``; or by PEFT, with LoRA, DoRA, AdaLoRA or VeRA in it (numbers become float32).
+
     Raises:
-        ZOError: files missing or damaged, or made for a model of other shapes.
+        ZOError: files missing or damaged, or made for a model of other shapes; or a PEFT option that is not known here.
     """
-    config, tensors, schedule = storage.load(Path(directory))
+    _check_bare(model)
+    directory = Path(directory)
+    schedule: dict[str, torch.Tensor] = {}
+    if peft_format.is_peft(directory):
+        config, tensors = peft_format.read_peft(model, directory)
+    else:
+        config, tensors, schedule = storage.load(directory)
     adapted = _inject(model, config, start=False)
     try:
         storage.restore(adapted.adapter_state(), tensors, f"the adapter in {directory}")
@@ -214,8 +239,7 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def _inject(model: nn.Module, config: AdapterConfig, *, start: bool) -> AdapterModel:
     """Put adapters in; ``start``: set those that begin as a decomposition of the weight, which a saved adapter overwrites."""
-    if isinstance(model, AdapterModel) or any(isinstance(m, AdaptedModule) for m in model.modules()):
-        raise ZOError("this model has adapters already; call unload() on it before adding others.")
+    _check_bare(model)
     targets = config.find_targets(model)
     if start:
         config = config.resolve(targets)
@@ -236,17 +260,41 @@ def _inject(model: nn.Module, config: AdapterConfig, *, start: bool) -> AdapterM
             module.start_from_weight()
     # Nothing has been changed so far, and nothing goes wrong from here on.
     model.requires_grad_(False)
+    if in_place:
+        model.float()
     for whole in saved:
         _train_whole(whole)
     for target in replaced:
         target.module.requires_grad_(False)  # it may be within a module that is trained whole
-    if in_place:
-        model.float()
     for name in in_place:
         model.get_parameter(name).requires_grad_(True)
     for name, module in adapted.items():
         _replace(model, name, module)
     return AdapterModel(model, config, list(adapted))
+
+
+def _merged_into(module: AdaptedModule) -> nn.Parameter:
+    """The base layer's parameter that merging writes to.
+
+    Raises:
+        ZOError: there is none.
+    """
+    name = module.merged
+    parameter: nn.Parameter | None = getattr(module.base_layer, name, None)
+    if name == "weight":
+        matrix(module.base_layer)
+    elif parameter is None:
+        raise ZOError(
+            f"a {type(module.base_layer).__name__} of this model has no {name} to merge into, and a saved model would lose a new one "
+            "when it is loaded; keep the adapter attached (load_adapter_model), or call unload() to remove it."
+        )
+    assert parameter is not None
+    return parameter
+
+
+def _check_bare(model: nn.Module) -> None:
+    if isinstance(model, AdapterModel) or any(isinstance(m, AdaptedModule) for m in model.modules()):
+        raise ZOError("this model has adapters already; call unload() on it before adding others.")
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

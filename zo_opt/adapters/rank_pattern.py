@@ -45,7 +45,7 @@ def search_rank_pattern(
 
     @cache
     def cost(name: str, rank: int) -> int:
-        adapter = replace(config, rank=rank, rank_pattern=None).wrap(_on_meta(targets[name]), 0).adapter  # type: ignore[call-arg]
+        adapter = replace(config, rank=rank, rank_pattern=None).wrap(on_meta(targets[name]), 0).adapter  # type: ignore[call-arg]
         return sum(p.numel() for p in adapter.parameters() if p.requires_grad)
 
     return search_ranks({name: matrix(t.module) for name, t in targets.items()}, cost, ranks, budget)
@@ -73,7 +73,7 @@ def _check_has_rank(config: AdapterConfig) -> None:
         raise ZOError(f"adapters of type {config.adapter_type!r} have no rank; leave rank_pattern and rank search out.")
 
 
-def _on_meta(target: Target) -> Target:
+def on_meta(target: Target) -> Target:
     """The same target without numbers, to count parameters by."""
     sizes = target.in_features, target.out_features
     module = nn.Embedding(*sizes, device="meta") if target.embedding else nn.Linear(*sizes, device="meta")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
+from functools import cache
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -50,18 +51,16 @@ class Watch:
 
     def __init__(self, model: Any) -> None:
         self._steps = 0
-        self._watching = True
+        self._model = weakref.ref(model)
         self.optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        watched, watch = weakref.ref(model), weakref.ref(self)
+        _see_every_optimizer()
+        _WATCHES.add(self)
 
-        def after_step(optimizer: Optimizer, *_: Any) -> None:
-            model, self = watched(), watch()
-            if model is None or self is None or not self._watching:
-                handle.remove()
-            elif _holds(optimizer, {id(p) for p in model.parameters()}):
-                self._count(optimizer)
-
-        handle = register_optimizer_step_post_hook(after_step)
+    def after_step(self, optimizer: Optimizer) -> None:
+        """An optimizer made a step."""
+        model = self._model()
+        if model is not None and _holds(optimizer, {id(p) for p in model.parameters()}):
+            self._count(optimizer)
 
     def advanced(self) -> None:
         """The schedule was advanced."""
@@ -69,7 +68,7 @@ class Watch:
 
     def end(self) -> None:
         """Watch no longer."""
-        self._watching = False
+        _WATCHES.discard(self)
 
     def _count(self, optimizer: Optimizer) -> None:
         self.optimizers.add(optimizer)
@@ -87,3 +86,17 @@ class Watch:
 
 def _holds(optimizer: Optimizer, parameters: set[int]) -> bool:
     return any(id(p) in parameters for group in optimizer.param_groups for p in group["params"])
+
+
+_WATCHES: weakref.WeakSet[Watch] = weakref.WeakSet()
+
+
+@cache
+def _see_every_optimizer() -> None:
+    """One hook for all watches, once and for good: torch's hooks cannot be removed while they run."""
+
+    def after_step(optimizer: Optimizer, *_: Any) -> None:
+        for watch in list(_WATCHES):
+            watch.after_step(optimizer)
+
+    register_optimizer_step_post_hook(after_step)

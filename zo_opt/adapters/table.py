@@ -24,24 +24,28 @@ class _Line:
     bytes: int
 
 
-def adapter_table(wrapped: nn.Module, adapted: Mapping[str, AdaptedModule], method: str, each: bool) -> str:
+def adapter_table(
+    wrapped: nn.Module, adapted: Mapping[str, AdaptedModule], method: str, trained: Sequence[Tensor], *, each: bool
+) -> str:
     """A line for the adapters of one place, method, shape and rank (``each``: for every adapter), and a total."""
     lines: dict[tuple[str, ...], _Line] = {}
+    counted = {id(p) for p in trained}
+    seen: set[int] = set()  # what modules share counts where it is met first
 
     def add(name: str, kind: str, shapes: str, ranks: str, parameters: Sequence[Tensor]) -> None:
         line = lines.setdefault((name if each else _any_layer(name), kind, shapes, ranks), _Line(0, 0, 0))
         line.adapters += 1
-        line.parameters += sum(p.numel() for p in parameters if p.requires_grad)
-        line.bytes += sum(p.numel() * p.element_size() for p in parameters)
+        for p in parameters:
+            if id(p) not in seen:
+                seen.add(id(p))
+                line.parameters += p.numel() * (id(p) in counted)
+                line.bytes += p.numel() * p.element_size()
 
-    own = set()
     for name, module in adapted.items():
-        parameters = list(module.adapter.parameters())
-        own |= {id(p) for p in parameters}
         kind = f"{'tt' if module.kind == 'replacement' else method}, {module.kind}"
-        add(name, kind, _shapes(module.adapter), _ranks(module.adapter), parameters)
+        add(name, kind, _shapes(module.adapter), _ranks(module.adapter), list(module.adapter.parameters()))
     for name, module in wrapped.named_modules():
-        whole = [p for p in module.parameters(recurse=False) if p.requires_grad and id(p) not in own]
+        whole = [p for p in module.parameters(recurse=False) if id(p) in counted and id(p) not in seen]
         if whole:
             add(name, "trained whole", " ".join(_by(p.shape) for p in whole), "", whole)
     total = _Line(*(sum(getattr(line, f) for line in lines.values()) for f in ("adapters", "parameters", "bytes")))

@@ -76,7 +76,7 @@ def find_targets(
         names = [names]
     if RESIDUAL in names and not residual:
         raise ZOError(
-            f"target {RESIDUAL!r} is no layer with a weight; it is for adapter 'tt' alone. Name linear layers."
+            f"target {RESIDUAL!r} is no layer with a weight; it is for adapters 'tt' and 'adapter'. Name linear layers."
         )
     if RESIDUAL in names:
         return _residual_targets(model, layers) + (
@@ -97,7 +97,7 @@ def find_targets(
             raise ZOError(
                 f"target module {name!r} is a {type(module).__name__}, not a linear layer; name one of {_linear_names(model)}."
             )
-        if _in_layers(model, name, layers):
+        if in_layers(model, name, layers):
             targets.append(Target(name, module, *sizes))
     if not targets:
         raise ZOError(
@@ -135,12 +135,12 @@ def _residual_targets(model: nn.Module, layers: int | Sequence[int] | None) -> l
         Target(f"{stack}.{i}", layer, size, size, residual=True)
         for stack, stacked in stacks.items()
         for i, layer in enumerate(stacked)
-        if _in_layers(model, f"{stack}.{i}", layers)
+        if in_layers(model, f"{stack}.{i}", layers)
     ]
     return targets
 
 
-def _in_layers(model: nn.Module, name: str, layers: int | Sequence[int] | None) -> bool:
+def in_layers(model: nn.Module, name: str, layers: int | Sequence[int] | None) -> bool:
     if layers is None:
         return True
     place = layer_of(name)

@@ -2,44 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 from tt_kernels import factorize, useful_ranks
 
 from zo_opt.adapters.config import AdapterConfig, register
-from zo_opt.adapters.serial import SerialAdapter
+from zo_opt.adapters.serial import ACTIVATIONS, SERIAL_TARGETS, Bottleneck, SerialAdapter, check_activation, place_of
 from zo_opt.adapters.targets import Target
 from zo_opt.adapters.tt_linear import TTLinear, digits, tt_dims
 from zo_opt.errors import ZOError
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "tanh": torch.tanh,
-    "gelu": F.gelu,
-    "relu": F.relu,
-    "identity": lambda x: x,
-}
-
-# After attention output and feed-forward in encoders and in models with plain feed-forwards; around the gated
-# feed-forward of the Llama family: before gate and up, after down (methods of arXiv 2406.18060, appendix).
-_GATED = ("gate_proj", "up_proj", "down_proj")
-_ENCODER = ("attention.output.dense", "output.dense")
-_T5 = ("SelfAttention.o", "EncDecAttention.o", "DenseReluDense.wo")
-_TARGETS: dict[str, Sequence[str]] = {
-    **dict.fromkeys(
-        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "olmo2", "granite"), _GATED
-    ),
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "deberta", "deberta-v2", "electra"), _ENCODER),
-    **dict.fromkeys(("t5", "mt5"), _T5),
-    "opt": ("self_attn.out_proj", "fc2"),
-    "gpt2": ("attn.c_proj", "mlp.c_proj"),
-    "bart": ("self_attn.out_proj", "encoder_attn.out_proj", "fc2"),
-}
-_BEFORE = ("gate_proj", "up_proj")
 TRAINABLE = ("all", "mixing")
 
 
@@ -86,40 +62,43 @@ class TTConfig(AdapterConfig):
             raise ZOError(f"trainable={self.trainable!r} is not known; choose one of {', '.join(TRAINABLE)}.")
         if self.output_rank is not None:
             self.check_whole("output_rank")
-        if not isinstance(self.activation, str) or self.activation not in ACTIVATIONS:
-            raise ZOError(f"activation={self.activation!r} is not known; choose one of {', '.join(ACTIVATIONS)}.")
+        check_activation(self.activation)
 
     def default_targets(self, model_type: str) -> Sequence[str] | None:
-        return _TARGETS.get(model_type)
+        return SERIAL_TARGETS.get(model_type)
 
     def wrap(self, target: Target, number: int) -> SerialAdapter:
-        before = target.residual or target.name.rsplit(".", 1)[-1] in _BEFORE
-        size = target.in_features if before else target.out_features
+        position, size = place_of(target)
         rank = self.rank_of(target.name, self.rank)
         adapter = TTAdapter(size, self, rank=rank, seed=self.seed * 100_003 + number, device=target.device)
-        return SerialAdapter(target.module, adapter, "before" if before else "after")
+        return SerialAdapter(target.module, adapter, position)
 
 
-class TTAdapter(nn.Module):
-    """x + up(act(down(x))) in float32; returns the dtype of x. One core of ``up`` starts at zero: an exact identity.
+class TTAdapter(Bottleneck):
+    """x + up(act(down(x))), ``down`` and ``up`` tensor trains. One core of ``up`` starts at zero: an exact identity.
 
     That core is the last one where all are trained (arXiv 2406.18060), else the last mixing core.
     """
 
+    down: TTLinear
+    up: TTLinear
+
     def __init__(self, size: int, config: TTConfig, *, rank: int, seed: int, device: torch.device) -> None:
-        super().__init__()
         hidden, bottleneck = adapter_dims(size, config.bottleneck)
         bonds = len(bottleneck) + len(hidden) - 1
         down_ranks, up_ranks = [rank] * bonds, [rank] * bonds
         if config.output_rank is not None:
             up_ranks[len(bottleneck) - 1] = config.output_rank
-        self._only_mixing = config.trainable == "mixing"
-        if self._only_mixing:  # the other cores hold truncated decompositions, which need no more than these
+        only_mixing = config.trainable == "mixing"
+        if only_mixing:  # the other cores hold truncated decompositions, which need no more than these
             down_ranks = useful_ranks((*hidden, *bottleneck), down_ranks)
             up_ranks = useful_ranks((*bottleneck, *hidden[::-1]), up_ranks)
-        self.down = TTLinear(hidden, bottleneck, down_ranks, bias=config.bias, device=device)
-        self.up = TTLinear(bottleneck, hidden[::-1], up_ranks, bias=config.bias, device=device)
-        self._activation = ACTIVATIONS[config.activation]
+        super().__init__(
+            TTLinear(hidden, bottleneck, down_ranks, bias=config.bias, device=device),
+            TTLinear(bottleneck, hidden[::-1], up_ranks, bias=config.bias, device=device),
+            config.activation,
+        )
+        self._only_mixing = only_mixing
         if self._only_mixing:
             self.requires_grad_(False)
             for core in self.mixing:
@@ -139,11 +118,6 @@ class TTAdapter(nn.Module):
     def start_at_identity(self) -> None:
         """Zero one core of ``up``."""
         (self.mixing[-1] if self._only_mixing else self.up.cores[-1]).zero_()
-
-    def forward(self, x: Tensor) -> Tensor:
-        delta: Tensor = self.up(self._activation(self.down(x.float())))
-        wide = torch.promote_types(x.dtype, torch.float32)  # autocast narrows delta, which x must not become
-        return delta.to(wide).add_(x).to(x.dtype)
 
 
 def adapter_dims(size: int, bottleneck: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

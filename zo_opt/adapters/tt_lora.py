@@ -22,7 +22,7 @@ class TTLoRAConfig(AdapterConfig):
 
     B starts at zero (its last core), which is an exact identity. A's entries start with variance 1 / in, in embeddings 1.
     [choice] ``rank`` is one dim of both trains; inner ranks are ``tt_rank``, or less where a bond cannot use so much.
-    It merges into the weights, and ``AdapterModel.export_lora`` writes A and B as an ordinary LoRA.
+    It merges into the weights, and ``AdapterModel.export_peft`` writes A and B as an ordinary LoRA.
 
     >>> from torch import nn
     >>> from zo_opt import get_adapter_model, trainable_parameters

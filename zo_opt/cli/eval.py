@@ -13,4 +13,4 @@ def run(options: Namespace) -> None:
     reporter = Reporter()
     result = evaluate_run(options.run_dir, options.eval_file, options.zero_shot, reporter)
     what = "zero-shot" if options.zero_shot else "tuned"
-    reporter.say(f"{what}: accuracy {result.accuracy:.1%}, loss {result.loss:.3f} on {result.rows} held-out rows")
+    reporter.say(f"{what}: {result.describe()}")

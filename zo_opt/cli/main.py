@@ -40,15 +40,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(parsed: Namespace, command: str) -> None:
-    from zo_opt.cli import diagnose, merge, replay, schedule, train
+    from zo_opt.cli import compare, diagnose, merge, plan, replay, schedule, train
     from zo_opt.cli import eval as evaluate
 
     if parsed.command == "train":
         train.run(parsed["train"], command)
+    elif parsed.command == "compare":
+        compare.run(parsed["compare"], command)
     elif parsed.command == "diagnose":
         diagnose.run(parsed["diagnose"])
     elif parsed.command == "schedule":
         schedule.run(parsed["schedule"])
+    elif parsed.command == "plan":
+        plan.run(parsed["plan"])
     elif parsed.command == "replay":
         replay.run(parsed["replay"])
     elif parsed.command == "merge":
@@ -71,7 +75,9 @@ class _Parser(ArgumentParser):
 
 
 def _parser() -> ArgumentParser:
+    from zo_opt.cli.plan import PlanConfig
     from zo_opt.cli.schedule import ScheduleConfig
+    from zo_opt.comparison.options import OWN, CompareConfig
     from zo_opt.training.config import TrainConfig
     from zo_opt.training.diagnose import EPS_GRID
 
@@ -86,6 +92,14 @@ def _parser() -> ArgumentParser:
     train.add_class_arguments(TrainConfig, None)
     train.let_flags_stand_alone()
     commands.add_subcommand("train", train, help="tune a model on labelled rows")
+    compare = _Parser(
+        description="Run several methods at one budget, each in a process of its own, and show what they cost and give."
+    )
+    compare.add_argument("--config", action="config", help="a YAML file of options")
+    compare.add_class_arguments(CompareConfig, None)
+    compare.add_class_arguments(TrainConfig, None, skip=set(OWN))
+    compare.let_flags_stand_alone()
+    commands.add_subcommand("compare", compare, help="compare methods on the same data, budget and memory")
     evaluate = _Parser(description="Evaluate the model that a run of zo-opt train made.")
     evaluate.add_argument("run_dir", type=Path, help="the run's output_dir")
     evaluate.add_argument("--eval_file", type=Path | None, help="other rows, with the columns of the run's own")
@@ -108,6 +122,12 @@ def _parser() -> ArgumentParser:
     schedule.add_class_arguments(ScheduleConfig, None)
     schedule.let_flags_stand_alone()
     commands.add_subcommand("schedule", schedule, help="show query schedules as a table and a picture")
+    plan = _Parser(
+        description="What each method needs in memory, from the model's config alone, before anything is loaded."
+    )
+    plan.add_class_arguments(PlanConfig, None)
+    plan.let_flags_stand_alone()
+    commands.add_subcommand("plan", plan, help="which methods fit in memory, before downloading anything")
     replay = _Parser(
         description="Rebuild the adapter that a run tuned, to the bit, from its base model and its journal."
     )
@@ -120,7 +140,7 @@ def _parser() -> ArgumentParser:
     merge = _Parser(description="Fold the adapter that a run tuned into its base model, and save a plain model.")
     merge.add_argument("run_dir", type=Path, help="the run's output_dir")
     merge.add_argument("--to", type=Path | None, help="a new directory for the model and its tokenizer")
-    merge.add_argument("--as", type=str, default="model", help="model, or lora: the adapter alone as an ordinary LoRA")
+    merge.add_argument("--as", type=str, default="model", help="model, or lora: the adapter alone in PEFT's format")
     commands.add_subcommand("merge", merge, help="save the tuned model as a plain one, or the adapter as a LoRA")
     return parser
 

@@ -16,7 +16,7 @@ FORMS = ("model", "lora")
 
 
 def run(options: Namespace) -> None:
-    """Write what a run tuned as a plain model, or as an ordinary LoRA."""
+    """Write what a run tuned as a plain model, or its adapter in PEFT's format."""
     form = options["as"]
     if options.to is None:
         raise ZOError("merge needs --to, a new directory for the model.")
@@ -38,7 +38,7 @@ def run(options: Namespace) -> None:
         )
         model = load_adapter_model(base, options.run_dir)
         if form == "lora":
-            model.export_lora(to)
+            model.export_peft(to)
         else:
             model.merge_and_unload().save_pretrained(to)  # type: ignore[operator]
             tokenizer.save_pretrained(to)

@@ -22,6 +22,12 @@ def run(options: Namespace) -> None:
         raise ZOError("replay needs --to, a new directory for the adapter.")
     path: Path = options.journal / NAME if options.journal.is_dir() else options.journal
     run_dir = path.parent
+    if not path.exists() and (run_dir / RUN_NAME).is_file() and not (run_dir / START_NAME).exists():
+        made = read_config(run_dir)
+        raise ZOError(
+            f"the run in {run_dir} has no journal; runs keep one where forward passes alone move the weights and the adapter does not "
+            f"change on its own (this run: optimizer {made.optimizer}, adapter {made.adapter}). Its adapter is in {run_dir} itself."
+        )
     contents = read_journal(path, options.steps)  # whatever is wrong with it is said before the model is loaded
     if not (run_dir / RUN_NAME).is_file():
         raise ZOError(

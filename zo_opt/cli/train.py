@@ -17,7 +17,7 @@ def run(options: Namespace, command: str) -> None:
     values.pop("config", None)
     summary, output_dir = train(TrainConfig(**values), reporter, command)
     reporter.say(
-        f"accuracy {summary.before.accuracy:.1%} -> {summary.after.accuracy:.1%} ({summary.gain:+.1f} points) with "
+        f"{summary.outcome} with "
         f"{summary.forwards:,} forward passes in {summary.train_seconds:.0f} s; peak memory {readable(summary.peak_memory)}"
     )
     reporter.say(f"adapter, report.md and report.png are in {output_dir}")

@@ -212,14 +212,30 @@ class ZerothOrderOptimizer(Optimizer):
             return torch.tensor(loss)
         self.failed_steps = 0
         self._prepare(update)
-        trainables, directions = self.trainables(), self._all_directions(update)
-        for i, parameter in enumerate(trainables.parameters):
-            start, memory = trainables.starts[i], trainables.memory(i)
-            piece = Piece(start, start + len(memory), memory, i)
-            gradient, factor = self._gradient(piece, update, directions, 1.0)
-            gradient = (gradient * factor).view(parameter.shape).to(parameter.dtype)
-            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        self._add_grad(update, self._gradient)
         return torch.tensor(loss)
+
+    @torch.no_grad()
+    def write_last_grad(self) -> None:
+        """Add the gradient estimate that the last ``step`` applied to ``.grad`` of every trainable; zeros if its losses were not finite.
+
+        For what looks at gradients after a step, such as an adapter that scores its parameters by them. Call it right after
+        ``step``: where directions depend on the weights (Sparse-MeZO), these are the weights by now.
+
+        Raises:
+            ZOError: no step was made yet.
+
+        >>> theta = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
+        >>> from zo_opt import MeZO
+        >>> optimizer = MeZO([theta], lr=0.5)
+        >>> loss = optimizer.step(lambda: theta.square().sum())
+        >>> optimizer.write_last_grad()
+        >>> torch.allclose(theta + 0.5 * theta.grad, torch.tensor([3.0, -2.0]))
+        True
+        """
+        if self.last_update is None:
+            raise ZOError("write_last_grad() was called before a step; call step() first.")
+        self._add_grad(self.last_update, self._applied_gradient)
 
     @torch.no_grad()
     def apply(self, update: Update) -> None:
@@ -276,6 +292,12 @@ class ZerothOrderOptimizer(Optimizer):
                 return z, coefficient
             total = z * coefficient if total is None else total.add_(z, alpha=coefficient)
         return total if total is not None else torch.zeros(len(piece.values), device=piece.values.device), 1.0
+
+    def _applied_gradient(
+        self, piece: Piece, update: Update, directions: dict[int, StepDirections], scale: float
+    ) -> tuple[Tensor, float]:
+        """What ``_gradient`` gave for an update that was applied, without taking it in again."""
+        return self._gradient(piece, update, directions, scale)
 
     def _progress(self) -> dict[str, Any]:
         """What must survive a restart, as plain values."""
@@ -415,6 +437,16 @@ class ZerothOrderOptimizer(Optimizer):
                 self.update_rule.apply(values, gradient * factor, state, lr, self.update_count)
             if lr != 0 and not wide:
                 round_into(piece.values, values, Stream(self.seed, update.step, 0), piece.start)
+
+    def _add_grad(self, update: Update, gradient_of: Callable[..., tuple[Tensor, float]]) -> None:
+        """Add an update's gradient estimate to ``.grad``, in the parameters' dtype."""
+        trainables, directions = self.trainables(), self._all_directions(update)
+        for i, parameter in enumerate(trainables.parameters):
+            start, memory = trainables.starts[i], trainables.memory(i)
+            piece = Piece(start, start + len(memory), memory, i)
+            gradient, factor = gradient_of(piece, update, directions, 1.0)
+            gradient = (gradient * factor).view(parameter.shape).to(parameter.dtype)
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
     def _grouped_pieces(self) -> list[tuple[Piece, int, bool]]:
         """The trainables in pieces, each with its parameter group and whether it is decayed."""

@@ -70,3 +70,8 @@ class HiZOO(ZerothOrderOptimizer):
             mean.add_(z.square(), alpha=curvature / (2 * len(kept)))
         hessian.mul_(1 - self.smoothing + self.smoothing * mean).clamp_(min=self.FLOOR)
         return super()._gradient(piece, update, directions, scale)
+
+    def _applied_gradient(
+        self, piece: Piece, update: Update, directions: dict[int, StepDirections], scale: float
+    ) -> tuple[Tensor, float]:
+        return super()._gradient(piece, update, directions, scale)  # H has taken the update's curvature in

@@ -13,6 +13,7 @@ from zo_opt.estimators import Estimate, control_variate, two_sided
 from zo_opt.optim.base import ZerothOrderOptimizer
 from zo_opt.optim.records import Update
 from zo_opt.query_modes import Evaluator
+from zo_opt.trainables import Trainables
 
 
 class MeZOSVRG(ZerothOrderOptimizer):
@@ -57,10 +58,13 @@ class MeZOSVRG(ZerothOrderOptimizer):
         self.interval, self.full_closure = interval, full_closure
         self.snapshot_step = -1
         self.snapshot_coefficients: tuple[float, ...] = ()
+        self._snapshot_of: Trainables | None = None
 
     @property
     def _snapshot_due(self) -> bool:
-        return self.step_count % self.interval == 0 or not self.snapshot_coefficients
+        # Trainables may change as training goes on (LISA): what came in has no snapshot yet.
+        new = self._snapshot_of is not self.trainables()
+        return self.step_count % self.interval == 0 or not self.snapshot_coefficients or new
 
     def _estimate(self, evaluator: Evaluator, queries: int) -> Estimate:
         if not self._snapshot_due:
@@ -82,6 +86,7 @@ class MeZOSVRG(ZerothOrderOptimizer):
             for piece in self.trainables().pieces():
                 slots.range("snapshot", piece.start, piece.stop).copy_(piece.values)
             self.snapshot_step, self.snapshot_coefficients = update.step, update.coefficients
+            self._snapshot_of = self.trainables()
 
     def _anchor(self) -> Tensor:
         slots = self.slots()
@@ -95,3 +100,4 @@ class MeZOSVRG(ZerothOrderOptimizer):
         super()._load_progress(zo)
         self.snapshot_step = int(zo["snapshot"]["step"])
         self.snapshot_coefficients = tuple(zo["snapshot"]["coefficients"])
+        self._snapshot_of = self.trainables()

@@ -68,12 +68,15 @@ class SparseMeZO(ZerothOrderOptimizer):
 
     def _progress(self) -> dict[str, Any]:
         self.trainables()
-        assert self.thresholds is not None
-        return super()._progress() | {"thresholds": [str(t) for t in self.thresholds.tolist()]}
+        known = {i: self._thresholds[p] for i, p in enumerate(self._all_parameters()) if p in self._thresholds}
+        return super()._progress() | {"thresholds": {str(i): str(t) for i, t in known.items()}}
 
     def _load_progress(self, zo: dict[str, Any]) -> None:
         super()._load_progress(zo)
-        parameters = self.trainables().parameters
-        found = [float(t) for t in zo["thresholds"]]
-        self._thresholds |= dict(zip(parameters, found, strict=True))
-        self.thresholds = torch.tensor(found, device=parameters[0].device)
+        parameters = self._all_parameters()
+        self._thresholds |= {parameters[int(i)]: float(t) for i, t in zo["thresholds"].items()}
+        self._trainables = None  # found anew, with these thresholds
+
+    def _all_parameters(self) -> list[Tensor]:
+        """Those included that are not trained at present (LISA)."""
+        return [p for group in self.param_groups for p in group["params"]]

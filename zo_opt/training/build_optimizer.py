@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from zo_opt.adapters import trainable_parameters
+from zo_opt.adapters import lora_plus_groups, trainable_parameters
 from zo_opt.optim import OPTIMIZERS, ZerothOrderOptimizer
 from zo_opt.training import first_order
 from zo_opt.training.config import TrainConfig
@@ -50,6 +50,4 @@ def make_param_groups(config: TrainConfig, model: nn.Module, lr: float) -> list[
     """The trainables; in LoRA+'s groups where a ratio is given."""
     if config.loraplus_lr_ratio is None:
         return trainable_parameters(model)
-    from zo_opt.adapters import lora_plus_groups
-
     return lora_plus_groups(model, lr=lr, ratio=config.loraplus_lr_ratio, lr_embedding=config.loraplus_lr_embedding)

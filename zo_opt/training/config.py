@@ -32,16 +32,21 @@ class TrainConfig:
         trust_remote_code: let the checkpoint's own Python code run.
         device: cpu, cuda or auto.
         precision: of the frozen base: "mixed" (bf16 matrix products, fp32 everything else), "fp32", or "auto".
-        task: a built-in task (sst2, rte, cb, boolq, copa); its prompt is used for --train_file too unless --template is given.
-        train_file: your own rows, .jsonl, .csv or .tsv.
+        task: a built-in task (docs/tasks.md): labels (sst2, rte, cb, boolq, copa, mrpc, piqa), generation (arithmetic, nq_open, sciq) or
+            language modelling (sciq-text; lm: on your own --train_file). Its prompt is used for --train_file too unless --template
+            is given.
+        train_file: your own rows, .jsonl, .csv or .tsv; for language modelling also .txt.
         eval_file: held-out rows; without it some training rows are held out.
         text_column: the column that {text} in the template stands for.
         label_column: the column of the label.
+        target_column: the column of the text to write: makes your own rows a generation task.
         template: prompt with columns in braces, such as "{text} It was".
         verbalizers: label words, as "label=word,label=word" or in the labels' sorted order "word,word".
         max_train_rows: use only the first so many training rows.
-        held_out: rows to hold out where there is no eval_file (at most 30 % of all).
-        max_length: tokens a prompt may have; the model's context if not given.
+        held_out: rows to hold out where there is no eval_file (at most 30 % of all); of running text the last lines.
+        validation: evaluate on rows held out of the training rows instead, for choosing options; the held-out rows stay unseen.
+        max_length: tokens a prompt may have; the model's context if not given. Language modelling: tokens of a block (128).
+        max_new_tokens: generation: the most tokens written for a row in an evaluation; the task's own (32) if not given.
         adapter: adapter method.
         adapter_init: where adapters start: "class_means" (features that tell the classes apart, from training rows' hidden
             states), "components" (their principal components, no labels used), "random" (the method's own start), or "auto":
@@ -114,11 +119,14 @@ class TrainConfig:
     eval_file: Path | None = None
     text_column: str = "text"
     label_column: str = "label"
+    target_column: str | None = None
     template: str | None = None
     verbalizers: str | None = None
     max_train_rows: int | None = None
     held_out: int = 256
+    validation: bool = False
     max_length: int | None = None
+    max_new_tokens: int | None = None
 
     adapter: str = "tt"
     adapter_init: str = "auto"
@@ -182,8 +190,9 @@ class TrainConfig:
         for name in ("batch_size", "eval_batch_size", "steps", "held_out", "save_steps"):
             if getattr(self, name) < 1:
                 raise ZOError(f"{name}={getattr(self, name)} is not possible; give a whole number of at least 1.")
-        if self.max_train_rows is not None and self.max_train_rows < 1:
-            raise ZOError(f"max_train_rows={self.max_train_rows} is not possible; give a whole number of at least 1.")
+        for name in ("max_train_rows", "max_new_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ZOError(f"{name}={getattr(self, name)} is not possible; give a whole number of at least 1.")
         if self.batch_order not in ORDERS:
             raise ZOError(f"batch_order={self.batch_order!r} is not known; choose one of {', '.join(ORDERS)}.")
         if self.layers == []:
@@ -205,6 +214,8 @@ class TrainConfig:
             raise ZOError(f"lr_schedule={self.lr_schedule!r} is not known; choose one of {', '.join(LR_SCHEDULES)}.")
         if self.eval_file is not None and self.train_file is None:
             raise ZOError("eval_file was given without train_file; give both, or neither for the built-in rows.")
+        if self.target_column is not None and self.train_file is None:
+            raise ZOError("target_column was given without train_file; give both, or a built-in --task.")
         self.make_adapter()
         if self.feature_components < 1 or self.output_scale <= 0:
             raise ZOError("feature_components must be at least 1 and output_scale positive.")
@@ -295,3 +306,14 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for run.json."""
         return {k: str(v) if isinstance(v, Path) else v for k, v in vars(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """What ``to_dict`` gave.
+
+        Raises:
+            TypeError: an option that there is not.
+        """
+        paths = {f.name for f in fields(cls) if "Path" in str(f.type)}
+        options: dict[str, Any] = {k: Path(v) if k in paths and v is not None else v for k, v in values.items()}
+        return cls(**options)

@@ -26,9 +26,7 @@ def read_config(run_dir: Path) -> TrainConfig:
     path = run_dir / RUN_NAME
     try:
         saved: dict[str, Any] = read_record(run_dir)["config"]
-        for name in ("train_file", "eval_file", "output_dir"):
-            saved[name] = Path(saved[name]) if saved[name] is not None else None
-        return TrainConfig(**saved)
+        return TrainConfig.from_dict(saved)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ZOError(
             f"{path} is missing or damaged ({error}); give the output_dir of a run of zo-opt train."
@@ -42,7 +40,7 @@ def read_record(run_dir: Path) -> dict[str, Any]:
 
 
 def evaluate_run(run_dir: Path, eval_file: Path | None, zero_shot: bool, reporter: Reporter) -> Evaluation:
-    """Accuracy and loss of a run's model.
+    """Metrics and loss of a run's model.
 
     Args:
         run_dir: the run's output_dir.

@@ -1,33 +1,107 @@
-"""Examples ready for a model (tokenised, cached, batched), and accuracy on them."""
+"""Examples ready for a model (tokenised, cached, batched), and how well it does on them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from zo_opt.errors import ZOError
 from zo_opt.training.data import Example
 from zo_opt.training.prefix_cache import PrefixCache
-from zo_opt.training.scoring import Batch, Scorer
+from zo_opt.training.scoring import Batch, Encoded, Generator, LabelScorer, Measured, Scorer
+from zo_opt.training.task_metrics import (
+    CLASSIFICATION,
+    LANGUAGE_MODELLING,
+    METRICS,
+    answer,
+    classification_metrics,
+    describe,
+    generation_metrics,
+    perplexity,
+)
+from zo_opt.training.tasks import Task
 
 Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracy (a fraction) and mean loss on ``rows`` examples."""
+    """What a model reaches on ``rows`` held-out rows (of running text: blocks).
 
-    accuracy: float
+    Attributes:
+        metrics: name -> value, the task's primary metric first; shares are fractions.
+        loss: classification: mean cross entropy over label words; generation: mean over rows of the mean negative log-likelihood of
+            the target's tokens; language modelling: mean negative log-likelihood of a token, in nats.
+        rows: how many.
+        row_scores: one number a row, in the rows' order, whose mean is the primary metric: 1 where the label is right, or the text's
+            score. Of perplexity: the row's mean negative log-likelihood a token. Meant for intervals and paired comparisons.
+        row_weights: of perplexity, the tokens of each row: perplexity is exp of the weighted mean. Else empty.
+    """
+
+    metrics: Mapping[str, float]
     loss: float
     rows: int
+    row_scores: Sequence[float] = ()
+    row_weights: Sequence[int] = ()
 
-    def to_dict(self) -> dict[str, float]:
-        """Plain values."""
-        return asdict(self)
+    @property
+    def primary(self) -> str:
+        """The name of the metric that counts."""
+        return next(iter(self.metrics))
+
+    @property
+    def value(self) -> float:
+        """The primary metric."""
+        return self.metrics[self.primary]
+
+    @property
+    def accuracy(self) -> float:
+        """The share of right labels; of classification alone."""
+        if "accuracy" not in self.metrics:
+            raise ZOError(f"there is no accuracy here; this task's metrics are {', '.join(self.metrics)}.")
+        return self.metrics["accuracy"]
+
+    @property
+    def standard_error(self) -> float:
+        """One standard error of the primary metric over the held-out rows (of perplexity: of the mean loss, times the perplexity)."""
+        weights = self.row_weights or [1] * len(self.row_scores)
+        total = sum(weights)
+        mean = sum(w * s for w, s in zip(weights, self.row_scores, strict=True)) / total
+        variance = sum((w * (s - mean)) ** 2 for w, s in zip(weights, self.row_scores, strict=True)) / total**2
+        return math.sqrt(variance) * (self.value if self.primary == "perplexity" else 1.0)
+
+    def describe(self) -> str:
+        """In words."""
+        return f"{describe(self.metrics)}, loss {self.loss:.3f} on {self.rows:,} held-out rows"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, the metrics by their names; null where a number is not finite."""
+        rows = {"row_scores": [_plain(s) for s in self.row_scores]}
+        weights = {"row_weights": list(self.row_weights)} if self.row_weights else {}
+        metrics = {name: _plain(value) for name, value in self.metrics.items()}
+        return metrics | {"loss": _plain(self.loss), "rows": self.rows} | rows | weights
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Evaluation:
+        """What :meth:`to_dict` gave; null becomes nan."""
+
+        def number(value: float | None) -> float:
+            return math.nan if value is None else value
+
+        return cls(
+            {name: number(plain[name]) for name in plain if name in METRICS},
+            number(plain["loss"]),
+            plain["rows"],
+            [number(s) for s in plain.get("row_scores", ())],
+            plain.get("row_weights", ()),
+        )
 
 
 class Prepared:
@@ -35,7 +109,7 @@ class Prepared:
 
     Args:
         examples: what to prepare.
-        scorer: how the model scores labels.
+        scorer: how the model learns this task.
         device: where batches go.
         cache: the prefix cache, shared by all sets of a run, or None.
     """
@@ -43,9 +117,9 @@ class Prepared:
     def __init__(
         self, examples: Sequence[Example], scorer: Scorer, device: torch.device, cache: PrefixCache | None
     ) -> None:
-        self.encoded = [scorer.encode(e) for e in examples]
+        self.encoded = scorer.encode_all(examples)
         self.scorer, self.device, self._cache = scorer, device, cache
-        self.labels = [e.label for e in examples]
+        self.labels = [e.label for e in self.encoded]
         self.truncated = sum(e.truncated for e in self.encoded)
 
     def __len__(self) -> int:
@@ -86,15 +160,33 @@ class Prepared:
 
     def scores(self, model: nn.Module, batch: Batch) -> Tensor:
         """Scores of the labels, shape (B, C), by way of the cached prefix where the batch has it."""
-        prefix = batch.get("prefix")
-        if prefix is None or self._cache is None:
-            return self.scorer.scores(model, batch)
-        with self._cache.replay(prefix.flatten(0, 1)):
+        assert isinstance(self.scorer, LabelScorer), "only labels are scored"
+        with self._prefix(batch):
             return self.scorer.scores(model, batch)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross entropy of the scores: the loss that is trained and evaluated."""
-        return F.cross_entropy(self.scores(model, batch), batch["labels"])
+        """The loss that is trained, a mean over the batch: of labels the cross entropy, of texts the mean over rows of a token's loss."""
+        with self._prefix(batch):
+            return self.scorer.loss(model, batch)
+
+    def measure(self, model: nn.Module, indices: Sequence[int]) -> tuple[Measured, list[str]]:
+        """What an evaluation needs of these examples, and what the model writes where it is to write (never from a cached prefix)."""
+        batch, scorer = self.batch(indices), self.scorer
+        with self._prefix(batch):
+            measured = scorer.measure(model, batch)
+        if not isinstance(scorer, Generator):
+            return measured, []
+        return measured, scorer.generate(model, [self.encoded[i] for i in indices], self.device)
+
+    @contextmanager
+    def _prefix(self, batch: Batch) -> Iterator[None]:
+        """Within this context the model goes on from the batch's cached prefix, where it has one."""
+        prefix = batch.get("prefix")
+        if prefix is None or self._cache is None:
+            yield
+            return
+        with self._cache.replay(prefix.flatten(0, 1)):
+            yield
 
     def _record(self, cache: PrefixCache, plain: Batch) -> None:
         cache.record(plain, self.scorer.inputs(self._on_device(plain)))
@@ -108,12 +200,45 @@ class Prepared:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, prepared: Prepared, batch_size: int, progress: Progress = lambda _: None) -> Evaluation:
-    """Accuracy and mean loss over a set of examples."""
-    right, loss = 0, 0.0
+    """The task's metrics and loss over a set of examples."""
+    loss, weight = 0.0, 0
+    values: dict[int, float] = {}
+    weights: dict[int, int] = {}
+    texts: dict[int, str] = {}
     for indices in prepared.by_length(batch_size):
-        batch = prepared.batch(indices)
-        scores = prepared.scores(model, batch)
-        right += int((scores.argmax(dim=1) == batch["labels"]).sum())
-        loss += float(F.cross_entropy(scores, batch["labels"], reduction="sum"))
+        measured, written = prepared.measure(model, indices)
+        loss += measured.loss
+        weight += measured.weight
+        values |= zip(indices, measured.values, strict=True)
+        weights |= zip(indices, measured.weights, strict=False)
+        texts |= zip(indices, written, strict=False)
         progress(len(indices))
-    return Evaluation(right / len(prepared), loss / len(prepared), len(prepared))
+
+    def in_order(found: dict[int, Any]) -> list[Any]:
+        return [found[i] for i in sorted(found)]
+
+    task, loss = prepared.scorer.task, loss / weight
+    metrics, row_scores = _metrics(task, prepared.encoded, loss, in_order(values), in_order(texts))
+    ordered = {name: metrics[name] for name in task.metrics}
+    return Evaluation(ordered, loss, len(prepared), row_scores, in_order(weights))
+
+
+def _metrics(
+    task: Task, encoded: Sequence[Encoded], loss: float, values: list[Any], texts: list[str]
+) -> tuple[dict[str, float], list[float]]:
+    """All metrics of a task's kind, and the numbers of each row that the task's primary one is the mean of."""
+    if task.kind == CLASSIFICATION:
+        labels = [e.label for e in encoded]
+        right = [float(v == label) for v, label in zip(values, labels, strict=True)]
+        return classification_metrics(values, labels, len(task.labels)), right
+    if task.kind == LANGUAGE_MODELLING:
+        return {"perplexity": perplexity(loss)}, values
+    references = [e.references for e in encoded]
+    answers = [answer(text, right) for text, right in zip(texts, references, strict=True)]
+    scores = generation_metrics(answers, references)
+    return {name: sum(rows) / len(rows) for name, rows in scores.items()}, scores[task.metrics[0]]
+
+
+def _plain(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from zo_opt.adapters import AdapterModel, trainable_parameters
@@ -42,8 +43,8 @@ START_NAME = "start"  # the adapter as training began: what the journal is repla
 class InterruptedRunError(RuntimeError):
     """The run was asked to stop and left a checkpoint; ``exit_code`` is 128 + the signal."""
 
-    def __init__(self, output_dir: Path, step: int, signum: int) -> None:
-        super().__init__(f"stopped after step {step}; continue with: zo-opt train --output_dir {output_dir} --resume")
+    def __init__(self, output_dir: Path, signum: int, *, after: str = "", command: str = "train") -> None:
+        super().__init__(f"stopped{after}; continue with: zo-opt {command} --output_dir {output_dir} --resume")
         self.exit_code = 128 + signum
 
 
@@ -51,7 +52,7 @@ class InterruptedRunError(RuntimeError):
 class Progress:
     """What a run has measured so far; saved in every checkpoint."""
 
-    before: dict[str, float] = field(default_factory=dict)
+    before: dict[str, Any] = field(default_factory=dict)
     train_seconds: float = 0.0
     other_seconds: float = 0.0
     loss: float | None = None  # running mean, for the progress bar
@@ -152,7 +153,7 @@ class _Run:
         try:
             after = self._evaluate("evaluation")
         except KeyboardInterrupt:
-            raise InterruptedRunError(self.output_dir, self.optimizer.step_count, signal.SIGINT) from None
+            raise self._interrupted(signal.SIGINT) from None
         self.tools.close_cache(self.config, self.reporter)
         self.tools.model.save_pretrained(self.output_dir)
         self.progress.other_seconds += time.monotonic() - start
@@ -161,6 +162,9 @@ class _Run:
         self.checkpoint_path.unlink(missing_ok=True)
         return summary
 
+    def _interrupted(self, signum: int) -> InterruptedRunError:
+        return InterruptedRunError(self.output_dir, signum, after=f" after step {self.optimizer.step_count}")
+
     @property
     def checkpoint_path(self) -> Path:
         return self.output_dir / checkpoint.NAME
@@ -168,9 +172,7 @@ class _Run:
     def _evaluate(self, what: str) -> Evaluation:
         with self.reporter.track(what, len(self.tools.held_out), "rows") as tracker:
             result = evaluate(self.tools.model, self.tools.held_out, self.config.eval_batch_size, tracker.advance)
-        self.reporter.say(
-            f"{what}: accuracy {result.accuracy:.1%}, loss {result.loss:.3f} on {result.rows} held-out rows"
-        )
+        self.reporter.say(f"{what}: {result.describe()}")
         return result
 
     def _train(self) -> None:
@@ -185,7 +187,8 @@ class _Run:
             while optimizer.step_count < config.steps:
                 batch = prepared.batch(self.order.indices(optimizer.step_count))
                 lr = self.lr_scheduler.get_last_lr()[0]
-                penalty = model.penalty()
+                with torch.no_grad():
+                    penalty = model.penalty()
                 optimizer.step(lambda b: training_loss(model, prepared, b), batch)
                 self._advance_adapter()
                 self.lr_scheduler.step()
@@ -193,7 +196,7 @@ class _Run:
                 record = optimizer.last_record
                 assert record is not None
                 if penalty is not None:  # the task's loss is what can be compared
-                    record = replace(record, loss=record.loss - float(penalty.detach()))
+                    record = replace(record, loss=record.loss - float(penalty))
                 metrics.write(record, lr, optimizer.history, self.progress.train_seconds)
                 tracker.advance(1, self._note(record.loss, record.queries))
                 done = optimizer.step_count
@@ -201,21 +204,21 @@ class _Run:
                     self._save()
                 if stop.signum is not None:
                     self._save()
-                    raise InterruptedRunError(self.output_dir, done, stop.signum)
+                    raise self._interrupted(stop.signum)
 
     def _advance_adapter(self) -> None:
         """What follows a step: on record, and what changes in the adapter as training goes on."""
         optimizer, model = self.optimizer, self.tools.model
-        if isinstance(optimizer, FirstOrder):
-            moved = optimizer.failed_steps == 0
-        else:
+        reads_grad = model.schedule is not None and model.schedule.needs_grad
+        if not isinstance(optimizer, FirstOrder):
             if self.journal is not None:
                 self.journal.append(optimizer.last_update)
-            moved = bool(optimizer.last_update and optimizer.last_update.coefficients)
-            if model.schedule is not None and model.schedule.needs_grad and moved:
-                optimizer.write_last_grad()
-        if moved:  # gradients of a dropped step are not finite
-            model.step(optimizer.step_count - 1)
+            if reads_grad:
+                optimizer.write_last_grad()  # zeros if the step was dropped
+        elif optimizer.failed_steps and reads_grad:  # gradients of a dropped step are not finite
+            optimizer.zero_grad()
+            return
+        model.step(optimizer.step_count - 1)
         optimizer.zero_grad()
 
     def _start_journal(self) -> None:
@@ -252,14 +255,20 @@ class _Run:
     def _summary(self, after: Evaluation) -> report.Summary:
         tools, cache = self.tools, self.tools.cache
         depth = (cache.depth - cache.cut) / cache.depth if cache is not None else 1.0
+        trainable = sum(p.numel() for p in trainable_parameters(tools.model))
+        moving = tools.model.schedule.moving() if tools.model.schedule is not None else None
         return report.Summary(
             command=self.command,
             model=self.config.model_name_or_path,
+            kind=tools.train.scorer.task.kind,
+            metric=after.primary,
             task=self.config.task if self.config.train_file is None else str(self.config.train_file),
             optimizer=self.config.optimizer,
             adapter=tools.model.trainable_summary(),
-            trainable=sum(p.numel() for p in trainable_parameters(tools.model)),
-            before=Evaluation(**self.progress.before),  # type: ignore[arg-type]
+            trainable=trainable,
+            trainable_end=trainable if moving is None else moving,
+            lr=tools.recipe.lr,
+            before=Evaluation.from_dict(self.progress.before),
             after=after,
             train_rows=len(tools.train),
             steps=self.optimizer.step_count,
@@ -293,7 +302,7 @@ def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
     from importlib.metadata import version
 
-    packages = ("zo-opt", "torch", "transformers", "tensorly", "numpy")
+    packages = ("zo-opt", "torch", "transformers", "tensorly", "numpy", "scikit-learn", "rouge-score")
     return {"python": platform.python_version()} | {p: version(p) for p in packages}
 
 

@@ -55,7 +55,7 @@ def load_model(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             config = transformers.AutoConfig.from_pretrained(source, **options)
-            auto = _auto_class(transformers, config, head, name_or_path)
+            auto = auto_class(transformers, config, head, name_or_path)
             if head == "classification":
                 options["num_labels"] = labels
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -125,7 +125,12 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def _auto_class(transformers: Any, config: Any, head: str, name: str) -> Any:
+def auto_class(transformers: Any, config: Any, head: str, name: str) -> Any:
+    """transformers' class for a config and a kind of head.
+
+    Raises:
+        ZOError: the config names no architecture with a language-model head.
+    """
     if head == "classification":
         return transformers.AutoModelForSequenceClassification
     architectures = " ".join(getattr(config, "architectures", None) or ())

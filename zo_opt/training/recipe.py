@@ -44,8 +44,7 @@ def resolve(config: TrainConfig, model: nn.Module, scorer: Scorer, task: Task, e
     placeable = config.adapter == "tt" and config.modules_to_tensorize is None and can_place(scorer, task, example)
     init = config.adapter_init
     if init == "auto":
-        placed = placeable and config.target_modules is None and config.optimizer != first_order.NAME
-        init = "class_means" if placed else "random"
+        init = "class_means" if placeable and may_place(config) else "random"
     if init not in FEATURES:
         tensorized = config.modules_to_tensorize or []
         heads = classification_heads(model) if config.head == "classification" else []
@@ -55,7 +54,7 @@ def resolve(config: TrainConfig, model: nn.Module, scorer: Scorer, task: Task, e
             modules_to_save=[name for name in heads if name not in tensorized] or None,
             seed=config.seed,
         )
-        return Recipe(adapter, "random", _lr(config))
+        return Recipe(adapter, "random", config.lr if config.lr is not None else own_lr(config, placed=False))
     if not placeable:
         raise ZOError(
             f"adapter_init={init!r} needs a causal or masked model, label words that are the same in every row and begin with "
@@ -71,16 +70,21 @@ def resolve(config: TrainConfig, model: nn.Module, scorer: Scorer, task: Task, e
         output_rank=classes - 1,
         seed=config.seed,
     )
-    return Recipe(adapter, init, config.lr if config.lr is not None else PLACED_LR)
+    return Recipe(adapter, init, config.lr if config.lr is not None else own_lr(config, placed=True))
 
 
-def _lr(config: TrainConfig) -> float:
-    """The learning rate given, or the method's."""
-    if config.lr is not None:
-        return config.lr
+def own_lr(config: TrainConfig, *, placed: bool) -> float:
+    """The method's learning rate, where none was given."""
+    if placed:
+        return PLACED_LR
     kind = OPTIMIZERS.get(config.optimizer)  # None: first order
     adam = isinstance(config.make_update_rule(), Adam) or (kind is not None and kind.lr_is_a_length)
     return default_lr(config.optimizer, config.adapter, adam=adam)
+
+
+def may_place(config: TrainConfig) -> bool:
+    """Whether adapters are placed by class means, where model and task allow it, if nothing is said of their start."""
+    return config.adapter == "tt" and config.target_modules is None and config.optimizer != first_order.NAME
 
 
 def depth(model: nn.Module) -> int:

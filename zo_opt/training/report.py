@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from zo_opt.files import write_atomically
 from zo_opt.memory import readable
 from zo_opt.training.evaluation import Evaluation
 from zo_opt.training.metrics import read_metrics
+from zo_opt.training.task_metrics import METRICS
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#a0aec0"
 
@@ -23,9 +25,13 @@ class Summary:
     command: str
     model: str
     task: str
+    kind: str
+    metric: str
     optimizer: str
     adapter: str
     trainable: int
+    trainable_end: int
+    lr: float
     before: Evaluation
     after: Evaluation
     train_rows: int
@@ -55,19 +61,31 @@ class Summary:
 
     @property
     def gain(self) -> float:
-        """Accuracy gained, in percentage points."""
-        return 100 * (self.after.accuracy - self.before.accuracy)
+        """Change of the primary metric: in percentage points where it is a share. Of perplexity less is better."""
+        return METRICS[self.metric].unit * (self.after.value - self.before.value)
+
+    @property
+    def outcome(self) -> str:
+        """The primary metric before and after, in words."""
+        metric, before, after = METRICS[self.metric], self.before.value, self.after.value
+        note = "" if metric.higher_is_better else ", less is better"
+        return f"{metric.label} {metric.show(before)} -> {metric.show(after)} ({metric.change(before, after)}{note})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self) | {"before": self.before.to_dict(), "after": self.after.to_dict()}
 
 
 def write(directory: Path, summary: Summary) -> None:
     """Write results.json, report.md and report.png."""
-    write_atomically(directory / "results.json", (json.dumps(asdict(summary), indent=2) + "\n").encode())
+    write_atomically(directory / "results.json", (_json(summary.to_dict()) + "\n").encode())
     write_atomically(directory / "report.md", markdown(summary).encode())
     draw(read_metrics(directory), summary, directory / "report.png")
 
 
 def markdown(s: Summary) -> str:
     """The summary as a short page."""
+    metric, before, after = METRICS[s.metric], s.before, s.after
     whole = s.forwards * s.forward_depth + s.prepared_rows / s.batch_size
     cost = f"{s.forwards:,} in training ({s.forwards / s.steps:.3g} a step, batches of {s.batch_size})"
     if not s.queries:
@@ -76,8 +94,19 @@ def markdown(s: Summary) -> str:
         cost += f", each through {s.forward_depth:.0%} of the layers, above the cached prefix"
     cost += f"; {whole:,.0f} whole passes in all, with one over {s.prepared_rows:,} rows to cache and place"
     rows = [
-        ("accuracy before", f"{s.before.accuracy:.1%} ± {_standard_error(s.before):.1%}"),
-        ("accuracy after", f"**{s.after.accuracy:.1%}** ± {_standard_error(s.after):.1%} ({s.gain:+.1f} points)"),
+        (f"{metric.label} before", f"{metric.show(before.value)} ± {metric.show(before.standard_error)}"),
+        (
+            f"{metric.label} after",
+            f"**{metric.show(after.value)}** ± {metric.show(after.standard_error)} ({metric.change(before.value, after.value)})",
+        ),
+        *(
+            (
+                f"{METRICS[name].label} before, after",
+                ", ".join(METRICS[name].show(e.metrics[name]) for e in (before, after)),
+            )
+            for name in after.metrics
+            if name != s.metric
+        ),
         ("loss before, after", f"{s.before.loss:.3f}, {s.after.loss:.3f}"),
         ("rows", f"{s.train_rows:,} training, {s.after.rows:,} held out"),
         ("trainables", s.adapter),
@@ -98,7 +127,7 @@ def markdown(s: Summary) -> str:
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return (
         f"# {s.optimizer} on {s.task}\n\n{s.model}, tuned {s.how}.\n\n"
-        f"![loss and queries against forward passes, accuracy before and after](report.png)\n\n"
+        f"![loss and queries against forward passes, {metric.label} before and after](report.png)\n\n"
         f"| | |\n|---|---|\n{table}\n\n```\n{s.command}\n```\n\n± is one standard error over the held-out rows.\n"
     )
 
@@ -111,7 +140,7 @@ def _cache_share(s: Summary) -> str:
 
 
 def draw(metrics: list[dict[str, Any]], s: Summary, path: Path) -> None:
-    """Loss against forward passes, the query schedule under it, accuracy before and after beside them."""
+    """Loss against forward passes, the query schedule under it, the primary metric before and after beside them."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -120,11 +149,11 @@ def draw(metrics: list[dict[str, Any]], s: Summary, path: Path) -> None:
     grid = figure.add_gridspec(2, 2, width_ratios=(3.4, 1), height_ratios=(3, 1))
     loss_axes = figure.add_subplot(grid[0, 0])
     lower_axes = figure.add_subplot(grid[1, 0], sharex=loss_axes)
-    accuracy_axes = figure.add_subplot(grid[:, 1])
+    metric_axes = figure.add_subplot(grid[:, 1])
     forwards = [m["forwards"] for m in metrics]
     losses = [m["loss"] for m in metrics]
     loss_axes.plot(forwards, losses, ".", color=GREY, markersize=3, label="each step")
-    loss_axes.plot(forwards, _smooth(losses), color=BLUE, linewidth=2.2, label="running mean")
+    loss_axes.plot(forwards, smooth(losses), color=BLUE, linewidth=2.2, label="running mean")
     loss_axes.axhline(s.before.loss, color=ORANGE, linewidth=1, linestyle="--", label="held out, before")
     loss_axes.axhline(s.after.loss, color=ORANGE, linewidth=1.6, label="held out, after")
     loss_axes.set_ylabel("loss")
@@ -140,25 +169,32 @@ def draw(metrics: list[dict[str, Any]], s: Summary, path: Path) -> None:
     lower_axes.set_ylim(0, 1.25 * max((m[below] for m in metrics), default=1))
     lower_axes.set_ylabel("queries\na step" if s.queries else "lr")
     lower_axes.set_xlabel("forward passes")
-    bars = accuracy_axes.bar(
-        ["before", "after"], [100 * s.before.accuracy, 100 * s.after.accuracy], color=[GREY, BLUE], width=0.62,
-        yerr=[100 * _standard_error(s.before), 100 * _standard_error(s.after)], capsize=4, ecolor="#4a5568",
-    )  # fmt: skip
-    accuracy_axes.bar_label(bars, fmt="%.1f %%", padding=4, fontsize=11)
-    accuracy_axes.set_ylim(0, 105)
-    accuracy_axes.set_ylabel(f"accuracy on {s.after.rows} held-out rows (%)")
-    for axes in (loss_axes, lower_axes, accuracy_axes):
+    metric, shown = METRICS[s.metric], (s.before, s.after)
+    heights = [e.value * metric.unit if math.isfinite(e.value) else 0.0 for e in shown]
+    errors = [e.standard_error * metric.unit if math.isfinite(e.standard_error) else 0.0 for e in shown]
+    bars = metric_axes.bar(
+        ["before", "after"], heights, color=[GREY, BLUE], width=0.62, yerr=errors, capsize=4, ecolor="#4a5568"
+    )
+    labels = [metric.show(e.value).replace("%", " %") for e in shown]
+    metric_axes.bar_label(bars, labels=labels, padding=4, fontsize=11)
+    metric_axes.set_ylim(
+        0, 105 if metric.share else 1.15 * (max(h + e for h, e in zip(heights, errors, strict=True)) or 1)
+    )
+    unit = " (%)" if metric.share else "" if metric.higher_is_better else " (less is better)"
+    metric_axes.set_ylabel(f"{metric.label} on {s.after.rows} held-out rows{unit}")
+    for axes in (loss_axes, lower_axes, metric_axes):
         axes.spines[["top", "right"]].set_visible(False)
-    name = Path(s.model).name
+    name, change = Path(s.model).name, metric.change(s.before.value, s.after.value)
+    gained = change if metric.share else f"{metric.label} {change}"
     figure.suptitle(
-        f"{name} on {Path(s.task).name}: {s.gain:+.1f} points in {s.forwards:,} training forward passes, "
+        f"{name} on {Path(s.task).name}: {gained} in {s.forwards:,} training forward passes, "
         f"{'no backward pass' if s.queries else 'a backward pass counted as two'}",
         fontsize=13,
     )
     figure.savefig(path)
 
 
-def _smooth(values: list[float]) -> list[float]:
+def smooth(values: list[float]) -> list[float]:
     """Exponential running mean over a tenth of the run, without the bias of its start; non-finite values are skipped."""
     decay = 1 - 1 / max(len(values) / 10, 2)
     mean, weight, smoothed = 0.0, 0.0, []
@@ -169,5 +205,6 @@ def _smooth(values: list[float]) -> list[float]:
     return smoothed
 
 
-def _standard_error(e: Evaluation) -> float:
-    return math.sqrt(e.accuracy * (1 - e.accuracy) / e.rows)
+def _json(plain: dict[str, Any]) -> str:
+    """Indented, but lists of numbers on one line."""
+    return re.sub(r"\[\n[^\[\]{}\"]*\]", lambda found: " ".join(found[0].split()), json.dumps(plain, indent=2))

@@ -24,7 +24,17 @@ from zo_opt.training.prefix_cache import PrefixCache, first_adapted_layer
 from zo_opt.training.progress import Reporter
 from zo_opt.training.recipe import Recipe, resolve
 from zo_opt.training.scoring import Scorer, make_scorer
-from zo_opt.training.tasks import Task, check_template, custom_task, get_task, parse_verbalizers, placeholders
+from zo_opt.training.task_metrics import CLASSIFICATION, GENERATION, LANGUAGE_MODELLING
+from zo_opt.training.tasks import (
+    OWN_TEXT,
+    Task,
+    check_template,
+    custom_generation_task,
+    custom_task,
+    get_task,
+    parse_verbalizers,
+    placeholders,
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class Base:
-    """A frozen model and what scores labels with it."""
+    """A frozen model and what learns the task with it."""
 
     model: Any
     scorer: Scorer
@@ -122,25 +132,34 @@ def load_examples(config: TrainConfig, reporter: Reporter) -> Examples:
     """
     if config.train_file is None:
         task = _with_prompt(get_task(config.task), config)
-        train_rows, held_out_rows = data.hold_out(builtin.task_rows(config.task, reporter.say), config.held_out)
+        _check_kind(config, task)
+        rows = builtin.task_rows(config.task, reporter.say)
+        train_rows, held_out_rows = data.hold_out(rows, config.held_out, last=task.kind == LANGUAGE_MODELLING)
         sources = (f"built-in {config.task}",) * 2
     else:
         train_rows = data.read_rows(config.train_file)
         held_out_rows = data.read_rows(config.eval_file) if config.eval_file is not None else []
         task = _task_for_file(config, train_rows)
+        _check_kind(config, task)
         sources = (str(config.train_file), str(config.eval_file or config.train_file))
         if config.eval_file is None:
             if len(train_rows) < 2:
                 raise ZOError(f"{config.train_file} has one row only; give more, or an eval_file.")
-            train_rows, held_out_rows = data.hold_out(train_rows, config.held_out)
+            running = task.kind == LANGUAGE_MODELLING
+            train_rows, held_out_rows = data.hold_out(train_rows, config.held_out, last=running)
+    if config.validation:
+        if len(train_rows) < 2:
+            raise ZOError("validation needs at least two training rows; give more.")
+        train_rows, held_out_rows = data.hold_out(train_rows, config.held_out)
     train_rows = train_rows[: config.max_train_rows] if config.max_train_rows is not None else train_rows
     train = data.make_examples(train_rows, task, sources[0])
-    data.check_classes(train, task, sources[0])
+    if task.kind == CLASSIFICATION:
+        data.check_classes(train, task, sources[0])
     return Examples(task, train, data.make_examples(held_out_rows, task, sources[1]))
 
 
 def load_base(config: TrainConfig, task: Task, reporter: Reporter) -> Base:
-    """Load the frozen model in its precision, and what scores labels with it.
+    """Load the frozen model in its precision, and what learns the task with it.
 
     Raises:
         ZOError: it cannot be loaded, or has no head for the task.
@@ -199,7 +218,19 @@ def _make_cache(config: TrainConfig, model: AdapterModel, reporter: Reporter) ->
 
 def _task_for_file(config: TrainConfig, rows: Sequence[data.Row]) -> Task:
     """The user's own task if a template or column is named or the built-in columns are not there."""
+    if config.target_column is not None:
+        own = custom_generation_task(
+            text_column=config.text_column, target_column=config.target_column, template=config.template
+        )
+        return _with_length(own, config)
     task = get_task(config.task)
+    if task.kind != CLASSIFICATION:
+        return _with_prompt(task, config)
+    for path in (config.train_file, config.eval_file):
+        if path is not None and path.suffix == ".txt":
+            raise ZOError(
+                f"{path} is plain text, which has no labels; add --task {OWN_TEXT} to learn the text, or give a .jsonl, .csv or .tsv file."
+            )
     columns = set(rows[0])
     named = (config.template, config.verbalizers, config.text_column, config.label_column)
     if named == (None, None, "text", "label") and set(task.required_columns()) <= columns:
@@ -215,6 +246,31 @@ def _task_for_file(config: TrainConfig, rows: Sequence[data.Row]) -> Task:
     )  # fmt: skip
 
 
+def _check_kind(config: TrainConfig, task: Task) -> None:
+    """Options that this kind of task has no use for."""
+    if task.kind == CLASSIFICATION:
+        if config.max_new_tokens is not None:
+            raise ZOError(
+                f"max_new_tokens was given, but task {task.name!r} has labels and writes nothing; leave it out."
+            )
+        return
+    if config.head == "classification":
+        raise ZOError(f"head='classification' scores labels, of which a {task.kind} task has none; leave it out.")
+    given = [
+        name for name, unused in (("verbalizers", None), ("label_column", "label")) if getattr(config, name) != unused
+    ]
+    if task.kind == LANGUAGE_MODELLING:
+        given += [name for name in ("template", "target_column", "max_new_tokens") if getattr(config, name) is not None]
+    if given:
+        raise ZOError(f"{given[0]} was given, of which a {task.kind} task makes no use; leave it out.")
+    if config.compile and task.kind == GENERATION:
+        raise ZOError("compiled layers cannot write with a key-value cache; leave --compile out for a generation task.")
+
+
+def _with_length(task: Task, config: TrainConfig) -> Task:
+    return task if config.max_new_tokens is None else replace(task, max_new_tokens=config.max_new_tokens)
+
+
 def _with_prompt(task: Task, config: TrainConfig) -> Task:
     """A built-in task under the user's template or label words; what is not given stays the task's own."""
     template = check_template(config.template) if config.template is not None else task.template
@@ -224,4 +280,6 @@ def _with_prompt(task: Task, config: TrainConfig) -> Task:
     columns = dict(task.columns)
     if "text" in placeholders(template) and "text" not in columns:
         columns["text"] = placeholders(task.template)[0]  # the text of a task with one text column
-    return replace(task, template=template, verbalizers=words, columns=columns)
+    if "text" in placeholders(template) and config.text_column != TrainConfig.text_column:
+        columns["text"] = config.text_column
+    return _with_length(replace(task, template=template, verbalizers=words, columns=columns), config)

@@ -1,6 +1,7 @@
-"""Tasks as data: one row a task. A task turns a table's row into a prompt and its label into label words (verbalizers).
+"""Tasks as data: one row a task. A task turns a table's row into a prompt, and what the row asks for into words.
 
-Templates follow MeZO's (arXiv 2305.17333, appendix E.2); SST-2's is the weak one on which zero-shot is near chance.
+Of three kinds: "classification" has label words (verbalizers), "generation" a target text, "language-modelling" nothing but its
+text. Templates of the first follow MeZO's (arXiv 2305.17333, appendix E.2); SST-2's is the weak one on which zero-shot is near chance.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from string import Formatter
 from typing import Any
 
 from zo_opt.errors import ZOError
+from zo_opt.training.task_metrics import CLASSIFICATION, GENERATION, KINDS, LANGUAGE_MODELLING
 
 
 @dataclass(frozen=True)
@@ -19,18 +21,30 @@ class Task:
 
     Attributes:
         template: text with ``{column}`` placeholders; ``{mask}`` marks the label position for masked models.
-        verbalizers: label -> label words; may hold placeholders (COPA's candidates are columns).
+        verbalizers: label -> label words; may hold placeholders (COPA's candidates are columns). None but in classification.
         label_column: the column of the label.
         columns: placeholder -> column, where they differ.
         substitutions: column -> value -> text to show instead.
+        kind: "classification", "generation" or "language-modelling".
+        target_column: generation: the column of the text to write, or of a list of texts that are all right (the first is learned).
+        max_new_tokens: generation: the most tokens that are written in an evaluation.
+        metrics: those it reports, the primary one first; all of its kind if empty.
     """
 
     name: str
     template: str
-    verbalizers: Mapping[str, str]
+    verbalizers: Mapping[str, str] = field(default_factory=dict)
     label_column: str = "label"
     columns: Mapping[str, str] = field(default_factory=dict)
     substitutions: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    kind: str = CLASSIFICATION
+    target_column: str = "target"
+    max_new_tokens: int = 32
+    metrics: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.metrics:
+            object.__setattr__(self, "metrics", KINDS[self.kind])
 
     @property
     def labels(self) -> list[str]:
@@ -38,10 +52,11 @@ class Task:
         return list(self.verbalizers)
 
     def required_columns(self) -> list[str]:
-        """Columns that a row must have, the label's included."""
+        """Columns that a row must have, that of the label or the target included."""
         texts = [self.template, *self.verbalizers.values()]
         names = dict.fromkeys(name for text in texts for name in placeholders(text) if name != "mask")
-        return [self.columns.get(name, name) for name in names] + [self.label_column]
+        asked_for = {CLASSIFICATION: [self.label_column], GENERATION: [self.target_column], LANGUAGE_MODELLING: []}
+        return [self.columns.get(name, name) for name in names] + asked_for[self.kind]
 
     def fields(self, row: Mapping[str, Any]) -> dict[str, str]:
         """Placeholder -> text for one row."""
@@ -51,6 +66,11 @@ class Task:
             value = str(row[self.columns.get(name, name)]).strip()
             values[name] = self.substitutions.get(name, {}).get(value, value)
         return values
+
+    def references_of(self, value: Any) -> tuple[str, ...]:
+        """The right texts that a target column's value stands for; those that are empty are left out."""
+        texts = [label_text(v) for v in (value if isinstance(value, list | tuple) else [value]) if v is not None]
+        return tuple(text for text in texts if text)
 
     def label_of(self, value: Any) -> int | None:
         """The number of a label given by name or by number; None where it is unknown."""
@@ -81,6 +101,13 @@ def placeholders(template: str) -> list[str]:
         ) from error
 
 
+def _short_answer(name: str, template: str, *, max_new_tokens: int = 16) -> Task:
+    metrics = ("exact_match", "rougeL", "rouge1", "rouge2")
+    return Task(name, template, kind=GENERATION, target_column="answer", max_new_tokens=max_new_tokens, metrics=metrics)
+
+
+OWN_TEXT = "lm"  # language modelling on the user's own text
+
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
@@ -101,7 +128,19 @@ TASKS: dict[str, Task] = {
             "{premise} {question}",
             {"0": "{choice1}", "1": "{choice2}"},
             substitutions={"question": {"cause": "because", "effect": "so"}},
+            metrics=("accuracy",),
         ),
+        Task(
+            "mrpc",
+            "Do these two sentences mean the same?\n{sentence1}\n{sentence2}\nYes or No?\n",
+            {"not_equivalent": "No", "equivalent": "Yes"},
+        ),
+        Task("piqa", "Goal: {goal}\nAnswer:", {"0": "{sol1}", "1": "{sol2}"}, metrics=("accuracy",)),
+        _short_answer("arithmetic", "{question}", max_new_tokens=10),
+        _short_answer("nq_open", "Question: {question}?\nAnswer:"),
+        _short_answer("sciq", "{support}\nQuestion: {question}\nAnswer:"),
+        Task("sciq-text", "{text}", kind=LANGUAGE_MODELLING),
+        Task(OWN_TEXT, "{text}", kind=LANGUAGE_MODELLING),
     )
 }
 
@@ -122,6 +161,12 @@ def custom_task(
     template = check_template(template if template is not None else "{text}\nLabel:")
     words = parse_verbalizers(verbalizers, labels) if verbalizers is not None else {label: label for label in labels}
     return Task("custom", template, words, label_column=label_column, columns={"text": text_column})
+
+
+def custom_generation_task(*, text_column: str, target_column: str, template: str | None) -> Task:
+    """A task that writes the target column of the user's own table; ``{text}`` in the template is the text column."""
+    template = check_template(template if template is not None else "{text}\nAnswer:")
+    return Task("custom", template, kind=GENERATION, target_column=target_column, columns={"text": text_column})
 
 
 def check_template(template: str) -> str:

@@ -1,42 +1,58 @@
-"""How each kind of model scores labels: one file a kind."""
+"""How each kind of model learns each kind of task: one file for labels a kind of model, one for generation, one for running text."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from zo_opt.errors import ZOError
-from zo_opt.training.scoring.base import Batch, Encoded, Scorer
+from zo_opt.training.scoring.base import Batch, Encoded, LabelScorer, Measured, Scorer
 from zo_opt.training.scoring.causal import CausalScorer
 from zo_opt.training.scoring.classification import ClassificationScorer
+from zo_opt.training.scoring.generation import CausalGenerator, Generator, Seq2SeqGenerator
+from zo_opt.training.scoring.language_modelling import LanguageModeller
 from zo_opt.training.scoring.masked import MaskedScorer
 from zo_opt.training.scoring.seq2seq import Seq2SeqScorer
+from zo_opt.training.task_metrics import CLASSIFICATION, GENERATION, LANGUAGE_MODELLING
 from zo_opt.training.tasks import Task, placeholders
 
-
-def make_scorer(model: Any, tokenizer: Any, task: Task, max_length: int | None = None) -> Scorer:
-    """The scorer for a model of transformers, by the kind of its head.
-
-    Raises:
-        ZOError: the model has no head that scores labels.
-    """
-    architecture = type(model).__name__
-    kinds: dict[str, type[Scorer]] = {
+# kind of task -> ending of the architecture's name -> scorer
+SCORERS: dict[str, dict[str, type[Scorer]]] = {
+    CLASSIFICATION: {
         "ForSequenceClassification": ClassificationScorer,
         "ForMaskedLM": MaskedScorer,
         "ForConditionalGeneration": Seq2SeqScorer,
         "ForCausalLM": CausalScorer,
         "LMHeadModel": CausalScorer,
-    }
-    for ending, kind in kinds.items():
+    },
+    GENERATION: {
+        "ForConditionalGeneration": Seq2SeqGenerator,
+        "ForCausalLM": CausalGenerator,
+        "LMHeadModel": CausalGenerator,
+    },
+    LANGUAGE_MODELLING: {"ForCausalLM": LanguageModeller, "LMHeadModel": LanguageModeller},
+}
+_NEEDS = {
+    CLASSIFICATION: "has no output head that can score labels; load a causal, masked, encoder-decoder or sequence-classification model",
+    GENERATION: "cannot write text; for a generation task load a causal or encoder-decoder model",
+    LANGUAGE_MODELLING: "does not predict each token from those before it; for language modelling load a causal model",
+}
+
+
+def make_scorer(model: Any, tokenizer: Any, task: Task, max_length: int | None = None) -> Scorer:
+    """The scorer for a model of transformers, by the kind of its head and of the task.
+
+    Raises:
+        ZOError: the model has no head for this kind of task.
+    """
+    architecture = type(model).__name__
+    for ending, kind in SCORERS[task.kind].items():
         if architecture.endswith(ending):
             if "mask" in placeholders(task.template) and kind not in (MaskedScorer, ClassificationScorer):
                 raise ZOError(
                     f"the template {task.template!r} has a {{mask}}, which {architecture} does not predict; leave it out."
                 )
             return kind(model, tokenizer, task, max_length)
-    raise ZOError(
-        f"{architecture} has no output head that can score labels; load a causal, masked, encoder-decoder or sequence-classification model."
-    )
+    raise ZOError(f"{architecture} {_NEEDS[task.kind]}.")
 
 
-__all__ = ["Batch", "Encoded", "Scorer", "make_scorer"]
+__all__ = ["Batch", "Encoded", "Generator", "LabelScorer", "Measured", "Scorer", "make_scorer"]

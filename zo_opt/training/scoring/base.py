@@ -1,4 +1,4 @@
-"""Prompts -> tensors -> one score a label.
+"""Prompts -> tensors -> a loss; for labels by way of one score each.
 
 The score of a label is the log-probability of its label words (whole sequences where they have several tokens), compared among
 the labels alone; with a classification head it is the head's logit. Only label positions go through the output head.
@@ -11,11 +11,12 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from zo_opt.errors import ZOError
 from zo_opt.training.data import Example
@@ -31,19 +32,38 @@ class Encoded:
 
     Attributes:
         prompts: one token list, or one a label where label words are part of the sequence.
-        words: the label words' tokens, one list a label.
+        words: the label words' tokens, one list a label; of a text to learn, one list of its tokens.
         label: the right label's number.
         truncated: whether text was cut to fit the context.
+        references: the right texts of a generation task.
     """
 
     prompts: list[list[int]]
     words: list[list[int]]
-    label: int
-    truncated: bool
+    label: int = 0
+    truncated: bool = False
+    references: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What an evaluation learns from one batch.
+
+    Attributes:
+        loss: sum of the losses.
+        weight: how many losses that is: rows, or tokens.
+        values: one number a row: the label predicted, or the mean loss of its tokens.
+        weights: how much each row counts for; empty where all count alike.
+    """
+
+    loss: float
+    weight: int
+    values: list[float]
+    weights: list[int] = field(default_factory=list)
 
 
 class Scorer(ABC):
-    """How one kind of model scores labels."""
+    """How one kind of model learns one kind of task."""
 
     pad_left = False
 
@@ -58,11 +78,19 @@ class Scorer(ABC):
 
     @abstractmethod
     def encode(self, example: Example) -> Encoded:
-        """Tokenise one example; text too long for the context is cut so that template and label survive."""
+        """Tokenise one example; text too long for the context is cut so that template and label (or target) survive."""
+
+    def encode_all(self, examples: Sequence[Example]) -> list[Encoded]:
+        """Tokenise examples, one for one; running text is cut into other rows than it came in."""
+        return [self.encode(e) for e in examples]
 
     @abstractmethod
-    def scores(self, model: Any, batch: Batch) -> Tensor:
-        """Scores of the labels, float32, shape (B, C)."""
+    def loss(self, model: Any, batch: Batch) -> Tensor:
+        """The loss that is trained: a mean over the batch, a float32 scalar."""
+
+    @abstractmethod
+    def measure(self, model: Any, batch: Batch) -> Measured:
+        """What an evaluation needs of a batch."""
 
     def label_positions(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
         """Rows of the flattened inputs and the position in each from which an example's label is predicted, (B,) each.
@@ -128,19 +156,40 @@ class Scorer(ABC):
 
     def _words(self, example: Example) -> list[list[int]]:
         """Tokens of each label's words as they follow the prompt: with the space before them where the template ends in text."""
-        stem = "a" + self.task.template[len(self.task.template.rstrip()) :]
-        space = "" if stem != "a" else " "
         words = []
         for label, text in self.task.verbalizers.items():
             filled = text.format(**example.fields)
-            before, both = self._ids(stem, special=False), self._ids(stem + space + filled, special=False)
-            ids = both[len(before) :] if both[: len(before)] == before else self._ids(space + filled, special=False)
+            ids = self._following(filled)
             if not ids:
                 raise ZOError(
                     f"the label words {filled!r} of label {label!r} have no tokens; choose other verbalizers."
                 )
             words.append(ids)
         return words
+
+    def _following(self, text: str) -> list[int]:
+        """Tokens of a text as it follows the prompt."""
+        stem = "a" + self.task.template[len(self.task.template.rstrip()) :]
+        space = "" if stem != "a" else " "
+        before, both = self._ids(stem, special=False), self._ids(stem + space + text, special=False)
+        return both[len(before) :] if both[: len(before)] == before else self._ids(space + text, special=False)
+
+
+class LabelScorer(Scorer):
+    """How one kind of model scores labels."""
+
+    @abstractmethod
+    def scores(self, model: Any, batch: Batch) -> Tensor:
+        """Scores of the labels, float32, shape (B, C)."""
+
+    def loss(self, model: Any, batch: Batch) -> Tensor:
+        """Mean cross entropy of the scores."""
+        return F.cross_entropy(self.scores(model, batch), batch["labels"])
+
+    def measure(self, model: Any, batch: Batch) -> Measured:
+        scores = self.scores(model, batch)
+        loss = float(F.cross_entropy(scores, batch["labels"], reduction="sum"))
+        return Measured(loss, len(scores), scores.argmax(dim=1).tolist())
 
 
 def context_length(model: Any, tokenizer: Any, max_length: int | None) -> int:

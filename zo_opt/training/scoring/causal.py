@@ -11,18 +11,18 @@ from torch import Tensor
 
 from zo_opt.adapters.adapted import AdaptedModule
 from zo_opt.training.data import Example
-from zo_opt.training.scoring.base import IGNORED, Batch, Encoded, Scorer, pad_words, sequence_scores, word_logits
+from zo_opt.training.scoring.base import IGNORED, Batch, Encoded, LabelScorer, pad_words, sequence_scores, word_logits
 from zo_opt.training.tasks import Task
 
 
-class CausalScorer(Scorer):
+class CausalScorer(LabelScorer):
     """Decoder-only models: padded on the left, so that label positions are the last ones."""
 
     pad_left = True
 
     def __init__(self, model: Any, tokenizer: Any, task: Task, max_length: int | None = None) -> None:
         super().__init__(model, tokenizer, task, max_length)
-        self._plain_head = _head_is_linear(model)
+        self._plain_head = head_is_linear(model)
 
     def encode(self, example: Example) -> Encoded:
         words = self._words(example)
@@ -73,7 +73,7 @@ class CausalScorer(Scorer):
 
 
 @torch.no_grad()
-def _head_is_linear(model: Any) -> bool:
+def head_is_linear(model: Any) -> bool:
     """Whether logits are the output embedding of the base's last hidden state, without a cap or scale: tried on one token."""
     head = model.get_output_embeddings()
     if not hasattr(head, "weight"):

@@ -7,11 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from zo_opt.training.data import Example
-from zo_opt.training.scoring.base import Batch, Encoded, Scorer
+from zo_opt.training.scoring.base import Batch, Encoded, LabelScorer
 from zo_opt.training.tasks import placeholders
 
 
-class ClassificationScorer(Scorer):
+class ClassificationScorer(LabelScorer):
     """Models with a classification head: the prompt alone, the head's logits as scores."""
 
     def encode(self, example: Example) -> Encoded:

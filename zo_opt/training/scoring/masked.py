@@ -12,11 +12,11 @@ from torch import Tensor
 
 from zo_opt.errors import ZOError
 from zo_opt.training.data import Example
-from zo_opt.training.scoring.base import Batch, Encoded, Scorer, pad_words, sequence_scores, word_logits
+from zo_opt.training.scoring.base import Batch, Encoded, LabelScorer, pad_words, sequence_scores, word_logits
 from zo_opt.training.tasks import Task, placeholders
 
 
-class MaskedScorer(Scorer):
+class MaskedScorer(LabelScorer):
     """Encoders with a masked-language-model head: one mask a token of the label words."""
 
     def __init__(self, model: Any, tokenizer: Any, task: Task, max_length: int | None = None) -> None:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from zo_opt.training.data import Example
-from zo_opt.training.scoring.base import Batch, Encoded, Scorer, pad_words, sequence_scores, word_logits
+from zo_opt.training.scoring.base import Batch, Encoded, LabelScorer, pad_words, sequence_scores, word_logits
 
 
-class Seq2SeqScorer(Scorer):
+class Seq2SeqScorer(LabelScorer):
     """Encoder-decoders: the prompt is encoded once, each label's words are decoded."""
 
     def encode(self, example: Example) -> Encoded:

@@ -1,0 +1,156 @@
+"""AFLoRA: low-rank factors that are frozen one after the other, vectors that stay trained (arXiv 2403.13269)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zo_opt.adapters.config import AdapterConfig, check_positive, register
+from zo_opt.adapters.parallel import Delta, ParallelAdapter
+from zo_opt.adapters.schedule import AdapterSchedule
+from zo_opt.adapters.sensitivity import Phases, Sensitivity, check_beta, check_steps, cubic, make_phases
+from zo_opt.adapters.targets import ATTENTION, Target
+
+if TYPE_CHECKING:
+    from zo_opt.adapters.model import AdapterModel
+
+
+@register
+@dataclass
+class AFLoRAConfig(AdapterConfig):
+    """h = W0 x + diag(b) B diag(d) A x (arXiv 2403.13269), A (rank, in), B (out, rank), d (rank,), b (out,), all trained at first.
+
+    After every optimizer step each A and each B has a freezing score, the mean over its entries of AdaLoRA's s = Ibar * U
+    (:class:`~zo_opt.adapters.sensitivity.Sensitivity`). From warm-up to final phase the share 1 - (1 - (t - t_i) / (T - t_i - t_f))^3 of all these
+    matrices is frozen, lowest scores first; a frozen one stays frozen. In the final phase d and b alone are trained.
+
+    [choice] A and B start Kaiming-uniform, in +-1 / sqrt(columns); d starts at ``d_initial`` and b at zero, as in VeRA: an exact identity.
+    [choice] A and B of all layers are ranked together, and the phases left open are AdaLoRA's. Call ``model.step(global_step)`` after
+    every ``optimizer.step()`` and before ``zero_grad()``. It merges into the weights. Linear layers only.
+
+    >>> from zo_opt import get_adapter_model, trainable_parameters
+    >>> model = get_adapter_model(nn.Sequential(nn.Linear(64, 32)), AFLoRAConfig(rank=4, target_modules=["0"]))
+    >>> [tuple(p.shape) for p in trainable_parameters(model)]
+    [(4, 64), (32, 4), (4,), (32,)]
+    """
+
+    adapter_type: ClassVar[str] = "aflora"
+
+    rank: int = field(default=4, metadata={"help": "rank of the weight's update"})
+    d_initial: float = field(default=0.1, metadata={"help": "initial value of d"})
+    beta1: float = field(default=0.85, metadata={"help": "smoothing of sensitivities"})
+    beta2: float = field(default=0.85, metadata={"help": "smoothing of their uncertainties"})
+    total_steps: int | None = field(default=None, metadata={"help": "optimizer steps in all; set by the training loop"})
+    warmup_steps: int | None = field(
+        default=None, metadata={"help": "steps before the first freezing; None: an eighth"}
+    )
+    final_steps: int | None = field(default=None, metadata={"help": "last steps, with all A and B frozen; None: half"})
+    seed: int = field(default=0, metadata={"help": "of the initial A and B"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_whole("rank")
+        self.check_seed()
+        check_positive("d_initial", self.d_initial)
+        check_beta("beta1", self.beta1)
+        check_beta("beta2", self.beta2)
+        check_steps("total_steps", self.total_steps, 1)
+        check_steps("warmup_steps", self.warmup_steps)
+        check_steps("final_steps", self.final_steps)
+
+    def default_targets(self, model_type: str) -> Sequence[str] | None:
+        return ATTENTION.get(model_type)
+
+    def wrap(self, target: Target, number: int) -> ParallelAdapter:
+        rank = self.rank_of(target.name, self.rank)
+        return ParallelAdapter(target.module, AFLoRA(target, rank, self.d_initial, seed=self.seed * 100_003 + number))
+
+    def schedule(self, model: AdapterModel) -> AFLoRASchedule:
+        adapters = {n: m.adapter for n, m in model.adapted_modules().items() if isinstance(m.adapter, AFLoRA)}
+        return AFLoRASchedule(
+            self, {f"{n}.{which}": getattr(a, which) for n, a in adapters.items() for which in ("lora_A", "lora_B")}
+        )
+
+    def phases(self) -> Phases:
+        """t_i, t_f and T.
+
+        Raises:
+            ZOError: ``total_steps`` is missing or too small.
+        """
+        return make_phases(self.warmup_steps, self.final_steps, self.total_steps)
+
+
+class AFLoRA(Delta):
+    """diag(b) B diag(d) A x, float32; A is ``lora_A``, B ``lora_B``, d ``lambda_d``, b ``lambda_b``."""
+
+    def __init__(self, target: Target, rank: int, d_initial: float, *, seed: int) -> None:
+        super().__init__()
+        self.lora_A = nn.Parameter(torch.zeros(rank, target.in_features, device=target.device))
+        self.lora_B = nn.Parameter(torch.zeros(target.out_features, rank, device=target.device))
+        self.lambda_d = nn.Parameter(torch.full((rank,), float(d_initial), device=target.device))
+        self.lambda_b = nn.Parameter(torch.zeros(target.out_features, device=target.device))
+        if target.device.type != "meta":
+            generator = torch.Generator().manual_seed(seed)
+            with torch.no_grad():
+                for factor in (self.lora_A, self.lora_B):
+                    uniform = torch.rand(factor.shape, generator=generator)
+                    factor.copy_((2 * uniform - 1) / math.sqrt(factor.shape[1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.lora_A) * self.lambda_d, self.lora_B) * self.lambda_b
+
+    def dense(self) -> Tensor:
+        return (self.lora_A.T * self.lambda_d) @ (self.lora_B.T * self.lambda_b)
+
+    def extra_repr(self) -> str:
+        return f"rank={len(self.lora_A)}"
+
+
+class AFLoRASchedule(AdapterSchedule):
+    """Scores every A and B after each step and freezes the lowest ones. A frozen matrix no longer requires grad: no optimizer touches it.
+
+    Args:
+        config: betas and phases.
+        matrices: path -> A or B.
+    """
+
+    needs_grad: ClassVar[bool] = True
+
+    def __init__(self, config: AFLoRAConfig, matrices: dict[str, nn.Parameter]) -> None:
+        self._config, self._matrices = config, matrices
+        self._sensitivity = Sensitivity(matrices, config.beta1, config.beta2)
+        self._frozen = torch.zeros(len(matrices), dtype=torch.bool)
+
+    def share(self, global_step: int) -> float:
+        """How much of all matrices is frozen after this step."""
+        return 1 - cubic(global_step, self._config.phases())
+
+    def step(self, global_step: int) -> None:
+        if self._frozen.all():
+            return
+        if global_step < self._config.phases().end:
+            self._sensitivity.update()
+        count = int(self.share(global_step) * len(self._matrices)) - int(self._frozen.sum())
+        if count > 0:
+            scores = torch.stack([self._sensitivity.score(name).mean().cpu() for name in self._matrices])
+            lowest = scores.masked_fill(self._frozen, torch.inf).argsort(stable=True)[:count]
+            self._frozen[lowest] = True
+            self._apply()
+
+    def state(self) -> dict[str, Tensor]:
+        return self._sensitivity.state() | {"frozen": self._frozen}
+
+    def restored(self) -> None:
+        self._apply()
+
+    def _apply(self) -> None:
+        for matrix, frozen in zip(self._matrices.values(), self._frozen.tolist(), strict=True):
+            matrix.requires_grad_(not frozen)
+            if frozen:
+                matrix.grad = None

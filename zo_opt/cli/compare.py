@@ -1,0 +1,30 @@
+"""``zo-opt compare``."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from jsonargparse import Namespace
+
+from zo_opt.comparison import output
+from zo_opt.comparison.compare import compare
+from zo_opt.comparison.options import CompareConfig
+from zo_opt.errors import ZOError
+from zo_opt.training.config import TrainConfig
+from zo_opt.training.progress import Reporter
+
+
+def run(options: Namespace, command: str) -> None:
+    """Run all methods at one budget and show the table."""
+    reporter = Reporter()
+    values = options.as_dict()
+    values.pop("config", None)
+    own = {f.name: values.pop(f.name) for f in fields(CompareConfig)}
+    rows, directory = compare(CompareConfig(**own), TrainConfig(**values), reporter, command)
+    for table in output.to_terminal(rows, reporter.console):
+        reporter.console.print(table)
+    for reason in output.reasons(rows):
+        reporter.say(reason)
+    reporter.say(f"table and pictures: {output.NAME}.md, .csv and .png in {directory}")
+    if all(row.score is None for row in rows):
+        raise ZOError(f"no run finished; see above, and what each said in the .log files under {directory}.")

@@ -1,0 +1,206 @@
+"""A comparison from options to table and pictures."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zo_opt.comparison import output
+from zo_opt.comparison.budget import steps_within
+from zo_opt.comparison.fitting import Sizes, fitting_batch, sizes_of
+from zo_opt.comparison.lr_search import best_lr, lr_grid
+from zo_opt.comparison.options import SECONDS_PROBE_STEPS, CompareConfig, run_config
+from zo_opt.comparison.results import Row, step_seconds, summarise
+from zo_opt.comparison.runs import Run, StoppedError, run_all
+from zo_opt.errors import ZOError
+from zo_opt.files import write_atomically
+from zo_opt.memory import parse_bytes
+from zo_opt.training.config import TrainConfig
+from zo_opt.training.loop import InterruptedRunError, output_directory
+from zo_opt.training.methods import Method
+from zo_opt.training.progress import Reporter
+from zo_opt.training.setup import load_examples
+from zo_opt.training.task_metrics import LANGUAGE_MODELLING
+
+RECORD_NAME = "compare.json"
+
+
+def compare(options: CompareConfig, base: TrainConfig, reporter: Reporter, command: str) -> tuple[list[Row], Path]:
+    """Run every method with every seed at one budget; returns the table's rows and where everything is.
+
+    Raises:
+        ZOError: a mistake in the options or files; nothing was overwritten.
+        InterruptedRunError: SIGINT or SIGTERM; the runs under way left checkpoints.
+    """
+    if options.resume:
+        options, base, command = _resumed(options)
+    methods = options.check()
+    for method in methods:
+        try:
+            run_config(base, method).check()
+        except ZOError as error:
+            raise ZOError(f"method {method.name}: {error}") from error
+    directory = options.output_dir or Path("runs") / f"compare-{datetime.now():%Y%m%d-%H%M%S}"
+    with output_directory(directory, resume=options.resume):
+        examples = load_examples(base, reporter)
+        sizes, rows = None, len(examples.train)
+        if options.budget_memory is not None or examples.task.kind == LANGUAGE_MODELLING:
+            sizes = sizes_of(base, examples)
+            rows = sizes.rows
+        comparison = _Comparison(options, base, methods, rows, sizes, directory, reporter, command)
+        comparison.check_budget()
+        record = {"command": command, "options": _plain(vars(options)), "base": base.to_dict()}
+        write_atomically(directory / RECORD_NAME, (json.dumps(record, indent=2) + "\n").encode())
+        try:
+            return comparison.run(), directory
+        except StoppedError as stop:
+            raise InterruptedRunError(directory, stop.signum, command="compare") from None
+        except KeyboardInterrupt:
+            raise InterruptedRunError(directory, signal.SIGINT, command="compare") from None
+
+
+@dataclass
+class _Comparison:
+    options: CompareConfig
+    base: TrainConfig
+    methods: Sequence[Method]
+    rows: int
+    sizes: Sizes | None
+    directory: Path
+    reporter: Reporter
+    command: str
+    _fitted: dict[str, TrainConfig | Row] = field(default_factory=dict)
+
+    def check_budget(self) -> None:
+        """Whether every method can make a step, before anything is run."""
+        for method in self.methods:
+            for forwards in (self.options.forwards, self.options.lr_forwards):
+                if forwards is not None:
+                    self._steps(run_config(self.base, method), forwards)
+
+    def run(self) -> list[Row]:
+        for method in self.methods:
+            self._fit(method)
+        fitting = {name: fitted for name, fitted in self._fitted.items() if isinstance(fitted, TrainConfig)}
+        trials = self._search(fitting)
+        lrs = {name: best_lr(runs) for name, runs in trials.items()} or dict.fromkeys(fitting, self.options.lr)
+        learning = {name: c for name, c in fitting.items() if not trials or lrs[name] is not None}
+        configs = self._within_budget({name: replace(config, lr=lrs[name]) for name, config in learning.items()})
+        runs = {
+            name: [
+                self._run("runs", name, f"seed-{seed}", replace(config, seed=seed)) for seed in self.options.seed_list
+            ]
+            for name, config in configs.items()
+        }
+        ordered = [of_method[i] for i in range(len(self.options.seed_list)) for of_method in runs.values()]
+        try:
+            self._go(ordered, "comparing")
+        finally:
+            table = [self._row(m.name, runs, trials) for m in self.methods]
+            output.write(self.directory, table, runs, self.command, self.base)
+        return table
+
+    def _row(self, name: str, runs: dict[str, list[Run]], trials: dict[str, list[Run]]) -> Row:
+        if name in runs:
+            return summarise(name, runs[name], trials.get(name, ()))
+        if name in trials:
+            failed = next((o for run in trials[name] if (o := run.outcome()) is not None and o.state == "failed"), None)
+            reason = failed.reason if failed is not None else "no learning rate gave a finite loss"
+            return Row(name, "failed" if failed is not None else "diverged", reason, 0)
+        fitted = self._fitted[name]
+        assert isinstance(fitted, Row)
+        return fitted
+
+    def _fit(self, method: Method) -> None:
+        """The run's options with the largest batch that fits in the memory budget; or the row that says that there is none."""
+        config, budget = run_config(self.base, method), self.options.budget_memory
+        self._fitted[method.name] = config
+        if budget is None:
+            return
+        assert self.sizes is not None
+        try:
+            batch_size = fitting_batch(config, self.sizes, parse_bytes(budget))
+        except (ZOError, RuntimeError) as error:
+            self._fitted[method.name] = Row(method.name, "failed", f"its memory is not known: {error}", 0)
+            return
+        if batch_size is None:
+            reason = f"a step on one row is predicted to take more than {budget}"
+            self._fitted[method.name] = Row(method.name, "does not fit", reason, 0)
+        else:
+            self._fitted[method.name] = replace(config, batch_size=batch_size)
+
+    def _search(self, configs: dict[str, TrainConfig]) -> dict[str, list[Run]]:
+        """Trials of learning rates, each method's on its own grid."""
+        if not self.options.lr_trials:
+            return {}
+        forwards = self.options.lr_forwards or max((self.options.forwards or 0) // 5, 1)
+        trials = {
+            name: [
+                self._run("lr", name, f"{lr:.3g}", replace(self._steps(config, forwards), lr=lr, validation=True))
+                for lr in lr_grid(config, self.options.lr_trials)
+            ]
+            for name, config in configs.items()
+        }
+        self._go([run for runs in trials.values() for run in runs], "trying learning rates")
+        return trials
+
+    def _within_budget(self, configs: dict[str, TrainConfig]) -> dict[str, TrainConfig]:
+        if (forwards := self.options.forwards) is not None:
+            return {name: self._steps(config, forwards) for name, config in configs.items()}
+        assert self.options.budget_seconds is not None
+        probes = {
+            name: self._run("speed", name, "probe", replace(config, steps=SECONDS_PROBE_STEPS, held_out=8))
+            for name, config in configs.items()
+        }
+        self._go(list(probes.values()), "measuring seconds a step")
+        found = {}
+        for name, config in configs.items():
+            curve = probes[name].steps_done()
+            spent = float(np.median(step_seconds(curve))) if curve else self.options.budget_seconds
+            forwards = curve[-1]["forwards"] / len(curve) if curve else 1
+            try:
+                found[name] = self._steps(config, round(self.options.budget_seconds / max(spent, 1e-4) * forwards))
+            except ZOError:  # a step takes longer than that
+                found[name] = replace(config, steps=1)
+        return found
+
+    def _steps(self, config: TrainConfig, forwards: int) -> TrainConfig:
+        return replace(config, steps=steps_within(config, forwards, -(-self.rows // config.batch_size)))
+
+    def _run(self, kind: str, method: str, name: str, config: TrainConfig) -> Run:
+        directory = self.directory / kind / method.replace(":", "_") / name
+        return Run(method, replace(config, output_dir=directory))
+
+    def _go(self, runs: Sequence[Run], what: str) -> None:
+        run_all(
+            runs, self.reporter, what, jobs=self.options.jobs, keep_models=self.options.keep_models,
+            retry=self.options.resume,
+        )  # fmt: skip
+
+
+def _resumed(options: CompareConfig) -> tuple[CompareConfig, TrainConfig, str]:
+    """What the comparison in output_dir was started with."""
+    if options.output_dir is None:
+        raise ZOError("resume needs output_dir, the directory of the comparison to go on with.")
+    path = options.output_dir / RECORD_NAME
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        saved = CompareConfig(**record["options"])
+        return (
+            replace(saved, output_dir=options.output_dir, resume=True, jobs=options.jobs),
+            TrainConfig.from_dict(record["base"]),
+            str(record["command"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ZOError(f"{path} is missing or damaged ({error}); give the output_dir of a zo-opt compare.") from error
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}

@@ -1,0 +1,36 @@
+"""The same number of learning rates for every method, tried on training rows alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from zo_opt.comparison.runs import Run
+from zo_opt.training.config import TrainConfig
+from zo_opt.training.recipe import may_place, own_lr
+
+RATIO = math.sqrt(10)
+
+
+def lr_grid(config: TrainConfig, trials: int) -> list[float]:
+    """Learning rates a factor sqrt(10) apart around the method's own; an even number has one more below it.
+
+    A factor of two separates learning from divergence for some methods, so that the smaller side is the safer one.
+
+    >>> [float(f"{lr:.2g}") for lr in lr_grid(TrainConfig(optimizer="adamw", adapter="tt"), 3)]
+    [0.0032, 0.01, 0.032]
+    """
+    centre = own_lr(config, placed=may_place(config) and config.adapter_init != "random")
+    return [float(f"{centre * RATIO ** (i - trials // 2):.3g}") for i in range(trials)]
+
+
+def best_lr(trials: Sequence[Run]) -> float | None:
+    """The learning rate whose trial has the lowest loss on the validation rows; None where no trial has a finite one."""
+    losses = {}
+    for run in trials:
+        results = run.results()
+        if results is not None and run.config.lr is not None:
+            loss = results["after"]["loss"]
+            if loss is not None and math.isfinite(loss):
+                losses[run.config.lr] = loss
+    return min(losses, key=lambda lr: losses[lr]) if losses else None

@@ -1,0 +1,222 @@
+"""Runs of ``zo-opt train`` in processes of their own: started, watched, taken up again, read."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from zo_opt.comparison.options import given_options
+from zo_opt.errors import ZOError
+from zo_opt.files import write_atomically
+from zo_opt.training import checkpoint, metrics
+from zo_opt.training.config import TrainConfig
+from zo_opt.training.progress import Reporter
+
+_DIVERGED = "training failed"  # what the command line says of losses that are not finite
+RISE = 2.0  # [choice] how far the training loss may rise above its start before a run counts as diverged
+_POLL_SECONDS = 0.2
+_WEIGHTS = ("adapter_model.safetensors", "checkpoint.safetensors", "journal", "start", "tensorboard")
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One run of a method.
+
+    Attributes:
+        method: its name.
+        config: its options; ``output_dir`` is its directory.
+    """
+
+    method: str
+    config: TrainConfig
+
+    @property
+    def directory(self) -> Path:
+        """Where it writes."""
+        assert self.config.output_dir is not None
+        return self.config.output_dir
+
+    @property
+    def log(self) -> Path:
+        """What it said, beside its directory."""
+        return self._beside("log")
+
+    @property
+    def _status(self) -> Path:
+        return self._beside("json")
+
+    def outcome(self) -> Outcome | None:
+        """How it ended; None if it has not."""
+        if not self._status.is_file():
+            return None
+        return Outcome(**json.loads(self._status.read_text(encoding="utf-8")))
+
+    def _beside(self, kind: str) -> Path:
+        return self.directory.with_name(f"{self.directory.name}.{kind}")  # a learning rate's name has dots in it
+
+    def results(self) -> dict[str, Any] | None:
+        """What it measured; None if it did not come to its end."""
+        path = self.directory / "results.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def forget_failure(self) -> None:
+        """Let it be tried again if it failed; one that diverged would do so again."""
+        outcome = self.outcome()
+        if outcome is not None and outcome.state == "failed":
+            self._status.unlink()
+
+    def steps_done(self) -> list[dict[str, Any]]:
+        """Its steps so far, as in metrics.jsonl."""
+        return metrics.read_metrics(self.directory)
+
+    def start(self, threads: int) -> subprocess.Popen[bytes]:
+        """Begin it, or go on from its checkpoint.
+
+        Raises:
+            ZOError: a process that outlived an earlier comparison is still at it.
+        """
+        self.directory.parent.mkdir(parents=True, exist_ok=True)
+        log = self.log.open("ab")
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the process holds it with its log, until it ends
+        except BlockingIOError:
+            log.close()
+            raise ZOError(
+                f"{self.directory} is still being written by a run of an earlier comparison; wait for its end, then resume."
+            ) from None
+        resume = (self.directory / checkpoint.NAME).is_file()
+        if not resume and self.directory.exists():  # it was stopped before its first checkpoint
+            shutil.rmtree(self.directory)
+        options = self._beside("yaml")
+        options.write_text(json.dumps(dict(given_options(self.config)), indent=1), encoding="utf-8")
+        command = [sys.executable, "-m", "zo_opt.cli.main", "train", "--config", str(options)]
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        with log:
+            return subprocess.Popen(
+                command + ["--resume"] * resume, stdout=log, stderr=subprocess.STDOUT, env=environment,
+                start_new_session=True,  # Ctrl-C reaches it through us, once
+            )  # fmt: skip
+
+    def ended(self, code: int, *, keep_models: bool) -> Outcome:
+        """Take down how it ended."""
+        outcome = self._how(code)
+        if not keep_models:
+            for name in _WEIGHTS:
+                path = self.directory / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        write_atomically(self._status, json.dumps(vars(outcome)).encode())
+        return outcome
+
+    def _how(self, code: int) -> Outcome:
+        if code < 0:
+            doubt = " (out of memory?)" if code == -signal.SIGKILL else ""
+            return Outcome("failed", f"killed by {signal.Signals(-code).name}{doubt}")
+        if code > 0:
+            log = self.log.read_text(encoding="utf-8", errors="replace")
+            last = next((line.strip() for line in reversed(log.splitlines()) if line.strip()), f"exit code {code}")
+            state = "diverged" if code == 1 and _DIVERGED in last else "failed"
+            return Outcome(state, last.removeprefix("zo-opt: ").removeprefix("error: "))
+        results, curve = self.results(), [step["loss"] for step in self.steps_done()]
+        if results is None or results["after"]["loss"] is None:
+            return Outcome("diverged", "the held-out loss is not finite after training")
+        tenth = math.ceil(len(curve) / 10)
+        first, last_loss = (sum(part) / tenth for part in (curve[:tenth], curve[-tenth:]))
+        if not last_loss <= RISE * max(first, results["before"]["loss"] or 0.0):
+            return Outcome("diverged", f"the training loss went from {first:.3g} to {last_loss:.3g}")
+        return Outcome("finished")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: "finished", "diverged" (no finite loss any more, or one that rose a lot) or "failed", and why."""
+
+    state: str
+    reason: str = ""
+
+
+def run_all(
+    runs: Sequence[Run], reporter: Reporter, what: str, *, jobs: int, keep_models: bool, retry: bool = False
+) -> None:
+    """Make all runs that have not ended yet, ``jobs`` at a time; ``retry``: those that failed, too.
+
+    Raises:
+        StoppedError: SIGINT or SIGTERM came; the runs under way left their checkpoints.
+    """
+    if retry:
+        for run in runs:
+            run.forget_failure()
+    waiting = [run for run in runs if run.outcome() is None]
+    active: dict[Run, subprocess.Popen[bytes]] = {}
+    threads = int(os.environ.get("OMP_NUM_THREADS") or max((os.cpu_count() or 1) // jobs, 1))
+    with _stop_signals() as stop, reporter.track(what, len(runs), "runs", len(runs) - len(waiting)) as tracker:
+        try:
+            while waiting or active:
+                while waiting and len(active) < jobs:
+                    active[waiting[0]] = waiting[0].start(threads)
+                    waiting.pop(0)
+                time.sleep(_POLL_SECONDS)
+                if stop:
+                    raise StoppedError(stop[0])
+                for run, process in list(active.items()):
+                    if (code := process.poll()) is not None:
+                        del active[run]
+                        outcome = run.ended(code, keep_models=keep_models)
+                        tracker.advance(1, _note(run))
+                        if outcome.state != "finished":
+                            reporter.say(f"{run.method}, {run.directory.name}: {outcome.state}: {outcome.reason}")
+                tracker.advance(0, "; ".join(map(_note, active)))
+        finally:
+            for process in active.values():
+                process.send_signal(signal.SIGTERM)
+            for run, process in active.items():
+                while process.poll() is None:
+                    if len(stop) > 1:  # asked twice
+                        process.kill()
+                    time.sleep(_POLL_SECONDS)
+                if process.returncode == 0:
+                    run.ended(0, keep_models=keep_models)
+
+
+class StoppedError(Exception):
+    """A signal asked the comparison to stop; ``signum``: which."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__()
+        self.signum = signum
+
+
+def _note(run: Run) -> str:
+    done = run.steps_done()
+    where = f"{run.method} {run.directory.name}"
+    if not done:
+        return f"{where}: starting"
+    return f"{where}: {len(done)}/{run.config.steps} steps, loss {done[-1]['loss']:.3f}"
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Signals that came, instead of their effect."""
+    came: list[int] = []
+
+    def take(signum: int, _frame: FrameType | None) -> None:
+        came.append(signum)
+
+    previous = {s: signal.signal(s, take) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
