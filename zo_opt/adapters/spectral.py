@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from zo_opt.adapters.config import AdapterConfig, register
 from zo_opt.adapters.parallel import Delta, ParallelAdapter
+from zo_opt.adapters.spectrum import leading_triplets
 from zo_opt.adapters.targets import Target, find_targets
 from zo_opt.adapters.weights import is_conv1d, matrix
 from zo_opt.layers import layer_of
@@ -71,11 +72,10 @@ class SpectralGains(Delta):
     def start_from(self, layer: nn.Module) -> None:
         if self.u.is_meta:
             return
-        u, s, vt = torch.linalg.svd(matrix(layer).T.float(), full_matrices=False)
-        r = len(self.gains)
-        self.u.copy_(u[:, :r])
-        self.s.copy_(s[:r])
-        self.vt.copy_(vt[:r])
+        u, s, vt = leading_triplets(matrix(layer).T, len(self.gains))
+        self.u.copy_(u)
+        self.s.copy_(s)
+        self.vt.copy_(vt)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.vt) * (self.gains * self.s), self.u)
