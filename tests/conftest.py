@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 
@@ -17,6 +18,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+hypothesis.settings.register_profile("no deadline", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("no deadline")
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
 POSITIVE, NEGATIVE = ("wonderful", "charming"), ("dreadful", "boring")
