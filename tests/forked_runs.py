@@ -9,9 +9,6 @@ import time
 import traceback
 from typing import Any
 
-import matplotlib.backends.backend_agg
-import matplotlib.figure
-import sklearn.metrics
 import transformers.models.llama.modeling_llama  # noqa: F401 (imported once, for all forks)
 
 import zo_opt.training.loop  # noqa: F401

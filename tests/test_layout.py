@@ -72,9 +72,10 @@ FORBIDDEN = {  # package -> what it must not import
     "zo_opt.journal_format": ["zo_opt.adapters"],
     "zo_opt.journal_replay": ["zo_opt.adapters"],
     "zo_opt.provenance": ["zo_opt.adapters"],
-    "zo_opt.training": ["zo_opt.cli"],
+    "zo_opt.training": ["zo_opt.cli", "zo_opt.comparison"],
+    "zo_opt.comparison": ["zo_opt.cli"],
 }
-LOWER = [p for p in FORBIDDEN if p != "zo_opt.training"]
+LOWER = [p for p in FORBIDDEN if p not in ("zo_opt.training", "zo_opt.comparison")]
 
 
 @pytest.mark.parametrize("package", FORBIDDEN)

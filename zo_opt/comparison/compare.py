@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ from zo_opt.memory import parse_bytes
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.loop import InterruptedRunError, output_directory
 from zo_opt.training.methods import Method
+from zo_opt.training.models import pick_device
 from zo_opt.training.progress import Reporter
 from zo_opt.training.setup import load_examples
 from zo_opt.training.task_metrics import LANGUAGE_MODELLING
@@ -49,6 +51,8 @@ def compare(options: CompareConfig, base: TrainConfig, reporter: Reporter, comma
             raise ZOError(f"method {method.name}: {error}") from error
     directory = options.output_dir or Path("runs") / f"compare-{datetime.now():%Y%m%d-%H%M%S}"
     with output_directory(directory, resume=options.resume):
+        if base.prefix_cache == TrainConfig.prefix_cache and pick_device(base.device).type == "cpu":
+            base = replace(base, prefix_cache="disk")  # computed once for all runs, read as fast as from memory
         examples = load_examples(base, reporter)
         sizes, rows = None, len(examples.train)
         if options.budget_memory is not None or examples.task.kind == LANGUAGE_MODELLING:
@@ -78,6 +82,10 @@ class _Comparison:
     command: str
     _fitted: dict[str, TrainConfig | Row] = field(default_factory=dict)
 
+    @property
+    def _prefixes(self) -> Path:
+        return self.directory / "prefixes"
+
     def check_budget(self) -> None:
         """Whether every method can make a step, before anything is run."""
         for method in self.methods:
@@ -105,6 +113,7 @@ class _Comparison:
         finally:
             table = [self._row(m.name, runs, trials) for m in self.methods]
             output.write(self.directory, table, runs, self.command, self.base)
+        shutil.rmtree(self._prefixes, ignore_errors=True)
         return table
 
     def _row(self, name: str, runs: dict[str, list[Run]], trials: dict[str, list[Run]]) -> Row:
@@ -180,7 +189,8 @@ class _Comparison:
 
     def _go(self, runs: Sequence[Run], what: str) -> None:
         run_all(
-            runs, self.reporter, what, jobs=self.options.jobs, keep_models=self.options.keep_models,
+            runs, self.reporter, what, jobs=self.options.jobs, prefixes=self._prefixes,
+            keep_models=self.options.keep_models,
             retry=self.options.resume,
         )  # fmt: skip
 

@@ -12,6 +12,7 @@ from zo_opt.comparison.options import given_options
 from zo_opt.errors import ZOError
 from zo_opt.training import builtin
 from zo_opt.training.config import ADAPTER_OPTIONS, TrainConfig
+from zo_opt.training.dry_run import dry_run
 from zo_opt.training.methods import Method
 from zo_opt.training.models import pick_device
 from zo_opt.training.plan import plan_method
@@ -72,7 +73,9 @@ def sizes_of(config: TrainConfig, examples: Examples) -> Sizes:
         raise ZOError(
             f"the tokenizer of model {name!r} could not be read ({reason}); give a model that has one."
         ) from error
-    encoded = make_scorer(skeleton, tokenizer, examples.task, config.max_length).encode_all(examples.train)
+    with dry_run():  # scorers try the output head
+        scorer = make_scorer(skeleton, tokenizer, examples.task, config.max_length)
+    encoded = scorer.encode_all(examples.train)
     return Sizes(
         skeleton, len(encoded), max(len(p) for e in encoded for p in e.prompts), len(encoded[0].prompts),
         "labels" if examples.task.kind == CLASSIFICATION else "all",

@@ -124,9 +124,22 @@ def run_config(base: TrainConfig, method: Method, **changes: Any) -> TrainConfig
     else:
         kind = OPTIMIZERS[method.optimizer]
         drop |= dict.fromkeys(["directions"] * kind.own_directions + ["update_rule"] * kind.own_update_rule)
-    given = replace(base, **drop)
+    given = _with_rank(replace(base, **drop), method.adapter)
     own = {name: value for name, value in method.options.items() if getattr(given, name) == DEFAULTS[name]}
     return replace(given, **own, optimizer=method.optimizer, adapter=method.adapter, **changes)
+
+
+def _with_rank(config: TrainConfig, adapter: str) -> TrainConfig:
+    """One --rank for all methods: what AdaLoRA ends at (it begins with half as much again), and LaMDA++'s mean."""
+    rank, options = config.rank, dict(config.adapter_options or {})
+    if rank is None or {"target_rank", "ranks"} & options.keys():
+        return config
+    if adapter == "adalora":
+        return replace(config, rank=rank + (rank + 1) // 2, adapter_options=options | {"target_rank": rank})
+    if adapter == "lamda++":
+        ranks = sorted({max(rank - rank // 2, 1), rank, rank + rank // 2})
+        return replace(config, adapter_options=options | {"ranks": ranks})
+    return config
 
 
 def given_options(config: TrainConfig) -> Mapping[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from zo_opt.comparison.plots import draw
@@ -82,10 +83,11 @@ def to_terminal(rows: Sequence[Row], console: Console) -> list[Table]:
     groups = {title: [n for n in columns if n in names] for title, columns in _TABLES.items()}
     groups["result"] += [n for n in names if not any(n in columns for columns in _TABLES.values())]
     parts: list[tuple[str, list[str]]] = []
+    unbounded = console.options.update(max_width=10_000)
     for title, columns in groups.items():
         if parts:
             joined = (f"{parts[-1][0]}, {title}", parts[-1][1] + columns)
-            if console.measure(_table(*joined, described)).maximum <= console.width:
+            if Measurement.get(console, unbounded, _table(*joined, described)).maximum <= console.width:
                 parts[-1] = joined
                 continue
         if columns:

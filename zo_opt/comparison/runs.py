@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,7 +28,14 @@ from zo_opt.training.progress import Reporter
 _DIVERGED = "training failed"  # what the command line says of losses that are not finite
 RISE = 2.0  # [choice] how far the training loss may rise above its start before a run counts as diverged
 _POLL_SECONDS = 0.2
-_WEIGHTS = ("adapter_model.safetensors", "checkpoint.safetensors", "journal", "start", "tensorboard")
+_WEIGHTS = (
+    "adapter_model.safetensors",
+    "adapter_schedule.safetensors",
+    "checkpoint.safetensors",
+    "journal",
+    "start",
+    "tensorboard",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,8 +89,12 @@ class Run:
         """Its steps so far, as in metrics.jsonl."""
         return metrics.read_metrics(self.directory)
 
-    def start(self, threads: int) -> subprocess.Popen[bytes]:
+    def start(self, threads: int, prefixes: Path) -> subprocess.Popen[bytes]:
         """Begin it, or go on from its checkpoint.
+
+        Args:
+            threads: of its process.
+            prefixes: where a cache on disk is, which runs before it may have filled.
 
         Raises:
             ZOError: a process that outlived an earlier comparison is still at it.
@@ -101,7 +112,10 @@ class Run:
         if not resume and self.directory.exists():  # it was stopped before its first checkpoint
             shutil.rmtree(self.directory)
         options = self._beside("yaml")
-        options.write_text(json.dumps(dict(given_options(self.config)), indent=1), encoding="utf-8")
+        config = self.config
+        if config.prefix_cache == "disk" and config.prefix_cache_dir is None:
+            config = replace(config, prefix_cache_dir=prefixes)
+        options.write_text(json.dumps(dict(given_options(config)), indent=1), encoding="utf-8")
         command = [sys.executable, "-m", "zo_opt.cli.main", "train", "--config", str(options)]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         with log:
@@ -148,7 +162,14 @@ class Outcome:
 
 
 def run_all(
-    runs: Sequence[Run], reporter: Reporter, what: str, *, jobs: int, keep_models: bool, retry: bool = False
+    runs: Sequence[Run],
+    reporter: Reporter,
+    what: str,
+    *,
+    jobs: int,
+    prefixes: Path,
+    keep_models: bool,
+    retry: bool = False,
 ) -> None:
     """Make all runs that have not ended yet, ``jobs`` at a time; ``retry``: those that failed, too.
 
@@ -158,21 +179,28 @@ def run_all(
     if retry:
         for run in runs:
             run.forget_failure()
+    if not runs:
+        return
     waiting = [run for run in runs if run.outcome() is None]
     active: dict[Run, subprocess.Popen[bytes]] = {}
+    places: dict[Run, int] = {}
     threads = int(os.environ.get("OMP_NUM_THREADS") or max((os.cpu_count() or 1) // jobs, 1))
     with _stop_signals() as stop, reporter.track(what, len(runs), "runs", len(runs) - len(waiting)) as tracker:
         try:
             while waiting or active:
                 while waiting and len(active) < jobs:
-                    active[waiting[0]] = waiting[0].start(threads)
+                    place = next(i for i in range(jobs) if i not in places.values())
+                    active[waiting[0]] = waiting[0].start(
+                        threads, prefixes / str(place)
+                    )  # one run at a time has such a file
+                    places[waiting[0]] = place
                     waiting.pop(0)
                 time.sleep(_POLL_SECONDS)
                 if stop:
                     raise StoppedError(stop[0])
                 for run, process in list(active.items()):
                     if (code := process.poll()) is not None:
-                        del active[run]
+                        del active[run], places[run]
                         outcome = run.ended(code, keep_models=keep_models)
                         tracker.advance(1, _note(run))
                         if outcome.state != "finished":

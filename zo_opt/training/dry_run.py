@@ -9,11 +9,10 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch._ops import HigherOrderOperator
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from zo_opt import folded_attention
 from zo_opt.copies import masks_without_branches
 from zo_opt.directions import rademacher
 from zo_opt.directions.philox import WORDS
@@ -46,12 +45,14 @@ class DryRun(LiveBytes):
         self._known: dict[Any, Any] = {}
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if func is _aten._local_scalar_dense.default and args[0].is_meta:
-            return self._answer(args[0]).item()
-        if func is _aten.equal.default and args[0].is_meta:
-            return True
-        if func is _aten._to_copy.default and args[0].is_meta and _to_host(kwargs.get("device")):
-            return self._answer(args[0]).to(kwargs.get("dtype") or args[0].dtype)
+        first = args[0] if args else None
+        if isinstance(first, Tensor) and first.is_meta:
+            if func is _aten._local_scalar_dense.default:
+                return self._answer(first).item()
+            if func is _aten.equal.default:
+                return True
+            if func is _aten._to_copy.default and _to_host(kwargs.get("device")):
+                return self._answer(first).to(kwargs.get("dtype") or first.dtype)
         return self._remembered(func, args, kwargs)
 
     def _remembered(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -85,26 +86,15 @@ def dry_run() -> Iterator[DryRun]:
     with ExitStack() as stack:
         stack.enter_context(masks_without_branches())
         stack.enter_context(patch.object(Trainables, "_gather", _gather))
+        stack.enter_context(patch.object(Trainables, "spread", _spread))
         stack.enter_context(patch.object(Substitution, "_rows", _rows))
         stack.enter_context(patch.object(rademacher, "words", _words))
         stack.enter_context(
             patch.object(torch, "is_autocast_enabled", lambda *_: False)
         )  # which refuses to speak of meta tensors
-        stack.enter_context(_FusedAttention())
+        stack.enter_context(patch.object(F, "scaled_dot_product_attention", _fused))
+        stack.enter_context(patch.object(folded_attention, "_original", _fused))
         yield stack.enter_context(DryRun())
-
-
-class _FusedAttention(TorchFunctionMode):
-    """On the meta device torch falls back to attention that keeps all scores; devices have kernels that do not."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func is _attention and args[0].is_meta and args[0].ndim == 4:
-            return _fused(*args, **kwargs)
-        if isinstance(func, HigherOrderOperator):  # a function of its own, with attention in it
-            with self:
-                return func(*args, **kwargs)
-        return func(*args, **kwargs)
 
 
 def _fused(
@@ -117,8 +107,12 @@ def _fused(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """The kernel for CPUs: it keeps the output and a number a row and head, as those of GPUs do."""
-    if attn_mask is not None and attn_mask.requires_grad:  # no fused kernel differentiates the mask
+    """The kernel for CPUs: it keeps the output and a number a row and head, as those of GPUs do.
+
+    On the meta device torch itself falls back to attention that keeps all scores.
+    """
+    plain = query.is_meta and query.ndim == 4
+    if not plain or (attn_mask is not None and attn_mask.requires_grad):  # no fused kernel differentiates the mask
         return _attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if enable_gqa:
         groups = query.shape[1] // key.shape[1]
@@ -140,6 +134,11 @@ def _gather(self: Trainables) -> Tensor | None:
     for parameter, part in zip(self.parameters, flat.split(self.sizes), strict=True):
         parameter.data = part.view(parameter.shape)
     return flat
+
+
+def _spread(_self: Trainables, values: Tensor, start: int, stop: int) -> Tensor:
+    """A value an entry of a range, whose sizes torch would read from a tensor."""
+    return values.new_empty(stop - start)
 
 
 def _rows(self: Substitution, number: int, ids: Tensor, weight: Tensor) -> Tensor:

@@ -55,6 +55,8 @@ class FirstOrder:
         max_failed_steps: int = 10,
     ) -> None:
         self.adamw = AdamW(params, lr=lr, betas=betas, weight_decay=weight_decay)
+        # A learning-rate scheduler warns unless AdamW stepped before it, which it does not if the first step is dropped.
+        self.adamw._opt_called = True  # type: ignore[attr-defined]
         parameters = [p for group in self.adamw.param_groups for p in group["params"]]
         if not all(p.isfinite().all() for p in parameters):
             raise ZOError("a trainable holds NaN or infinity before training; load sound weights first.")

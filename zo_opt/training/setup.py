@@ -150,7 +150,7 @@ def load_examples(config: TrainConfig, reporter: Reporter) -> Examples:
     if config.validation:
         if len(train_rows) < 2:
             raise ZOError("validation needs at least two training rows; give more.")
-        train_rows, held_out_rows = data.hold_out(train_rows, config.held_out)
+        train_rows, held_out_rows = data.hold_out(train_rows, config.held_out, last=task.kind == LANGUAGE_MODELLING)
     train_rows = train_rows[: config.max_train_rows] if config.max_train_rows is not None else train_rows
     train = data.make_examples(train_rows, task, sources[0])
     if task.kind == CLASSIFICATION:

@@ -1,0 +1,86 @@
+"""Methods by name: each makes a run that passes its own checks, whatever a user gave for the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from zo_opt.adapters import ADAPTERS
+from zo_opt.comparison.options import CompareConfig, given_options, run_config
+from zo_opt.errors import ZOError
+from zo_opt.optim import OPTIMIZERS
+from zo_opt.training.config import TrainConfig
+from zo_opt.training.methods import METHODS, get_method
+
+NAMED = [
+    "full",
+    "bitfit",
+    "lora",
+    "lora+",
+    "dora",
+    "adalora",
+    "lora-fa",
+    "vera",
+    "aflora",
+    "lisa",
+    "lamda",
+    "lamda++",
+    "adapter",
+    "loretta",
+    "mezo",
+    "mezo-lora",
+    "sparse-mezo",
+    "adazeta",
+]
+COMBINED = [f"{optimizer}:{adapter}" for optimizer, adapter in zip(OPTIMIZERS, list(ADAPTERS) * 2, strict=False)]
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "adapters": {"rank": 4, "lora_alpha": 8.0, "bottleneck": 16, "scale": 2.0, "tt_rank": 3, "activation": "gelu"},
+    "placement": {"adapter_init": "class_means"},
+    "modules": {"layers": 2, "adapter_options": {"tensorize_rank": 3}, "rank_pattern": {"q_proj": 2}},
+    "zeroth order": {"query_mode": "sequential", "query_schedule": "linear", "max_queries": 9},
+    "directions and update rule": {"directions": "gaussian", "update_rule": "adam"},
+}
+
+
+def test_the_names_of_the_issue_are_there() -> None:
+    assert set(NAMED) <= set(METHODS)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("name", [*METHODS, *COMBINED])
+def test_a_run_passes_its_checks(name: str, options: str) -> None:
+    method = get_method(name)
+    config = run_config(TrainConfig(**OPTIONS[options]), method)
+    config.check()
+    assert (config.optimizer, config.adapter) == (method.optimizer, method.adapter)
+    assert set(given_options(config)) <= set(vars(config))
+
+
+def test_what_the_user_gave_wins_over_the_methods_own() -> None:
+    assert run_config(TrainConfig(query_mode="split"), get_method("mezo-lora")).query_mode == "split"
+    assert run_config(TrainConfig(), get_method("mezo-lora")).query_mode == "auto"
+    assert run_config(TrainConfig(rank=3), get_method("lora")).rank == 3
+    assert run_config(TrainConfig(tt_rank=3), get_method("lora")).tt_rank is None
+    assert run_config(TrainConfig(adapter_init="class_means"), get_method("adazeta")).adapter_init == "class_means"
+    assert run_config(TrainConfig(adapter_init="class_means"), get_method("lora")).adapter_init == "auto"
+
+
+@pytest.mark.parametrize("name", ["", "loar", "lora:mezo", "mezo:", ":lora"])
+def test_names_that_are_not_known(name: str) -> None:
+    with pytest.raises(ZOError, match="not known"):
+        get_method(name)
+
+
+def test_methods_as_a_list_or_a_word() -> None:
+    for methods in ("lora, mezo-lora", ["lora", "mezo-lora"]):
+        assert [m.name for m in CompareConfig(methods=methods, seeds=[0, 1]).check()] == ["lora", "mezo-lora"]
+    assert CompareConfig(seeds="0,1").seed_list == [0, 1] == CompareConfig(seeds=[0, 1]).seed_list
+
+
+def test_one_rank_for_all_is_where_adalora_ends() -> None:
+    adapter = run_config(TrainConfig(rank=4), get_method("adalora")).make_adapter()
+    assert vars(adapter)["target_rank"] == 4
+    assert vars(adapter)["rank"] == 6
