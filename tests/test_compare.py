@@ -159,8 +159,8 @@ def test_a_run_killed_from_outside_is_shown_and_tried_again(
 ) -> None:
     started, start = [], runs.Run.start
 
-    def start_and_kill(self: runs.Run, threads: int) -> Any:
-        process = start(self, threads)
+    def start_and_kill(self: runs.Run, *arguments: Any) -> Any:
+        process = start(self, *arguments)
         started.append(self.method)
         if started == ["lora"]:
             os.kill(process.pid, signal.SIGKILL)
