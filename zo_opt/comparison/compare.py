@@ -16,7 +16,7 @@ import numpy as np
 from zo_opt.comparison import output
 from zo_opt.comparison.budget import steps_within
 from zo_opt.comparison.fitting import Sizes, fitting_batch, sizes_of
-from zo_opt.comparison.lr_search import best_lr, lr_grid
+from zo_opt.comparison.lr_search import best_lr, lr_grid, model_parameters
 from zo_opt.comparison.options import SECONDS_PROBE_STEPS, CompareConfig, run_config
 from zo_opt.comparison.results import Row, step_seconds, summarise
 from zo_opt.comparison.runs import Run, StoppedError, run_all
@@ -150,10 +150,11 @@ class _Comparison:
         if not self.options.lr_trials:
             return {}
         forwards = self.options.lr_forwards or max((self.options.forwards or 0) // 5, 1)
+        parameters = model_parameters(self.base)
         trials = {
             name: [
                 self._run("lr", name, f"{lr:.3g}", replace(self._steps(config, forwards), lr=lr, validation=True))
-                for lr in lr_grid(config, self.options.lr_trials)
+                for lr in lr_grid(config, self.options.lr_trials, parameters)
             ]
             for name, config in configs.items()
         }

@@ -8,20 +8,28 @@ from collections.abc import Sequence
 from zo_opt.comparison.runs import Run
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.recipe import may_place, own_lr
+from zo_opt.training.skeleton import make_skeleton, read_config
 
 RATIO = math.sqrt(10)
 
 
-def lr_grid(config: TrainConfig, trials: int) -> list[float]:
+def lr_grid(config: TrainConfig, trials: int, parameters: int) -> list[float]:
     """Learning rates a factor sqrt(10) apart around the method's own; an even number has one more below it.
 
-    A factor of two separates learning from divergence for some methods, so that the smaller side is the safer one.
+    A factor of two separates learning from divergence for some methods, so that the smaller side is the safer one. ``parameters``:
+    of the model (:func:`model_parameters`).
 
-    >>> [float(f"{lr:.2g}") for lr in lr_grid(TrainConfig(optimizer="adamw", adapter="tt"), 3)]
+    >>> [float(f"{lr:.2g}") for lr in lr_grid(TrainConfig(optimizer="adamw", adapter="tt"), 3, parameters=10**8)]
     [0.0032, 0.01, 0.032]
     """
-    centre = own_lr(config, placed=may_place(config) and config.adapter_init != "random")
+    centre = own_lr(config, placed=may_place(config) and config.adapter_init != "random", parameters=parameters)
     return [float(f"{centre * RATIO ** (i - trials // 2):.3g}") for i in range(trials)]
+
+
+def model_parameters(config: TrainConfig) -> int:
+    """How many parameters the model has, from its config alone."""
+    skeleton = make_skeleton(read_config(config.model_name_or_path), config.head, config.model_name_or_path)
+    return sum(p.numel() for p in skeleton.parameters())
 
 
 def best_lr(trials: Sequence[Run]) -> float | None:

@@ -62,7 +62,7 @@ def cells(row: Row) -> dict[str, str]:
         "adapter": readable(row.adapter_bytes or 0),
         "peak memory": readable(row.peak_memory),
         "batch": f"{row.batch_size}",
-        "lr": f"{row.lr:.3g}",
+        "lr": f"{row.lr:.3g}{'*' if row.lr_at_edge else ''}",
         "steps": f"{row.steps:,}",
         "s a step": f"{row.step_seconds:.3g}",
         "forwards": f"{row.forwards:,}",
@@ -144,7 +144,9 @@ def to_markdown(rows: Sequence[Row], command: str, base: TrainConfig) -> str:
             if seeds > 1
             else "One seed; the 95 % interval speaks of other held-out rows, not of other seeds. "
         )
-        + "Train loss is the mean over the last tenth of the steps. Kind: forward passes alone, or with backward passes.\n"
+        + "Train loss is the mean over the last tenth of the steps. Kind: forward passes alone, or with backward passes."
+        + (" *: at the edge of the learning rates tried." if any(row.lr_at_edge for row in rows) else "")
+        + "\n"
     )
 
 

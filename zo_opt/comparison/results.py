@@ -24,6 +24,7 @@ class Row:
         state: "finished", "diverged", "failed", "does not fit", or "running"; the worst of the seeds'.
         reason: why it is not "finished".
         trainable: parameters trained; ``trainable_end``: of them at the end of training.
+        lr_at_edge: whether it is the smallest or largest that was tried, so that one beyond may be better.
         adapter_bytes: of all that the frozen model does not have.
         peak_memory: bytes while training, the largest over seeds; ``step_seconds``: the median over all steps.
         forwards: of each run; ``search_forwards``: of all trials of learning rates.
@@ -35,6 +36,7 @@ class Row:
     reason: str
     seeds: int
     lr: float | None = None
+    lr_at_edge: bool = False
     batch_size: int | None = None
     trainable: int | None = None
     trainable_end: int | None = None
@@ -69,6 +71,7 @@ def summarise(method: str, runs: Sequence[Run], trials: Sequence[Run]) -> Row:
     results = [read_results(run) for run in done]
     curves = [run.steps_done() for run in done]
     first = results[0]
+    tried = [trial.config.lr for trial in trials if trial.config.lr is not None]
     metric = first["metric"]
     scores_SR = np.array([r["after"]["row_scores"] for r in results], dtype=float)
     low, high = interval(scores_SR, first["after"].get("row_weights"))
@@ -77,7 +80,8 @@ def summarise(method: str, runs: Sequence[Run], trials: Sequence[Run]) -> Row:
     if metric == "perplexity":  # its rows hold the logarithms, and so does the mean over seeds
         low, high, score = perplexity(low), perplexity(high), perplexity(loss)
     return Row(
-        method=method, state=state, reason=reason, seeds=len(done), lr=first["lr"], batch_size=first["batch_size"],
+        method=method, state=state, reason=reason, seeds=len(done), lr=first["lr"],
+        lr_at_edge=bool(tried) and first["lr"] in (min(tried), max(tried)), batch_size=first["batch_size"],
         trainable=first["trainable"], trainable_end=first["trainable_end"], adapter_bytes=first["adapter_bytes"],
         peak_memory=max(r["train_peak_memory"] for r in results),
         step_seconds=float(np.median(np.concatenate([step_seconds(c) for c in curves]))),

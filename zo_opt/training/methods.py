@@ -61,12 +61,16 @@ METHODS: dict[str, Method] = {
     )
 }
 
-# AdamW's learning rates by adapter, and zeroth-order SGD's: orders of magnitude to start a search from.
+# Orders of magnitude to start a search from, found on SmolLM2-135M in a few dozen steps (benchmarks/results/compare-sst2).
 FIRST_ORDER_LR: Mapping[str, float] = {
-    "full": 2e-5, "lisa": 2e-5, "tt": 1e-2, "tt-lora": 1e-2, "tt-delta": 1e-2, "spectral": 3e-2, "vera": 1e-2,
+    "full": 6e-5, "lisa": 6e-5, "adapter": 1e-3, "lamda": 2e-3, "lamda++": 2e-3, "tt": 1e-2, "tt-lora": 1e-2, "tt-delta": 1e-2,
+    "lora-fa": 1e-2, "adalora": 2e-2, "aflora": 2e-2, "spectral": 6e-2, "vera": 1e-1,
 }  # fmt: skip
-LOW_RANK_LR = 2e-3
-WHOLE_MODEL_SGD_LR = 1e-6  # arXiv 2305.17333
+LOW_RANK_LR = 4e-3
+ADAPTER_SGD_LR = 2e-2
+# Zeroth-order SGD on whole models: the noise of an estimate grows with the parameters, and the step that is stable falls with them.
+# 1e-6 for a model of 10^10 parameters is MeZO's (arXiv 2305.17333).
+WHOLE_MODEL_SGD_LR_TIMES_PARAMETERS = 1e4
 WHOLE_MODEL = ("full", "lisa")  # adapters that train the model's own weights
 
 
@@ -95,10 +99,20 @@ def get_method(name: str) -> Method:
     return Method(name, optimizer, adapter, RANDOM_START if optimizer != first_order.NAME else {})
 
 
-def default_lr(optimizer: str, adapter: str, *, adam: bool) -> float:
-    """Where nothing else is known; ``adam``: the update's length is lr whatever the gradient's."""
+def default_lr(optimizer: str, adapter: str, *, adam: bool, parameters: int) -> float:
+    """Where nothing else is known.
+
+    Args:
+        optimizer: "adamw" or a zeroth-order one.
+        adapter: its name.
+        adam: whether the update's length is lr whatever the gradient's.
+        parameters: of the model.
+
+    >>> default_lr("mezo", "full", adam=False, parameters=10**10)
+    1e-06
+    """
     if optimizer == first_order.NAME:
         return FIRST_ORDER_LR.get(adapter, LOW_RANK_LR)
     if adapter in WHOLE_MODEL:
-        return 1e-4 if adam else WHOLE_MODEL_SGD_LR
-    return 1e-2 if adam else 1e-4
+        return 1e-4 if adam else WHOLE_MODEL_SGD_LR_TIMES_PARAMETERS / parameters
+    return 1e-2 if adam else ADAPTER_SGD_LR

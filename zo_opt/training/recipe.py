@@ -54,7 +54,8 @@ def resolve(config: TrainConfig, model: nn.Module, scorer: Scorer, task: Task, e
             modules_to_save=[name for name in heads if name not in tensorized] or None,
             seed=config.seed,
         )
-        return Recipe(adapter, "random", config.lr if config.lr is not None else own_lr(config, placed=False))
+        lr = own_lr(config, placed=False, parameters=sum(p.numel() for p in model.parameters()))
+        return Recipe(adapter, "random", config.lr if config.lr is not None else lr)
     if not placeable:
         raise ZOError(
             f"adapter_init={init!r} needs a causal or masked model, label words that are the same in every row and begin with "
@@ -70,16 +71,16 @@ def resolve(config: TrainConfig, model: nn.Module, scorer: Scorer, task: Task, e
         output_rank=classes - 1,
         seed=config.seed,
     )
-    return Recipe(adapter, init, config.lr if config.lr is not None else own_lr(config, placed=True))
+    return Recipe(adapter, init, config.lr if config.lr is not None else PLACED_LR)
 
 
-def own_lr(config: TrainConfig, *, placed: bool) -> float:
-    """The method's learning rate, where none was given."""
+def own_lr(config: TrainConfig, *, placed: bool, parameters: int) -> float:
+    """The method's learning rate, where none was given; ``parameters``: of the model."""
     if placed:
         return PLACED_LR
     kind = OPTIMIZERS.get(config.optimizer)  # None: first order
     adam = isinstance(config.make_update_rule(), Adam) or (kind is not None and kind.lr_is_a_length)
-    return default_lr(config.optimizer, config.adapter, adam=adam)
+    return default_lr(config.optimizer, config.adapter, adam=adam, parameters=parameters)
 
 
 def may_place(config: TrainConfig) -> bool:
