@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forked_runs import ForkedRun
 
 from zo_opt.cli.main import main
+from zo_opt.comparison import runs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -66,11 +68,16 @@ def test_command_lines(
     toy = tmp_path / "my.jsonl"
     rows = sentiment_files.train.read_text()  # type: ignore[attr-defined]
     toy.write_text(rows.replace('"label": 0', '"label": "no"').replace('"label": 1', '"label": "yes"'))
-    own = ["--train_file", str(toy), "--steps", "2", "--model_name_or_path", str(tiny_dir("llama"))]
+    monkeypatch.setattr(runs.subprocess, "Popen", ForkedRun)
+    model = ["--model_name_or_path", str(tiny_dir("llama"))]
+    own = {
+        "train": ["--train_file", str(toy), "--steps", "2", *model],
+        "plan": ["--length", "32", *model],
+        "compare": ["--train_file", str(toy), "--budget_forwards", "6", *model],
+    }
+    own["diagnose"] = [*own["train"], "--queries", "4", "--eps_grid", "[0.01]"]
     for command in (c for c in COMMANDS if c.startswith("zo-opt")):
         arguments = shlex.split(command)[1:]
-        if arguments[0] in {"train", "diagnose"}:
-            arguments = [a for a in arguments if a not in {"./my-model", "--model_name_or_path"}] + own
-        if arguments[0] == "diagnose":
-            arguments += ["--queries", "4", "--eps_grid", "[0.01]"]
+        if arguments[0] in own:
+            arguments = [a for a in arguments if a not in {"./my-model", "--model_name_or_path"}] + own[arguments[0]]
         assert main(arguments) == 0, command
