@@ -115,7 +115,9 @@ def test_verdicts(tmp_path: Path) -> None:
     assert made_up(tmp_path / "a", [0.7, 0.6, 0.5]).ended(0, keep_models=True).state == "finished"
     assert made_up(tmp_path / "b", [0.7, 0.6, 0.5], after=None).ended(0, keep_models=True).state == "diverged"
     assert made_up(tmp_path / "c", [0.7, 9.0, 50.0]).ended(0, keep_models=True).state == "diverged"
-    assert made_up(tmp_path / "d", [0.7, 0.6, math.nan]).ended(0, keep_models=True).state == "diverged"
+    dropped = made_up(tmp_path / "d", [0.7, 0.6, math.nan])  # a step that never reached the weights
+    assert dropped.ended(0, keep_models=True).state == "finished"
+    assert made_up(tmp_path / "h", [math.nan] * 3).ended(0, keep_models=True).state == "diverged"
     noisy = [0.001, *[0.6] * 20]  # a lucky first batch: the loss before training says more
     assert made_up(tmp_path / "e", noisy).ended(0, keep_models=True).state == "finished"
     killed = made_up(tmp_path / "f", [0.7]).ended(-9, keep_models=True)

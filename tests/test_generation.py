@@ -190,8 +190,12 @@ def test_prompts_leave_room_for_what_is_written(architecture: str) -> None:
         assert len(scorer.encode(wordy).words[0]) == 40
         assert scorer.encode(wordy).words[0][-1] == scorer.tokenizer.eos_token_id
     else:
-        with pytest.raises(ZOError, match="more than the context"):
-            scorer.encode(wordy)
+        encoded = scorer.encode(wordy)
+        assert encoded.truncated
+        assert len(encoded.words[0]) == 20  # half of the context
+        assert scorer.prompt(encoded) == scorer.prompt(
+            scorer.encode(Example({"text": "a film"}, references=("great",)))
+        )
 
 
 def test_scores_come_in_the_rows_order(monkeypatch: pytest.MonkeyPatch) -> None:

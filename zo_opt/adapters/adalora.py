@@ -100,7 +100,7 @@ class AdaLoRAConfig(AdapterConfig):
             return None
         power = 2 if self.squared_penalty else 1
         norms = [norm**power for adapter in _adapters(adapted).values() for norm in adapter.distances()]
-        return self.orthogonality * torch.stack(norms).mean()
+        return self.orthogonality * torch.stack(norms).mean() if norms else None
 
     def schedule(self, model: AdapterModel) -> AdaLoRASchedule:
         trained = sum(p.numel() for p in model.wrapped.parameters() if p.requires_grad)

@@ -73,9 +73,9 @@ class AFLoRAConfig(AdapterConfig):
 
     def schedule(self, model: AdapterModel) -> AFLoRASchedule:
         adapters = {n: m.adapter for n, m in model.adapted_modules().items() if isinstance(m.adapter, AFLoRA)}
-        return AFLoRASchedule(
-            self, {f"{n}.{which}": getattr(a, which) for n, a in adapters.items() for which in ("lora_A", "lora_B")}
-        )
+        matrices = {f"{n}.{which}": getattr(a, which) for n, a in adapters.items() for which in ("lora_A", "lora_B")}
+        trained = sum(p.numel() for p in model.wrapped.parameters() if p.requires_grad)
+        return AFLoRASchedule(self, matrices, trained)
 
     def phases(self) -> Phases:
         """t_i, t_f and T.
@@ -118,12 +118,13 @@ class AFLoRASchedule(AdapterSchedule):
     Args:
         config: betas and phases.
         matrices: path -> A or B.
+        trained: parameters that are trained at the start, these included.
     """
 
     needs_grad: ClassVar[bool] = True
 
-    def __init__(self, config: AFLoRAConfig, matrices: dict[str, nn.Parameter]) -> None:
-        self._config, self._matrices = config, matrices
+    def __init__(self, config: AFLoRAConfig, matrices: dict[str, nn.Parameter], trained: int) -> None:
+        self._config, self._matrices, self._trained = config, matrices, trained
         self._sensitivity = Sensitivity(matrices, config.beta1, config.beta2)
         self._frozen = torch.zeros(len(matrices), dtype=torch.bool)
 
@@ -142,6 +143,9 @@ class AFLoRASchedule(AdapterSchedule):
             lowest = scores.masked_fill(self._frozen, torch.inf).argsort(stable=True)[:count]
             self._frozen[lowest] = True
             self._apply()
+
+    def moving(self) -> int:
+        return self._trained - sum(m.numel() for m in self._matrices.values() if not m.requires_grad)
 
     def state(self) -> dict[str, Tensor]:
         return self._sensitivity.state() | {"frozen": self._frozen}

@@ -141,6 +141,8 @@ class AdapterModel(nn.Module):
             self._watch.end()
         for name, module in self.adapted_modules().items():
             _replace(self.wrapped, name, module.base_layer)
+        left = dict(self.wrapped.named_parameters())
+        self.adapted, self.trained = [], [name for name in self.trained if name in left]
         return self.wrapped
 
     def adapted_modules(self) -> dict[str, AdaptedModule]:

@@ -39,7 +39,7 @@ class AdapterSchedule(ABC):
         """Called after tensors of ``state`` were overwritten by saved ones."""
 
     def moving(self) -> int | None:
-        """How many numbers still move; None: all trainables that require grad."""
+        """How many numbers still move; None: all that are trained at some time (LISA's take turns)."""
         return None
 
 
@@ -50,7 +50,7 @@ class Watch:
     """
 
     def __init__(self, model: Any) -> None:
-        self._steps = 0
+        self._steps: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         self._model = weakref.ref(model)
         self.optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         _see_every_optimizer()
@@ -64,7 +64,7 @@ class Watch:
 
     def advanced(self) -> None:
         """The schedule was advanced."""
-        self._steps = 0
+        self._steps.clear()
 
     def end(self) -> None:
         """Watch no longer."""
@@ -72,8 +72,8 @@ class Watch:
 
     def _count(self, optimizer: Optimizer) -> None:
         self.optimizers.add(optimizer)
-        self._steps += 1
-        if self._steps > 1:
+        self._steps[optimizer] = self._steps.get(optimizer, 0) + 1
+        if self._steps[optimizer] > 1:
             raise ZOError(
                 "this adapter changes as training goes on, but the optimizer made two steps without it; call "
                 "model.step(global_step) after every optimizer.step() and before zero_grad()."

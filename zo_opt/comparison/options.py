@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -72,11 +73,13 @@ class CompareConfig:
         for name, given in (("methods", _listed(self.methods)), ("seeds", self.seed_list)):
             if not given or len(set(given)) < len(given):
                 raise ZOError(f"{name}={given} is not possible; give one or more, each once.")
+        if min(self.seed_list) < 0:
+            raise ZOError(f"seeds={self.seeds!r} is not possible; give whole numbers of at least 0.")
         if self.budget_forwards is not None and self.budget_seconds is not None:
             raise ZOError("budget_forwards and budget_seconds were both given; a comparison is at one of them.")
         for name in ("budget_forwards", "budget_seconds", "lr_forwards", "lr", "jobs"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ZOError(f"{name}={value} is not possible; give a positive number.")
         if self.lr_trials < 0 or self.lr_trials == 1:
             raise ZOError(f"lr_trials={self.lr_trials} is not possible; give 0 for none, or at least 2.")

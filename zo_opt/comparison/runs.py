@@ -127,7 +127,7 @@ class Run:
     def ended(self, code: int, *, keep_models: bool) -> Outcome:
         """Take down how it ended."""
         outcome = self._how(code)
-        if not keep_models:
+        if not keep_models and outcome.state != "failed":  # which can go on from its checkpoint
             for name in _WEIGHTS:
                 path = self.directory / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -143,8 +143,9 @@ class Run:
             last = next((line.strip() for line in reversed(log.splitlines()) if line.strip()), f"exit code {code}")
             state = "diverged" if code == 1 and _DIVERGED in last else "failed"
             return Outcome(state, last.removeprefix("zo-opt: ").removeprefix("error: "))
-        results, curve = self.results(), [step["loss"] for step in self.steps_done()]
-        if results is None or results["after"]["loss"] is None:
+        # A dropped step alone is no divergence.
+        results, curve = self.results(), [s["loss"] for s in self.steps_done() if math.isfinite(s["loss"])]
+        if results is None or results["after"]["loss"] is None or not curve:
             return Outcome("diverged", "the held-out loss is not finite after training")
         tenth = math.ceil(len(curve) / 10)
         first, last_loss = (sum(part) / tenth for part in (curve[:tenth], curve[-tenth:]))

@@ -93,11 +93,15 @@ class MeZOSVRG(ZerothOrderOptimizer):
         return torch.cat([slots.range("snapshot", p.start, p.stop) for p in self.trainables().pieces()])
 
     def _progress(self) -> dict[str, Any]:
-        snapshot = {"step": self.snapshot_step, "coefficients": list(self.snapshot_coefficients)}
+        snapshot = {
+            "step": self.snapshot_step,
+            "coefficients": list(self.snapshot_coefficients),
+            "current": self._snapshot_of is self.trainables(),
+        }
         return super()._progress() | {"snapshot": snapshot}
 
     def _load_progress(self, zo: dict[str, Any]) -> None:
         super()._load_progress(zo)
         self.snapshot_step = int(zo["snapshot"]["step"])
         self.snapshot_coefficients = tuple(zo["snapshot"]["coefficients"])
-        self._snapshot_of = self.trainables()
+        self._snapshot_of = self.trainables() if zo["snapshot"]["current"] else None

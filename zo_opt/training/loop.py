@@ -112,6 +112,7 @@ class _Run:
         self.lr_scheduler = get_scheduler(config.lr_schedule, scheduled, config.warmup_steps, config.steps)
         self.order = order
         self.journal: Journal | None = None
+        self._training = False
 
     def prepare(self) -> None:
         """Everything before the first step (or from the checkpoint on); only at its end are files written."""
@@ -147,8 +148,10 @@ class _Run:
         device = self.tools.device
         self.progress.peak_memory = max(self.progress.peak_memory, peak_memory(device))
         reset_peak_memory(device)
+        self._training = True
         self._train()
-        self.progress.train_peak_memory = max(self.progress.train_peak_memory, peak_memory(device))
+        self._note_peak()
+        self._training = False
         start = time.monotonic()
         try:
             after = self._evaluate("evaluation")
@@ -239,12 +242,20 @@ class _Run:
             self.reporter.say(f"{path} is not there; the run goes on without a journal and cannot be replayed.")
 
     def _save(self) -> None:
-        """The journal first: what a checkpoint has done must be on record."""
+        """The journal first: what a checkpoint has done must be on record. What writing takes is not counted as training's memory."""
+        self._note_peak()
         if self.journal is not None:
             self.journal.seal()
         checkpoint.save_checkpoint(
             self.checkpoint_path, self.tools.model, self.optimizer, self.lr_scheduler, vars(self.progress)
         )
+        self.progress.peak_memory = max(self.progress.peak_memory, peak_memory(self.tools.device))
+        reset_peak_memory(self.tools.device)
+
+    def _note_peak(self) -> None:
+        if self._training:
+            seen = peak_memory(self.tools.device)
+            self.progress.train_peak_memory = max(self.progress.train_peak_memory, seen)
 
     def _note(self, loss: float, queries: int) -> str:
         forwards, memory = self.optimizer.history.forwards, readable(current_memory(self.tools.device))

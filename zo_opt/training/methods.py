@@ -48,9 +48,9 @@ METHODS: dict[str, Method] = {
         Method("spectral", first_order.NAME, "spectral"),
         Method("lora+", first_order.NAME, "lora", {"loraplus_lr_ratio": 16.0}),
         Method("loretta", first_order.NAME, "tt", RANDOM_START),
-        # MeZO as published: one two-sided Gaussian query a step, the same for all examples, plain SGD.
+        # MeZO as published but for the learning rate's schedule: one Gaussian query a step, the same for all examples, plain SGD.
         *(
-            Method(name, optimizer, adapter, {"query_mode": "auto", "directions": "gaussian"})
+            Method(name, optimizer, adapter, {"query_mode": "auto", "directions": "gaussian", "clip": 0.0})
             for name, optimizer, adapter in (("mezo", "mezo", "full"), ("mezo-lora", "mezo", "lora"))
         ),
         Method("sparse-mezo", "sparse-mezo", "full", {"query_mode": "auto"}),

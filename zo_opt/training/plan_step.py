@@ -128,7 +128,7 @@ def make_step(model: Any, method: Method, setting: Setting, device: torch.device
     if setting.taken_precision == "bf16":
         model.bfloat16()
     else:
-        set_precision(model, setting.taken_precision, device)
+        set_precision(model, "fp32" if method.adapter in WHOLE_MODEL else setting.taken_precision, device)
     scorer: Any = make_scorer(model, WordTokenizer(model.config.get_text_config().vocab_size), LABELS)
     example = example_of_length(scorer, setting.length)
     recipe = resolve(config, model, scorer, LABELS, example)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import nn
@@ -80,7 +81,9 @@ def own_lr(config: TrainConfig, *, placed: bool, parameters: int) -> float:
         return PLACED_LR
     kind = OPTIMIZERS.get(config.optimizer)  # None: first order
     adam = isinstance(config.make_update_rule(), Adam) or (kind is not None and kind.lr_is_a_length)
-    return default_lr(config.optimizer, config.adapter, adam=adam, parameters=parameters)
+    lr = default_lr(config.optimizer, config.adapter, adam=adam, parameters=parameters)
+    # LoRA+ moves B faster and A slower than LoRA does: the two rates lie around LoRA's.
+    return lr if config.loraplus_lr_ratio is None else lr / math.sqrt(config.loraplus_lr_ratio)
 
 
 def may_place(config: TrainConfig) -> bool:

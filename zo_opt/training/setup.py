@@ -18,6 +18,7 @@ from zo_opt.training.compilation import compile_layers, running_layers
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.data import Example
 from zo_opt.training.evaluation import Prepared
+from zo_opt.training.methods import WHOLE_MODEL
 from zo_opt.training.models import load_model, pick_device
 from zo_opt.training.precision import set_precision
 from zo_opt.training.prefix_cache import PrefixCache, first_adapted_layer
@@ -173,7 +174,9 @@ def load_base(config: TrainConfig, task: Task, reporter: Reporter) -> Base:
         say=reporter.say,
     )
     scorer = make_scorer(model, tokenizer, task, config.max_length)
-    return Base(model, scorer, set_precision(model, config.precision, device), device)
+    # Weights that are trained in place must be the checkpoint's, not rounded ones.
+    precision = "fp32" if config.adapter in WHOLE_MODEL else config.precision
+    return Base(model, scorer, set_precision(model, precision, device), device)
 
 
 def build_tools(config: TrainConfig, examples: Examples, reporter: Reporter) -> Tools:
@@ -185,6 +188,7 @@ def build_tools(config: TrainConfig, examples: Examples, reporter: Reporter) -> 
     base = load_base(config, examples.task, reporter)
     scorer, device = base.scorer, base.device
     recipe = resolve(config, base.model, scorer, examples.task, examples.train[0])
+    base.model.to(device)  # where decompositions of its weights are fast
     model = get_adapter_model(base.model, recipe.adapter)
     model.to(device)
     model.eval()

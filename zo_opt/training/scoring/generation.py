@@ -57,12 +57,14 @@ class CausalGenerator(CausalText, Generator):
 
     def encode(self, example: Example) -> Encoded:
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
-        target = self._following(example.references[0]) + end
+        target, most = self._following(example.references[0]) + end, max(self.max_length // 2, 1)
+        cut = len(target) > most  # of a target longer than that the first tokens are learned
+        target = target[:most] if cut else target
         text, truncated = self._prompt(example, room=max(len(target), self.task.max_new_tokens))
         prompt = self._ids(text)
         if len(prompt) > 1 and prompt[-1] == self.tokenizer.eos_token_id:
             prompt = prompt[:-1]
-        return Encoded([prompt + target], [target], truncated=truncated, references=example.references)
+        return Encoded([prompt + target], [target], truncated=truncated or cut, references=example.references)
 
     def prompt(self, encoded: Encoded) -> list[int]:
         return encoded.prompts[0][: len(encoded.prompts[0]) - len(encoded.words[0])]
