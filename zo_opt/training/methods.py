@@ -71,6 +71,7 @@ ADAPTER_SGD_LR = 2e-2
 # Zeroth-order SGD on whole models: the noise of an estimate grows with the parameters, and the step that is stable falls with them.
 # 1e-6 for a model of 10^10 parameters is MeZO's (arXiv 2305.17333).
 WHOLE_MODEL_SGD_LR_TIMES_PARAMETERS = 1e4
+WHOLE_MODEL_LR = 1e-4
 WHOLE_MODEL = ("full", "lisa")  # adapters that train the model's own weights
 
 
@@ -114,5 +115,5 @@ def default_lr(optimizer: str, adapter: str, *, adam: bool, parameters: int) -> 
     if optimizer == first_order.NAME:
         return FIRST_ORDER_LR.get(adapter, LOW_RANK_LR)
     if adapter in WHOLE_MODEL:
-        return 1e-4 if adam else WHOLE_MODEL_SGD_LR_TIMES_PARAMETERS / parameters
+        return WHOLE_MODEL_LR if adam else min(WHOLE_MODEL_SGD_LR_TIMES_PARAMETERS / parameters, WHOLE_MODEL_LR)
     return 1e-2 if adam else ADAPTER_SGD_LR
