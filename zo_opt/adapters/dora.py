@@ -70,12 +70,8 @@ class DoRAAdapter(ParallelAdapter):
     adapter: DoRA
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        out: Tensor = self.base_layer(x, *args, **kwargs)
-        delta: Tensor = self.adapter(x.float() if x.is_floating_point() else x)
-        if self._scaled:
-            scale: Any = self.base_layer.embed_scale
-            delta = delta * scale
-        factor_O = self.adapter.lora_magnitude_vector / self.adapter.norms(self.base_layer)
+        out, delta = self._parts(x, *args, **kwargs)
+        factor_O = self._factor()
         bias = getattr(self.base_layer, "bias", None)
         weighted = out if bias is None else out - bias
         # Written as a sum so that a factor of 1 leaves the base layer's bits.
@@ -83,8 +79,9 @@ class DoRAAdapter(ParallelAdapter):
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
-        weight = matrix(self.base_layer)
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        factor_O = self.adapter.lora_magnitude_vector / self.adapter.norms(self.base_layer)
-        set_matrix(self.base_layer, (wide + self.adapter.dense()) * factor_O)
+        set_matrix(self.base_layer, self._sum() * self._factor())
         return self.base_layer
+
+    def _factor(self) -> Tensor:
+        """What each output of W0 + s B A is multiplied by, (out,)."""
+        return self.adapter.lora_magnitude_vector / self.adapter.norms(self.base_layer)

@@ -48,19 +48,27 @@ class ParallelAdapter(AdaptedModule):
         self._scaled = isinstance(base_layer, nn.Embedding) and hasattr(base_layer, "embed_scale")
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out, delta = self._parts(x, *args, **kwargs)
+        return (out + delta).to(out.dtype)
+
+    def _parts(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """What the base layer gives, and what is added to it."""
         out: Tensor = self.base_layer(x, *args, **kwargs)
         delta: Tensor = self.adapter(x.float() if x.is_floating_point() else x)
         if self._scaled:
             scale: Any = self.base_layer.embed_scale
             delta = delta * scale
-        return (out + delta).to(out.dtype)
+        return out, delta
 
     def start_from_weight(self) -> None:
         self.adapter.start_from(self.base_layer)
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
-        weight = matrix(self.base_layer)
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        set_matrix(self.base_layer, wide + self.adapter.dense())
+        set_matrix(self.base_layer, self._sum())
         return self.base_layer
+
+    def _sum(self) -> Tensor:
+        """The weight with the map added, (in, out), at least float32."""
+        weight = matrix(self.base_layer)
+        return weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.adapter.dense()
