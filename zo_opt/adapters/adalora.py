@@ -95,11 +95,11 @@ class AdaLoRAConfig(AdapterConfig):
         rank = self.rank_of(target.name, self.rank)
         return ParallelAdapter(target.module, AdaLoRA(target, rank, self.alpha, seed=self.seed * 100_003 + number))
 
-    def penalty(self, adapted: Mapping[str, AdaptedModule]) -> Tensor | None:
+    def penalty(self, model: AdapterModel) -> Tensor | None:
         if self.orthogonality == 0:
             return None
         power = 2 if self.squared_penalty else 1
-        norms = [norm**power for adapter in _adapters(adapted).values() for norm in adapter.distances()]
+        norms = [norm**power for adapter in _adapters(model.adapted_modules()).values() for norm in adapter.distances()]
         return self.orthogonality * torch.stack(norms).mean() if norms else None
 
     def schedule(self, model: AdapterModel) -> AdaLoRASchedule:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -146,7 +146,7 @@ class AdapterConfig(ABC):
         """Names of the model's own parameters that the method trains where they are (in float32)."""
         return []
 
-    def penalty(self, adapted: Mapping[str, AdaptedModule]) -> Tensor | None:
+    def penalty(self, model: AdapterModel) -> Tensor | None:
         """A scalar that is added to the loss in training, if any."""
         return None
 

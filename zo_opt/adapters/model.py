@@ -70,7 +70,7 @@ class AdapterModel(nn.Module):
 
     def penalty(self) -> torch.Tensor | None:
         """What the method adds to the loss (AdaLoRA's orthogonality), a scalar with gradient; None for most methods."""
-        return self.adapter_config.penalty(self.adapted_modules())
+        return self.adapter_config.penalty(self)
 
     def __getattr__(self, name: str) -> Any:
         try:
