@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import transformers.models.llama.modeling_llama  # noqa: F401 (imported once, for all forks)
@@ -15,18 +16,30 @@ import zo_opt.training.loop  # noqa: F401
 
 
 class ForkedRun:
-    """As much of ``subprocess.Popen`` as a comparison uses, for ``python -m zo_opt.cli.main ...``."""
+    """As much of ``subprocess.Popen`` as a comparison uses, for ``python -m zo_opt.cli.main ...``.
 
-    def __init__(self, command: list[str], *, stdout: Any, env: dict[str, str], **_: Any) -> None:
+    ``preexec_fn`` is called in the fork.
+    """
+
+    def __init__(
+        self,
+        command: list[str],
+        *,
+        stdout: Any,
+        env: dict[str, str],
+        preexec_fn: Callable[[], Any] = lambda: None,
+        **_: Any,
+    ) -> None:
         self.returncode: int | None = None
         sys.stdout.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            self._run(command[3:], stdout.fileno(), env)
+            self._run(command[3:], stdout.fileno(), env, preexec_fn)
 
-    def _run(self, line: list[str], log: int, env: dict[str, str]) -> None:
+    def _run(self, line: list[str], log: int, env: dict[str, str], prepare: Callable[[], Any]) -> None:
         code = 1
         try:
+            prepare()
             for signum in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(signum, signal.SIG_DFL)
             os.setsid()

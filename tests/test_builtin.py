@@ -278,7 +278,7 @@ def test_the_model_is_converted_once_and_published_whole(
         (directory / "config.json").write_text("{}")
 
     monkeypatch.setattr(builtin, "_convert_gguf", fail)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(ZOError, match="no space"):
         builtin.model_directory()
     assert list(cache_dir.iterdir()) == []
     monkeypatch.setattr(builtin, "_convert_gguf", convert)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import run_main
+from killed_runs import start
 from safetensors.torch import load_file, save_file
 from test_wrong_input import assert_one_sentence, tree
 
@@ -141,17 +139,14 @@ def test_a_run_without_a_journal_still_resumes(
 def test_kill_9(toy_options: Options, tmp_path: Path) -> None:
     """What a killed run has on record can be replayed, and is what an uninterrupted run has."""
     broken, options = tmp_path / "broken", KINDS["random"] | {"steps": 400, "save_steps": 50}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "zo_opt.cli.main", *toy_options(output_dir=broken, **options)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = start(toy_options(output_dir=broken, **options), tmp_path / "log")
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline:
         if (broken / "journal").exists() and (broken / "journal").stat().st_size > 4000:
             process.send_signal(signal.SIGKILL)
             break
         time.sleep(0.005)
-    assert process.wait(30) == -signal.SIGKILL
+    assert process.wait() == -signal.SIGKILL
     steps = read_journal(broken / "journal").steps
     assert steps > 20
     assert run_main(["replay", str(broken), "--to", str(tmp_path / "to")]) == 0

@@ -6,8 +6,6 @@ import csv
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -312,22 +310,10 @@ def test_nothing_to_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.slow
-def test_in_real_processes(compare_line: Compare, tmp_path: Path) -> None:
-    """Ctrl-C in a terminal of its own, a small lr that YAML must not take for a word, then on to the end."""
+def test_in_a_real_process(compare_line: Compare, tmp_path: Path) -> None:
+    """With a small lr that YAML must not take for a word; all other tests run forks."""
     out = tmp_path / "out"
-    line = compare_line(methods="lora,mezo-lora", jobs=2, lr=1e-06, output_dir=out)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "zo_opt.cli.main", *line], stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    while process.poll() is None and not list(out.glob("runs/*/seed-0.log")):
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert "--resume" in error
-    done = subprocess.run(
-        [sys.executable, "-m", "zo_opt.cli.main", "compare", "--output_dir", str(out), "--resume"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert all(row["state"] == "finished" and row["lr"] == 1e-06 for row in rows_of(out).values())
+    assert run_main(compare_line(methods="mezo-lora", lr=1e-06, output_dir=out)) == 0
+    row = rows_of(out)["mezo-lora"]
+    assert row["state"] == "finished"
+    assert row["lr"] == 1e-06

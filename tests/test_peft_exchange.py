@@ -285,7 +285,7 @@ OPTIONS = {
     "an option of tomorrow": ({"use_new_idea": {"a": 1}}, "use_new_idea"),
     "another method": ({"peft_type": "IA3"}, "'IA3'.*LORA"),
     "no number": ({"lora_alpha": "six"}, "lora_alpha is 'six'"),
-    "alpha without end": ({"lora_alpha": float("inf")}, "lora_alpha is inf"),
+    "alpha without end": ({"lora_alpha": float("inf")}, "Infinity is no JSON number"),
     "alpha 0": ({"lora_alpha": 0}, "alpha=0"),
     "a broken pattern": ({"alpha_pattern": {"(": 2}}, "alpha_pattern"),
     "a pattern of words": ({"alpha_pattern": {"q_proj": "x"}}, "alpha"),

@@ -40,6 +40,7 @@ from zo_opt.optim import (
     ZOMomentum,
     ZOSign,
 )
+from zo_opt.privacy import GaussianPrivacy
 
 __version__ = "0.1.0"
 
@@ -55,6 +56,7 @@ __all__ = [
     "DoRAConfig",
     "ForwardGradient",
     "FullConfig",
+    "GaussianPrivacy",
     "HiZOO",
     "LISAConfig",
     "LaMDAConfig",

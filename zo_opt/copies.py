@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 from weakref import WeakSet
 
 import torch
@@ -134,13 +135,11 @@ def masks_without_branches() -> Iterator[None]:
 
     Its shortcut for batches without padding is a branch on data, which ``vmap`` cannot follow.
     """
-    masking = sys.modules.get("transformers.masking_utils")
-    original = getattr(masking, "is_tracing", None)
-    if masking is None or original is None:
+    with ExitStack() as patches:
+        for name in ("transformers.masking_utils", "transformers.modeling_attn_mask_utils"):
+            masking = sys.modules.get(name)
+            for question in ("is_tracing", "is_torchdynamo_compiling"):  # in 5.x, in 4.57
+                if hasattr(masking, question):
+                    patches.enter_context(patch.object(masking, question, lambda tensor=None: True))
+                    break
         yield
-        return
-    masking.is_tracing = lambda tensor=None: True  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        masking.is_tracing = original  # type: ignore[attr-defined]

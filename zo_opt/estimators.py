@@ -18,8 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zo_opt.directions import Stream
 from zo_opt.errors import ZOError
-from zo_opt.perturbation import Perturbed
-from zo_opt.query_modes import Losses
+from zo_opt.perturbation import Perturbed, Point
+from zo_opt.privacy import GaussianPrivacy
+from zo_opt.query_modes import Evaluator, Losses
 from zo_opt.substitution import Substitution
 
 Evaluate = Callable[..., Losses]
@@ -172,6 +173,49 @@ def forward_gradient(perturbed: Perturbed, call: Callable[[], Any], queries: Seq
     seeds = tuple(perturbed.directions.stream(q) for q in queries)
     ones = torch.ones(len(queries), dtype=torch.float64)
     return _estimate(Losses(values[:, None], ones, 2 * len(queries), seeds=seeds), projected_grads, values)
+
+
+def private_two_sided(evaluator: Evaluator, queries: int, zo_eps: float, privacy: GaussianPrivacy) -> Estimate:
+    """Two-sided differences of every example, of which only clipped and noisy sums are released.
+
+    Source: DPZero, arXiv 2310.09639, algorithm 2. The raw losses stay here: the estimate's loss is nan, and no query is dropped.
+
+    Args:
+        evaluator: its closure returns a loss for each example, shape (examples,), each of which depends on no other example.
+        queries: directions.
+        zo_eps: perturbation scale, in parameter units.
+        privacy: clips and hides.
+
+    Raises:
+        ZOError: the closure's losses are no vector, or of another length on the other side.
+    """
+    directions = evaluator.perturbed.directions
+    found: list[Tensor] = []
+
+    def call() -> float:
+        losses = evaluator.closure() if evaluator.batch is None else evaluator.closure(evaluator.batch)
+        if not isinstance(losses, Tensor) or losses.ndim != 1:
+            shape = f"a tensor of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+            raise ZOError(
+                f"the closure returned {shape}; with privacy it must return a loss for each example, a tensor of shape (examples,)."
+            )
+        found.append(losses.detach().double())
+        return 0.0
+
+    points = [Point(((query, scale),)) for query in range(queries) for scale in (zo_eps, -zo_eps)]
+    losses = []
+    for _ in evaluator.perturbed.losses(call, points):
+        losses.append(found[-1])  # the first point may have been evaluated twice
+        found.clear()
+    if len({len(values) for values in losses}) > 1:
+        raise ZOError("the closure returned losses of different numbers of examples within a step; give it one batch.")
+    privacy.charge(directions.step, queries)
+    grads = [
+        privacy.release((up - down) / (2 * zo_eps), directions.step, query)
+        for query, (up, down) in enumerate(zip(losses[::2], losses[1::2], strict=True))
+    ]
+    ones, seeds = torch.ones(queries, dtype=torch.float64), tuple(directions.stream(q) for q in range(queries))
+    return Estimate(float("nan"), torch.tensor(grads, dtype=torch.float64), ones, 2 * queries, None, seeds)
 
 
 def combine(estimates: Sequence[Estimate]) -> Estimate:

@@ -27,7 +27,6 @@ The format is described in :mod:`zo_opt.journal_format`.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -36,7 +35,7 @@ import torch
 from torch import nn
 
 from zo_opt.errors import ZOError
-from zo_opt.files import write_atomically
+from zo_opt.files import GrowingFile, write_atomically
 from zo_opt.journal_format import COLUMNS, FORMAT, Contents, make_line, read_journal
 from zo_opt.journal_replay import replay
 from zo_opt.optim import Update, ZerothOrderOptimizer
@@ -66,14 +65,11 @@ class Journal:
     ) -> None:
         self.path, self.steps = path, contents.steps
         self._optimizer, self._model, self._fsync = optimizer, model, fsync
-        self._checksum, self._size = contents.checksum, contents.end
+        self._checksum = contents.checksum
         self._sealed = self.steps if self.steps in contents.weights or not contents.updates else -1
         # The newest step that stands alone: what control variates refer to.
         self._alone = next((u for u in reversed(contents.updates) if u.coefficients and not u.older), None)
-        try:
-            self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
-        except OSError as error:
-            raise _cannot_write(path, error) from error
+        self._file = GrowingFile(path, contents.end)
 
     @classmethod
     def create(
@@ -112,10 +108,7 @@ class Journal:
         contents = Contents(header)
         contents.checksum, line = make_line(header, "")
         contents.end = len(line)
-        try:
-            write_atomically(path, line)
-        except OSError as error:
-            raise _cannot_write(path, error) from error
+        write_atomically(path, line)
         return cls(path, optimizer, model, contents, fsync)
 
     @classmethod
@@ -153,10 +146,6 @@ class Journal:
             raise ZOError(
                 f"the tuned weights are not those that {path} has after {contents.steps} steps; load the checkpoint that fits it."
             )
-        try:
-            os.truncate(path, contents.end)
-        except OSError as error:
-            raise _cannot_write(path, error) from error
         return cls(path, optimizer, model, contents, fsync)
 
     def append(self, update: Update | None) -> None:
@@ -204,14 +193,14 @@ class Journal:
         if self._sealed != self.steps:
             self._write({"steps": self.steps, "weights": fingerprint(tuned_names(self._optimizer, self._model))})
             self._sealed = self.steps
-        os.fsync(self._descriptor)
+        self._file.sync()
 
     def close(self) -> None:
         """Seal and close."""
         try:
             self.seal()
         finally:
-            os.close(self._descriptor)
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -220,26 +209,11 @@ class Journal:
         if kind is None:
             self.close()
         else:  # not sealed: who knows where the weights are
-            os.close(self._descriptor)
+            self._file.close()
 
     def _write(self, content: Any) -> None:
         checksum, line = make_line(content, self._checksum)
-        try:
-            status = os.fstat(self._descriptor)
-            if status.st_size != self._size or status.st_nlink == 0:
-                raise ZOError(
-                    f"{self.path} was changed or deleted by somebody else; two runs must not share a journal."
-                )
-            written = os.write(self._descriptor, line)
-            if written < len(line):
-                os.ftruncate(self._descriptor, self._size)
-                raise ZOError(f"{self.path} cannot be written (the disk is full); make room and resume.")
-            if self._fsync:
-                os.fsync(self._descriptor)
-        except OSError as error:
-            raise _cannot_write(self.path, error) from error
-        self._checksum, self._size = checksum, self._size + len(line)
-
-
-def _cannot_write(path: Path, error: OSError) -> ZOError:
-    return ZOError(f"journal {path} cannot be written ({error.strerror}); give a path that can.")
+        self._file.append(line.removesuffix(b"\n"))
+        self._checksum = checksum
+        if self._fsync:
+            self._file.sync()

@@ -9,7 +9,7 @@ from torch import nn
 
 from zo_opt.errors import ZOError
 from zo_opt.journal_format import Contents, read_journal
-from zo_opt.optim import ZerothOrderOptimizer
+from zo_opt.optim import Update, ZerothOrderOptimizer
 from zo_opt.provenance import (
     check_described,
     device_type,
@@ -68,7 +68,7 @@ def replay(
         )
     tuned = tuned_names(optimizer, model)
     for update in contents.updates:
-        optimizer.apply(update)
+        _apply(optimizer, update)
         recorded = contents.weights.get(optimizer.step_count)
         if exact and recorded is not None and recorded != fingerprint(tuned):
             raise ZOError(
@@ -77,6 +77,18 @@ def replay(
                 "else than the optimizer moved the weights. exact=False takes what comes out."
             )
     return len(contents.updates)
+
+
+def _apply(optimizer: ZerothOrderOptimizer, update: Update) -> None:
+    try:
+        optimizer.apply(update)
+    except ZOError:
+        raise
+    except (TypeError, ValueError, RuntimeError, IndexError, OverflowError, ZeroDivisionError) as error:
+        raise ZOError(
+            f"step {update.step} cannot be applied ({type(error).__name__}: {str(error)[:200]}): the journal's settings or numbers are none "
+            "that training has; restore it from a copy."
+        ) from error
 
 
 def _check_model(contents: Contents, model: nn.Module) -> None:

@@ -16,8 +16,9 @@ from zo_opt.directions import DIRECTIONS
 from zo_opt.errors import ZOError
 from zo_opt.optim import OPTIMIZERS, UPDATE_RULES, ZerothOrderOptimizer
 
-# What decides coefficients and not what they do: no part of a replay, where coefficients are given.
-_DECIDING = ("seed", "zo_eps", "history", "failed_steps", "dropped_queries", "step_control")
+# What decides coefficients and not what they do: no part of a replay, where coefficients are given. The key to privacy's noise
+# is among it, which must never be in a journal.
+_DECIDING = ("seed", "zo_eps", "history", "failed_steps", "dropped_queries", "step_control", "privacy")
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -95,8 +96,19 @@ def rebuild(description: Mapping[str, Any], start: Mapping[str, Any], model: nn.
     """The optimizer that ``describe`` and ``progress`` described, over a model's parameters: to apply updates, not to estimate.
 
     Raises:
-        ZOError: it was of a class that zo_opt does not know.
+        ZOError: it was of a class that zo_opt does not know, or has settings that the class does not have.
     """
+    try:
+        return _rebuild(description, start, model)
+    except ZOError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RuntimeError) as error:
+        raise ZOError(
+            f"the journal describes an optimizer that cannot be built ({type(error).__name__}: {str(error)[:200]}); it is damaged, or of another version."
+        ) from error
+
+
+def _rebuild(description: Mapping[str, Any], start: Mapping[str, Any], model: nn.Module) -> ZerothOrderOptimizer:
     for key, table in (("name", OPTIMIZERS), ("directions", DIRECTIONS), ("update_rule", UPDATE_RULES)):
         if description[key] not in table:
             raise ZOError(

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from zo_opt import memory
 from zo_opt.copies import Copies, out_of_memory, unmappable
 from zo_opt.directions import Stream
+from zo_opt.distributed import Distributed
 from zo_opt.errors import ZOError
 from zo_opt.nesting import batch_size, map_tensors, tokens
 from zo_opt.perturbation import Perturbed, Point
+from zo_opt.ranks import Ranks
 
-QUERY_MODES = ("sequential", "batched", "split", "auto")
+QUERY_MODES = ("sequential", "batched", "split", "distributed", "auto")
 # Tokens in one forward beyond which copies gain nothing: measured on a CPU (benchmarks/query_modes.py); on a GPU launches are
 # what copies save, and a guess until it is measured there.
 BATCHED_TOKENS = {"cpu": 512, "cuda": 4096}
@@ -59,6 +61,7 @@ class Evaluator:
         batch: any nesting of tensors, example axis first; the modes beyond sequential need it.
         mode: sequential, batched, split or auto.
         module: owner of the trainables; the modes beyond sequential need it.
+        ranks: the processes that share the points, each in this mode.
     """
 
     perturbed: Perturbed
@@ -66,6 +69,7 @@ class Evaluator:
     batch: Any = None
     mode: str = "sequential"
     module: nn.Module | None = None
+    ranks: Ranks | None = None
 
     def __call__(
         self, queries: int, scales: Sequence[float], *, base: bool = False, anchor: Tensor | None = None
@@ -83,7 +87,7 @@ class Evaluator:
         else:
             points = [Point(((q, s),), anchor=anchor) for q in range(queries) for s in scales]
             points = [Point(anchor=anchor)] * base + points
-            found = self._batched(points) if mode == "batched" else self.at(points)
+            found = self._shared(points, self._batched) if mode == "batched" else self.at(points)
             base_values = found[0].expand(queries) if base else None
             values = found[int(base) :].view(queries, len(scales))
             weights, forwards = torch.ones(queries, dtype=torch.float64), len(points)
@@ -92,6 +96,15 @@ class Evaluator:
 
     def at(self, points: Sequence[Point]) -> Tensor:
         """Losses on the whole batch, one forward after another: works on every module and closure. float64, (points,)."""
+        return self._shared(points, self._sequential)
+
+    def _shared(self, points: Sequence[Point], run: Callable[[Sequence[Point]], Tensor]) -> Tensor:
+        """Losses at all points, of which this process evaluates its part."""
+        if self.ranks is None:
+            return run(points)
+        return self.ranks.losses(len(points), self.batch, lambda first, last: run(points[first:last]))
+
+    def _sequential(self, points: Sequence[Point]) -> Tensor:
         closure, batch = self.closure, self.batch
         call = closure if batch is None else lambda: closure(batch)
         return torch.tensor(list(self.perturbed.losses(call, points)), dtype=torch.float64)
@@ -171,38 +184,69 @@ class Evaluator:
 
         Slices are contiguous and differ in size by at most one example.
         """
-        run = self._copies()
+        copies = self._copies()
         examples = batch_size(self.batch)
         if queries > examples:
             raise ZOError(
                 f"{queries} queries cannot split a batch of {examples} examples; lower max_queries or raise the batch."
             )
-        values = torch.empty(queries, len(scales), dtype=torch.float64)
-        weights = torch.empty(queries, dtype=torch.float64)
         # The first `larger` slices have one example more; vmap wants equal slices, so each size is a call of its own.
         size, larger = divmod(examples, queries)
-        for first, last, rows, offset in ((0, larger, size + 1, 0), (larger, queries, size, larger * (size + 1))):
-            if first == last:
-                continue
-            weights[first:last] = rows * queries / examples
-            count = last - first
+        parts = ((0, larger, size + 1, 0), (larger, queries, size, larger * (size + 1)))
+        weights = torch.cat(
+            [torch.full((b - a,), rows * queries / examples, dtype=torch.float64) for a, b, rows, _ in parts]
+        )
 
-            def cut(x: Tensor, offset: int = offset, count: int = count, rows: int = rows) -> Tensor:
-                pieces: Tensor = x[offset : offset + count * rows].unflatten(0, (count, rows))
-                return pieces
+        def evaluate(lo: int, hi: int) -> Tensor:
+            """Losses of queries lo to hi, all scales of one after another."""
+            found = [
+                self._slices(copies, max(a, lo), min(b, hi), rows, start + (max(a, lo) - a) * rows, scales, anchor)
+                for a, b, rows, start in parts
+                if max(a, lo) < min(b, hi)
+            ]
+            return torch.cat(found).view(-1)
 
-            slices = map_tensors(cut, self.batch)
+        if self.ranks is None:
+            values = evaluate(0, queries)
+        else:
+            values = self.ranks.losses(queries, self.batch, evaluate, width=len(scales))
+        return values.view(queries, len(scales)), weights, len(scales)
 
-            def part(lo: int, hi: int, first: int = first, slices: Any = slices) -> Tensor:
-                # All scales on the same rows in turn: their prefix is shared.
-                rows = map_tensors(lambda x: x[lo:hi], slices)
-                points = [[Point(((first + q, scale),), anchor=anchor) for q in range(lo, hi)] for scale in scales]
-                return torch.stack([run(p, rows, split=True) for p in points], dim=1)
+    def _slices(
+        self, run: Copies, first: int, last: int, size: int, start: int, scales: Sequence[float], anchor: Tensor | None
+    ) -> Tensor:
+        """Losses of queries first to last on slices of equal size, the first at row ``start``: (queries, scales)."""
+        count = last - first
+        slices = map_tensors(lambda x: x[start : start + count * size].unflatten(0, (count, size)), self.batch)
 
-            slice_tokens = tokens(slices) // count
-            chunk = max(1, BATCHED_TOKENS[self._device_kind] // max(1, slice_tokens))
-            values[first:last] = self._in_chunks(count, chunk, slice_tokens, part)
-        return values, weights, len(scales)
+        def part(lo: int, hi: int) -> Tensor:
+            # All scales on the same rows in turn: their prefix is shared.
+            rows = map_tensors(lambda x: x[lo:hi], slices)
+            points = [[Point(((first + q, scale),), anchor=anchor) for q in range(lo, hi)] for scale in scales]
+            return torch.stack([run(p, rows, split=True) for p in points], dim=1)
+
+        slice_tokens = tokens(slices) // count
+        chunk = max(1, BATCHED_TOKENS[self._device_kind] // max(1, slice_tokens))
+        return self._in_chunks(count, chunk, slice_tokens, part)
+
+
+def resolve(query_mode: str, distributed: Distributed | None, module: nn.Module | None) -> tuple[str, Ranks | None]:
+    """An optimizer's query mode as the mode in which this process evaluates, and the processes that it shares the work with.
+
+    Raises:
+        ZOError: the mode is not known, or what it needs is not there.
+    """
+    if query_mode not in QUERY_MODES:
+        raise ZOError(f"query_mode={query_mode!r} is not known; choose one of {', '.join(QUERY_MODES)}.")
+    mode, ranks = query_mode, None
+    if query_mode == "distributed":
+        distributed = distributed if distributed is not None else Distributed()
+        mode, ranks = distributed.within, Ranks(distributed)
+    elif distributed is not None:
+        raise ZOError(f'distributed was given with query_mode={query_mode!r}; give query_mode="distributed" with it.')
+    if mode in ("batched", "split") and module is None:
+        raise ZOError(f"query_mode={mode!r} replaces the module's trainables; pass module=model to the optimizer.")
+    return mode, ranks
 
 
 def choose(batch: Any, module: nn.Module | None, trainables: int) -> str:

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from zo_opt.adapters.model import AdapterModel
 
 
+MOST_SIZE = 1 << 24  # of a rank, bottleneck or number of steps: what an adapter's size follows from is bounded
+MOST_NAMES = 10_000  # of modules or layers in a list: each is looked for in the whole model
+
+
 @dataclass
 class AdapterConfig(ABC):
     """Where adapters go. A method adds its own fields and says how a target module is wrapped.
@@ -73,15 +77,20 @@ class AdapterConfig(ABC):
                 raise ZOError(f"{name}={value!r} is not possible; give a list of names, or None.")
         if self.layers is not None and type(self.layers) is not int and not _all(self.layers, int):
             raise ZOError(f"layers={self.layers!r} is not possible; give a whole number, a list of them, or None.")
+        for name in ("target_modules", "modules_to_save", "modules_to_tensorize", "layers", "rank_pattern"):
+            value = getattr(self, name)
+            if isinstance(value, list | tuple | dict) and len(value) > MOST_NAMES:
+                raise ZOError(f"{name} has {len(value):,} entries; give at most {MOST_NAMES:,}.")
         self.check_whole("tensorize_rank")
         pattern = self.rank_pattern
         if pattern is not None and not (
-            isinstance(pattern, dict) and all(type(k) is str and type(v) is int and v >= 1 for k, v in pattern.items())
+            isinstance(pattern, dict)
+            and all(type(k) is str and type(v) is int and 1 <= v <= MOST_SIZE for k, v in pattern.items())
         ):
             raise ZOError(f"rank_pattern={pattern!r} is not possible; give names with whole numbers of at least 1.")
 
     def check_whole(self, *names: str) -> None:
-        """Whether fields hold whole numbers of at least 1.
+        """Whether fields hold whole numbers of at least 1 (and at most MOST_SIZE).
 
         Raises:
             ZOError: with a sentence on the first that does not.
@@ -89,6 +98,8 @@ class AdapterConfig(ABC):
         for name in names:
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ZOError(f"{name}={getattr(self, name)} is not possible; give a whole number of at least 1.")
+            if getattr(self, name) > MOST_SIZE:
+                raise ZOError(f"{name} is larger than {MOST_SIZE:,}, which no model needs; give less.")
 
     def check_seed(self) -> None:
         """Whether ``seed`` names a stream for every target.
@@ -199,7 +210,9 @@ def config_from_dict(values: dict[str, Any]) -> AdapterConfig:
     kind = values.pop("adapter_type", None)
     try:
         return make_config(kind, values)
-    except TypeError as error:
+    except ZOError:
+        raise
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:  # values of other types than the fields'
         raise ZOError(f"the adapter's configuration does not fit type {kind!r}: {error}.") from error
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zo_opt.adapters.config import AdapterConfig, check_positive, register
+from zo_opt.adapters.config import MOST_NAMES, AdapterConfig, check_positive, register
 from zo_opt.adapters.parallel import Delta, ParallelAdapter
 from zo_opt.adapters.targets import ATTENTION, Target, matches
 from zo_opt.errors import ZOError
@@ -56,7 +56,9 @@ class LoRAConfig(AdapterConfig):
         if type(self.use_rslora) is not bool:
             raise ZOError(f"use_rslora={self.use_rslora!r} is not possible; give True or False.")
         pattern = self.alpha_pattern
-        if pattern is not None and not (isinstance(pattern, dict) and all(type(name) is str for name in pattern)):
+        if pattern is not None and not (
+            isinstance(pattern, dict) and len(pattern) <= MOST_NAMES and all(type(name) is str for name in pattern)
+        ):
             raise ZOError(f"alpha_pattern={pattern!r} is not possible; give names with positive numbers.")
         for name, alpha in (pattern or {}).items():
             check_positive(f"alpha_pattern[{name!r}]", alpha)

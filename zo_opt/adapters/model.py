@@ -17,6 +17,7 @@ from zo_opt.adapters.merged_trains import MergedTrains
 from zo_opt.adapters.rank_pattern import check_rank_pattern
 from zo_opt.adapters.replacement import tensorize
 from zo_opt.adapters.schedule import Watch
+from zo_opt.adapters.shapes import check_shapes
 from zo_opt.adapters.targets import Target, find_targets, matches
 from zo_opt.adapters.weights import matrix, shared_parameters, untie
 from zo_opt.errors import ZOError
@@ -211,6 +212,7 @@ def load_adapter_model(model: nn.Module, directory: str | Path) -> AdapterModel:
         config, tensors = peft_format.read_peft(model, directory)
     else:
         config, tensors, schedule = storage.load(directory)
+        check_shapes(model, config, tensors, f"the adapter in {directory}")
     adapted = _inject(model, config, start=False)
     try:
         storage.restore(adapted.adapter_state(), tensors, f"the adapter in {directory}")

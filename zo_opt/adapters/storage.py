@@ -14,6 +14,7 @@ from torch import Tensor
 from zo_opt.adapters.config import AdapterConfig, config_from_dict
 from zo_opt.errors import ZOError
 from zo_opt.files import write_atomically
+from zo_opt.plain_json import read_object
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -39,13 +40,10 @@ def save(
 def load(directory: Path) -> tuple[AdapterConfig, dict[str, Tensor], dict[str, Tensor]]:
     """Configuration, weights and the schedule's state (empty without one); the error says which file is missing or damaged."""
     path = directory / CONFIG_NAME
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ZOError(f"{directory} holds no {CONFIG_NAME}; give a directory written by save_pretrained.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ZOError(f"{path} is damaged ({error}); copy it anew from where the adapter was saved.") from error
-    if not isinstance(values, dict) or values.pop("format", None) != "zo_opt/1":
+    if not path.exists():
+        raise ZOError(f"{directory} holds no {CONFIG_NAME}; give a directory written by save_pretrained.")
+    values = read_object(path, "copy it anew from where the adapter was saved")
+    if values.pop("format", None) != "zo_opt/1":
         raise ZOError(f"{path} was not written by zo_opt (its format is not 'zo_opt/1').")
     values.pop("base_model_name_or_path", None)
     schedule = directory / SCHEDULE_NAME
@@ -63,7 +61,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
+        # Not SafetensorError alone: a type of number that torch lacks, a file of no bytes.
         raise ZOError(f"{path} is damaged ({error}); copy it anew from where it was saved.") from error
 
 

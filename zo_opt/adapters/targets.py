@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -55,8 +56,8 @@ class Target:
 
     @property
     def device(self) -> torch.device:
-        """Where the module's first parameter is."""
-        return next(self.module.parameters()).device
+        """Where the module's first tensor is."""
+        return next(chain(self.module.parameters(), self.module.buffers())).device
 
 
 def find_targets(

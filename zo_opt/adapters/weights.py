@@ -13,12 +13,17 @@ from zo_opt.errors import ZOError
 def matrix(layer: nn.Module) -> Tensor:
     """The weight as a matrix (in_features, out_features), a view: of nn.Linear, transformers' Conv1D, nn.Embedding.
 
+    Of a layer that says what its quantised weight stands for (``dequantised()``) a copy of that.
+
     Raises:
-        ZOError: the layer has no such weight (a quantised layer, say).
+        ZOError: the layer has no such weight (one that another package quantised, say).
 
     >>> matrix(nn.Linear(2, 3)).shape, matrix(nn.Embedding(7, 3)).shape
     (torch.Size([2, 3]), torch.Size([7, 3]))
     """
+    if is_quantised(layer):
+        dequantised: Tensor = layer.dequantised()  # type: ignore[operator]
+        return dequantised
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
         raise ZOError(
@@ -28,11 +33,35 @@ def matrix(layer: nn.Module) -> Tensor:
 
 
 def set_matrix(layer: nn.Module, value: Tensor) -> None:
-    """Give a layer a new weight, (in, out), in the old one's dtype and device. Layers that shared the old one keep it."""
+    """Give a layer a new weight, (in, out), in the old one's dtype and device. Layers that shared the old one keep it.
+
+    Raises:
+        ZOError: the layer's weight is quantised.
+    """
+    if is_quantised(layer):
+        raise ZOError(
+            "an adapter cannot be merged into a quantised weight, which would round most of it away; load the model without "
+            "quantisation and merge there (zo-opt merge does), or keep the adapter attached (load_adapter_model)."
+        )
     old = layer.weight
     assert isinstance(old, Tensor)
     new = value if _is_in_by_out(layer) else value.T
     layer.weight = nn.Parameter(new.to(old.device, old.dtype).contiguous(), requires_grad=old.requires_grad)
+
+
+def rows(layer: Any, ids: Tensor | list[int]) -> Tensor:
+    """Rows of the weight of an embedding or output head by their numbers, (*ids.shape, features) float32, quantised or not.
+
+    >>> rows(nn.Embedding(7, 3), [[1, 2]]).shape
+    torch.Size([1, 2, 3])
+    """
+    found: Tensor = layer.rows(ids) if hasattr(layer, "rows") else layer.weight[ids].float()
+    return found
+
+
+def is_quantised(layer: nn.Module) -> bool:
+    """Whether it is a layer that keeps its weight in few bits and can say what they stand for."""
+    return hasattr(layer, "dequantised")
 
 
 def untie(model: nn.Module) -> None:

@@ -5,44 +5,53 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
 from zo_opt import __version__
+from zo_opt.distributed import RankError, launched_rank, world_size
 from zo_opt.errors import NonFiniteLossError, ZOError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 (training failed), 2 (a mistake in what was given), 128 + signal."""
-    from zo_opt.training.loop import InterruptedRunError
+    """Run one command; returns the exit code: 0, 1 (training failed, or status of a run that did), 2 (a mistake in what was given), 128 + signal."""
+    from zo_opt.training.stop import InterruptedRunError
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    rank = launched_rank()
+    who = f"zo-opt (rank {rank})" if rank else "zo-opt"
     try:
         parsed = _parser().parse_args(arguments or ["--help"])
-        _run(parsed, shlex.join(["zo-opt", *arguments]))
+        return _run(parsed, shlex.join(["zo-opt", *arguments]))
     except ZOError as error:
-        errors.print(f"zo-opt: error: {error}", markup=False)
+        errors.print(f"{who}: error: {error}", markup=False)
         return 2
-    except NonFiniteLossError as error:
-        errors.print(f"zo-opt: training failed: {error}", markup=False)
+    except (NonFiniteLossError, RankError) as error:
+        if not rank or isinstance(error, RankError):  # the same on all ranks
+            errors.print(f"{who}: training failed: {error}", markup=False)
         return 1
     except InterruptedRunError as stop:
-        errors.print(f"zo-opt: {stop}", markup=False)
+        if not rank:
+            errors.print(f"zo-opt: {stop}", markup=False)
         return stop.exit_code
     except KeyboardInterrupt:
         errors.print("zo-opt: interrupted")
         return 130
-    return 0
 
 
-def _run(parsed: Namespace, command: str) -> None:
-    from zo_opt.cli import compare, diagnose, merge, plan, replay, schedule, train
+def _run(parsed: Namespace, command: str) -> int:
+    from zo_opt.cli import compare, diagnose, merge, plan, replay, schedule, status, train
     from zo_opt.cli import eval as evaluate
 
+    if world_size() > 1 and parsed.command != "train":
+        raise ZOError(f"zo-opt {parsed.command} is one process; start it without torchrun.")
+    if parsed.command == "status":
+        return status.run(parsed["status"])
     if parsed.command == "train":
         train.run(parsed["train"], command)
     elif parsed.command == "compare":
@@ -59,6 +68,10 @@ def _run(parsed: Namespace, command: str) -> None:
         merge.run(parsed["merge"])
     else:
         evaluate.run(parsed["eval"])
+    return 0
+
+
+_DEEPEST = 20  # lists and mappings within each other in a file of options
 
 
 class _Parser(ArgumentParser):
@@ -66,6 +79,29 @@ class _Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise ZOError(f"{' '.join(message.split()).rstrip('.')}; see {self.prog} --help.")
+
+    def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Any:
+        """As in ``jsonargparse``, of YAML without references, nine lines of which would be read as billions, and of bounded depth."""
+        import yaml
+
+        depth = 0
+        with suppress(yaml.YAMLError):  # which is said below
+            for event in yaml.parse(content, Loader=yaml.SafeLoader):
+                depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+                if isinstance(event, yaml.AliasEvent):
+                    self.error("a file of options has YAML references (*name); write the values out")
+                if depth > _DEEPEST:
+                    self.error(f"a file of options is nested more than {_DEEPEST} deep; options are not")
+        return super().parse_string(content, *args, **kwargs)
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """As in ``jsonargparse``; a file of options that holds something else is a mistake, too."""
+        try:
+            return super().parse_args(*args, **kwargs)
+        except ZOError:
+            raise
+        except (ValueError, RecursionError, MemoryError, OverflowError) as error:
+            self.error(f"a file of options cannot be read ({type(error).__name__}: {error})")
 
     def let_flags_stand_alone(self) -> None:
         """``--resume`` means ``--resume true``."""
@@ -128,6 +164,12 @@ def _parser() -> ArgumentParser:
     plan.add_class_arguments(PlanConfig, None)
     plan.let_flags_stand_alone()
     commands.add_subcommand("plan", plan, help="which methods fit in memory, before downloading anything")
+    status = _Parser(
+        description="Where a run stands, seen from another terminal: progress, losses, checkpoint, journal."
+    )
+    status.add_argument("run_dir", type=Path, help="the output_dir of a run or of a comparison")
+    status.add_argument("--follow", action="store_true", help="go on showing it until it ends")
+    commands.add_subcommand("status", status, help="follow a run from another terminal")
     replay = _Parser(
         description="Rebuild the adapter that a run tuned, to the bit, from its base model and its journal."
     )

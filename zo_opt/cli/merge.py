@@ -8,8 +8,8 @@ from zo_opt.adapters import load_adapter_model
 from zo_opt.adapters.storage import load
 from zo_opt.errors import ZOError
 from zo_opt.training.evaluate_run import read_config, read_record
-from zo_opt.training.loop import output_directory
 from zo_opt.training.models import load_model
+from zo_opt.training.output import output_directory
 from zo_opt.training.progress import Reporter
 
 FORMS = ("model", "lora")

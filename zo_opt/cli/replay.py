@@ -9,9 +9,9 @@ from jsonargparse import Namespace
 from zo_opt.adapters import load_adapter_model
 from zo_opt.errors import ZOError
 from zo_opt.journal import NAME, read_journal, replay
-from zo_opt.training.evaluate_run import RUN_NAME, read_config, read_record
-from zo_opt.training.loop import START_NAME, output_directory
+from zo_opt.training.evaluate_run import read_config, read_record
 from zo_opt.training.models import load_model, pick_device
+from zo_opt.training.output import RUN_NAME, START_NAME, output_directory
 from zo_opt.training.precision import set_precision
 from zo_opt.training.progress import Reporter
 

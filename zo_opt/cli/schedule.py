@@ -13,11 +13,11 @@ from rich.table import Table
 
 from zo_opt.errors import ZOError
 from zo_opt.files import write_atomically
+from zo_opt.query_modes import QUERY_MODES
 from zo_opt.schedule_options import make_schedule, parse_milestones, resolve_beta
 from zo_opt.schedule_plot import Course, picture, table
 from zo_opt.schedules import QuerySchedule, simulate
 
-QUERY_MODES = ("sequential", "batched", "split", "distributed", "auto")
 MAX_STEPS = 1_000_000
 
 

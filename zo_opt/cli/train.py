@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from jsonargparse import Namespace
 
+from zo_opt.distributed import launched_rank, process_group
 from zo_opt.memory import readable
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.loop import train
 from zo_opt.training.progress import Reporter
+from zo_opt.training.ranks import check_ranks, follow
 
 
 def run(options: Namespace, command: str) -> None:
-    """Train with the parsed options and say what came out."""
+    """Train with the parsed options and say what came out; under torchrun, as one of several processes."""
     reporter = Reporter()
     values = options.as_dict()
     values.pop("config", None)
-    summary, output_dir = train(TrainConfig(**values), reporter, command)
+    config = TrainConfig(**values)
+    check_ranks(config)
+    with process_group():
+        if launched_rank():
+            follow(config)
+            return
+        summary, output_dir = train(config, reporter, command)
     reporter.say(
         f"{summary.outcome} with "
         f"{summary.forwards:,} forward passes in {summary.train_seconds:.0f} s; peak memory {readable(summary.peak_memory)}"

@@ -24,11 +24,12 @@ from zo_opt.errors import ZOError
 from zo_opt.files import write_atomically
 from zo_opt.memory import parse_bytes
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.loop import InterruptedRunError, output_directory
 from zo_opt.training.methods import Method
 from zo_opt.training.models import pick_device
+from zo_opt.training.output import output_directory
 from zo_opt.training.progress import Reporter
 from zo_opt.training.setup import load_examples
+from zo_opt.training.stop import InterruptedRunError
 from zo_opt.training.task_metrics import LANGUAGE_MODELLING
 
 RECORD_NAME = "compare.json"
@@ -50,7 +51,7 @@ def compare(options: CompareConfig, base: TrainConfig, reporter: Reporter, comma
         except ZOError as error:
             raise ZOError(f"method {method.name}: {error}") from error
     directory = options.output_dir or Path("runs") / f"compare-{datetime.now():%Y%m%d-%H%M%S}"
-    with output_directory(directory, resume=options.resume):
+    with output_directory(directory, resume=options.resume, unique=options.output_dir is None) as directory:
         if base.prefix_cache == TrainConfig.prefix_cache and pick_device(base.device).type == "cpu":
             base = replace(base, prefix_cache="disk")  # computed once for all runs, read as fast as from memory
         examples = load_examples(base, reporter)

@@ -20,6 +20,7 @@ from zo_opt.training.methods import Method, get_method
 OWN = (
     "optimizer", "adapter", "lr", "loraplus_lr_ratio", "loraplus_lr_embedding", "budget_forwards", "steps", "seed", "output_dir",
     "save_steps", "resume", "validation",
+    "privacy_epsilon", "privacy_delta", "privacy_noise", "privacy_clip",  # of one run: the epsilons of several add up
 )  # fmt: skip
 # Options of a run that mean something to zeroth-order optimizers only.
 _ZEROTH_ORDER = ("directions", "query_mode", "query_schedule", "max_queries", "update_rule")

@@ -31,8 +31,10 @@ _POLL_SECONDS = 0.2
 _WEIGHTS = (
     "adapter_model.safetensors",
     "adapter_schedule.safetensors",
-    "checkpoint.safetensors",
+    checkpoint.NAME,
+    checkpoint.PREVIOUS_NAME,
     "journal",
+    "journal.damaged",
     "start",
     "tensorboard",
 )
@@ -108,7 +110,7 @@ class Run:
             raise ZOError(
                 f"{self.directory} is still being written by a run of an earlier comparison; wait for its end, then resume."
             ) from None
-        resume = (self.directory / checkpoint.NAME).is_file()
+        resume = any((self.directory / name).is_file() for name in (checkpoint.NAME, checkpoint.PREVIOUS_NAME))
         if not resume and self.directory.exists():  # it was stopped before its first checkpoint
             shutil.rmtree(self.directory)
         options = self._beside("yaml")

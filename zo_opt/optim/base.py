@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 
 from zo_opt import query_modes
 from zo_opt.directions import Directions, StepDirections, Stream, get_directions
+from zo_opt.distributed import Distributed
 from zo_opt.errors import NonFiniteLossError, ZOError
-from zo_opt.estimators import Estimate, combine, two_sided
+from zo_opt.estimators import Estimate, combine, private_two_sided, two_sided
 from zo_opt.nesting import batch_size
 from zo_opt.optim.line_search import LineSearch
 from zo_opt.optim.records import StepRecord, Update
@@ -22,6 +23,7 @@ from zo_opt.optim.slots import Slots
 from zo_opt.optim.step_control import StepControl
 from zo_opt.optim.update_rules import SGD, UpdateRule
 from zo_opt.perturbation import Perturbed
+from zo_opt.privacy import GaussianPrivacy
 from zo_opt.query_modes import Evaluator
 from zo_opt.rounding import round_into
 from zo_opt.schedules import History, QuerySchedule, constant_queries
@@ -46,7 +48,10 @@ class ZerothOrderOptimizer(Optimizer):
         directions: a name of :data:`~zo_opt.directions.DIRECTIONS` or a :class:`~zo_opt.directions.Directions`.
         query_schedule: a callable (step, epoch, history) -> queries; one query a step by default.
         steps_per_epoch: optimizer steps in an epoch, for schedules that count epochs.
-        query_mode: ``"sequential"``, ``"batched"``, ``"split"`` or ``"auto"``; all but the first need ``module`` and a batch.
+        query_mode: ``"sequential"``, ``"batched"``, ``"split"``, ``"auto"`` or ``"distributed"``; batched, split and auto need
+            ``module`` and a batch.
+        distributed: what ranks share in query mode distributed, and how each evaluates its part
+            (:class:`~zo_opt.distributed.Distributed`); the queries, sequentially, by default.
         module: the module that owns the parameters; dropout is off in it while losses are evaluated.
         update_rule: how the estimate moves the parameters; plain SGD by default.
         step_control: :class:`~zo_opt.optim.step_control.StepControl` objects applied in order to the projected gradients before the update.
@@ -54,6 +59,8 @@ class ZerothOrderOptimizer(Optimizer):
         share_prefix: compute the frozen layers below the first trainable once for all evaluations of a step; needs ``module``, and a
             closure that does not look into those layers (:class:`~zo_opt.shared_prefix.SharedPrefix`).
         max_failed_steps: this many steps in a row without any finite loss raise :class:`~zo_opt.errors.NonFiniteLossError`.
+        privacy: differential privacy of the examples (:class:`~zo_opt.privacy.GaussianPrivacy`); the closure then returns a loss for each
+            example, and the losses that ``step`` and the records give are nan, for they are not private.
 
     Raises:
         ZOError: on impossible arguments.
@@ -80,26 +87,21 @@ class ZerothOrderOptimizer(Optimizer):
         query_schedule: QuerySchedule | None = None,
         steps_per_epoch: int = 1,
         query_mode: str = "sequential",
+        distributed: Distributed | None = None,
         module: nn.Module | None = None,
         update_rule: UpdateRule | None = None,
         step_control: Sequence[StepControl] = (),
         line_search: LineSearch | None = None,
         share_prefix: bool = False,
         max_failed_steps: int = 10,
+        privacy: GaussianPrivacy | None = None,
     ) -> None:
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
             if not 0 <= value < float("inf"):
                 raise ZOError(f"{name}={value} is not possible; give a finite number of at least 0.")
         if not 0 < zo_eps < float("inf"):
             raise ZOError(f"zo_eps={zo_eps} is not possible; give a positive perturbation scale such as 1e-3.")
-        if query_mode not in query_modes.QUERY_MODES:
-            raise ZOError(
-                f"query_mode={query_mode!r} is not known; choose one of {', '.join(query_modes.QUERY_MODES)}."
-            )
-        if query_mode in ("batched", "split") and module is None:
-            raise ZOError(
-                f"query_mode={query_mode!r} replaces the module's trainables; pass module=model to the optimizer."
-            )
+        mode, ranks = query_modes.resolve(query_mode, distributed, module)
         if share_prefix and module is None:
             raise ZOError(
                 "share_prefix=True needs the model whose layers are shared; pass module=model to the optimizer."
@@ -113,6 +115,7 @@ class ZerothOrderOptimizer(Optimizer):
         self.directions = get_directions(directions)
         self.query_schedule = query_schedule if query_schedule is not None else constant_queries(1)
         self.steps_per_epoch, self.query_mode, self.module = steps_per_epoch, query_mode, module
+        self._mode, self.ranks = mode, ranks
         self.update_rule = update_rule if update_rule is not None else SGD()
         self.step_control = tuple(step_control)
         self.line_search = line_search
@@ -123,6 +126,19 @@ class ZerothOrderOptimizer(Optimizer):
             )
         self.share_prefix = share_prefix
         self.max_failed_steps = max_failed_steps
+        self.privacy = privacy
+        if privacy is not None:
+            privacy.attach()
+        if privacy is not None and (
+            mode != "sequential"
+            or ranks is not None
+            or line_search is not None
+            or type(self)._estimate is not ZerothOrderOptimizer._estimate
+        ):
+            raise ZOError(
+                "privacy clips each example's two-sided difference: use query_mode='sequential' in one process, no line search, and an "
+                "optimizer that needs no other losses, such as MeZO or AdaZeta."
+            )
         self.step_count = 0
         self.update_count = 0
         self.history = History()
@@ -157,11 +173,15 @@ class ZerothOrderOptimizer(Optimizer):
             The mean loss over finite queries, a float32 scalar on the CPU (nan where none was finite).
         """
         trainables = self.trainables()
+        if self._pending and self.privacy is not None:
+            raise ZOError("with privacy one step() follows each estimate(); evaluate micro-batches within the closure.")
         if not self._pending:  # estimates before one step share their directions, hence their number
             self._queries = self._schedule_queries(batch)
+            if self.ranks is not None:
+                self.ranks.begin_step(self.step_count, self._plan_in_words(), trainables, batch)
         self._step_directions = self._directions_of(self.step_count)
         perturbed = Perturbed(trainables, self._step_directions, self._transform())
-        evaluator = Evaluator(perturbed, closure, batch, self.query_mode, self.module)
+        evaluator = Evaluator(perturbed, closure, batch, self._mode, self.module, self.ranks)
         with self._evaluation_mode():
             estimate = self._estimate(evaluator, self._queries)
         self._pending.append((estimate, evaluator))
@@ -252,10 +272,39 @@ class ZerothOrderOptimizer(Optimizer):
         self.trainables()
         self._move(update)
 
+    @torch.no_grad()
+    def redo(self, update: Update, record: StepRecord) -> None:
+        """Take a recorded step once more without a forward pass, with all that it left behind: :meth:`apply`, and counts, history and step control.
+
+        Args:
+            update: what the journal has of the step.
+            record: what the step measured; its ``forwards`` are all that the step took, a line search's included.
+
+        Raises:
+            ZOError: they are not of the next step.
+
+        >>> whole, again = (torch.nn.Parameter(torch.tensor([3.0, -2.0])) for _ in range(2))
+        >>> from zo_opt import MeZO
+        >>> one, other = MeZO([whole], lr=0.1), MeZO([again], lr=0.1)
+        >>> for _ in range(3):
+        ...     loss = one.step(lambda: whole.square().sum())
+        ...     other.redo(one.last_update, one.last_record)
+        >>> torch.equal(whole, again), other.history == one.history
+        (True, True)
+        """
+        if record.step != update.step:
+            raise ZOError(f"the update is of step {update.step} and the record of step {record.step}; give one step's.")
+        self.apply(update)
+        self._take_in(record, max(update.lrs))
+        if not update.coefficients:
+            self.failed_steps += 1
+
     # --- what methods differ in ---
 
     def _estimate(self, evaluator: Evaluator, queries: int) -> Estimate:
         """One micro-batch's estimate."""
+        if self.privacy is not None:
+            return private_two_sided(evaluator, queries, self.zo_eps, self.privacy)
         return two_sided(evaluator, queries, self.zo_eps)
 
     def _transform(self) -> Callable[[Tensor, int, int, Tensor], Tensor] | None:
@@ -310,6 +359,7 @@ class ZerothOrderOptimizer(Optimizer):
             "failed_steps": self.failed_steps,
             "dropped_queries": self.dropped_queries,
             "step_control": [control.state_dict() for control in self.step_control],
+            **({"privacy": self.privacy.state_dict()} if self.privacy is not None else {}),
         }
 
     def _load_progress(self, zo: dict[str, Any]) -> None:
@@ -320,6 +370,8 @@ class ZerothOrderOptimizer(Optimizer):
         self.failed_steps, self.dropped_queries = int(zo["failed_steps"]), int(zo["dropped_queries"])
         for control, state in zip(self.step_control, zo["step_control"], strict=True):
             control.load_state_dict(state)
+        if self.privacy is not None and "privacy" in zo:
+            self.privacy.load_state_dict(zo["privacy"])
 
     # --- state ---
 
@@ -341,6 +393,8 @@ class ZerothOrderOptimizer(Optimizer):
                 self.state[parameter][name] = tensor.to(parameter.device, copy=True)
         self._pending, self._step_directions, self._slots = [], None, None
         self._load_progress(state_dict["zo"])
+        if self.ranks is not None:
+            self.ranks.compare_anew()
 
     def trainables(self) -> Trainables:
         """Unique parameters that require grad, in the order in which directions number them.
@@ -379,6 +433,8 @@ class ZerothOrderOptimizer(Optimizer):
             self.update_count += 1
             self._prepare(update)
             self._sweep(update)
+        if self.privacy is not None:  # of a step that is redone from a record, too
+            self.privacy.charge(update.step, len(update.coefficients))
         self.last_update = update
         self.step_count += 1
 
@@ -392,21 +448,11 @@ class ZerothOrderOptimizer(Optimizer):
             estimate.forwards, tuple(estimate.projected_grads.tolist()),
         )  # fmt: skip
         kept = estimate.projected_grads.isfinite()
-        self.last_record = record
-        self.history.queries += record.queries
-        self.history.forwards += record.forwards
-        self.history.observe(record.projected_grads)
-        self.dropped_queries += record.dropped
         self._pending = []
-        least = max((control.least for control in self.step_control), default=1)
-        if kept.sum() < min(least, len(kept)):
+        projected_grads = self._take_in(record, max(self._lrs()))
+        if projected_grads is None:
             return estimate.loss, Update(self.step_count, self._lrs(), ())
-        trainables = evaluators[0].perturbed.trainables
         weights = estimate.weights[kept] / estimate.weights[kept].sum()
-        projected_grads = estimate.projected_grads[kept]
-        for control in self.step_control:
-            control.prepare(max(self._lrs()), trainables.total)
-            projected_grads = control(projected_grads)
         coefficients = torch.zeros_like(estimate.projected_grads)
         coefficients[kept] = weights * projected_grads
         update = self._update(estimate, tuple(coefficients.tolist()))
@@ -416,6 +462,23 @@ class ZerothOrderOptimizer(Optimizer):
             self.history.forwards += forwards
             update = Update(update.step, update.lrs, tuple(length * c for c in update.coefficients))
         return estimate.loss, update
+
+    def _take_in(self, record: StepRecord, lr: float) -> Tensor | None:
+        """Counts, history and step control after a step's queries; the finite projected gradients as controlled, None if too few."""
+        self.last_record = record
+        self.history.queries += record.queries
+        self.history.forwards += record.forwards
+        self.history.observe(record.projected_grads)
+        self.dropped_queries += record.dropped
+        projected_grads = torch.tensor(record.projected_grads, dtype=torch.float64)
+        projected_grads = projected_grads[projected_grads.isfinite()]
+        least = max((control.least for control in self.step_control), default=1)
+        if len(projected_grads) < min(least, record.queries):
+            return None
+        for control in self.step_control:
+            control.prepare(lr, self.trainables().total)
+            projected_grads = control(projected_grads)
+        return projected_grads
 
     def _sweep(self, update: Update) -> None:
         """One walk over the trainables: gradient, decay, update rule, a cache-sized piece at a time."""
@@ -482,13 +545,20 @@ class ZerothOrderOptimizer(Optimizer):
         parameters = self.trainables().parameters
         return torch.tensor([lrs[g] for g in self._groups()], device=parameters[0].device)
 
+    def _plan_in_words(self) -> str:
+        """What the processes of a run must agree on at a step."""
+        return (
+            f"{self.name}, seed {self.seed}, {self._queries} queries, zo_eps {self.zo_eps:g}, lr {self._lrs()}, "
+            f"{self.trainables().total} trainables"
+        )
+
     def _schedule_queries(self, batch: Any) -> int:
         queries = int(self.query_schedule(self.step_count, self.epoch, self.history))
         if queries < 1:
             raise ZOError(
                 f"the query schedule returned {queries} at step {self.step_count}; it must return at least 1."
             )
-        if self.query_mode == "split" and batch is not None:
+        if self._mode == "split" and batch is not None:
             return min(queries, batch_size(batch))
         return queries
 

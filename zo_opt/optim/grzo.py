@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from zo_opt.directions import Directions
+from zo_opt.distributed import Distributed
 from zo_opt.errors import ZOError
 from zo_opt.optim.base import ZerothOrderOptimizer
 from zo_opt.optim.step_control import DivideBySpread, StepControl
@@ -48,10 +49,12 @@ class GRZO(ZerothOrderOptimizer):
         directions: str | Directions = "sign-flip",
         query_schedule: QuerySchedule | None = None,
         query_mode: str = "split",
+        distributed: Distributed | None = None,
         step_control: Sequence[StepControl] = (),
         **options: Any,
     ) -> None:
-        if query_schedule is None and query_mode != "split":
+        splits = query_mode == "split" or (distributed is not None and distributed.within == "split")
+        if query_schedule is None and not splits:
             raise ZOError(f'query_mode="{query_mode}" does not split the batch; pass GRZO a query_schedule with it.')
         every_example = query_schedule if query_schedule is not None else lambda step, epoch, history: 1 << 30
         super().__init__(
@@ -61,6 +64,7 @@ class GRZO(ZerothOrderOptimizer):
             directions=directions,
             query_schedule=every_example,
             query_mode=query_mode,
+            distributed=distributed,
             step_control=(DivideBySpread(), *step_control),
             **options,
         )

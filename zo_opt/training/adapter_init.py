@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zo_opt.adapters import AdapterModel, TTConfig
+from zo_opt.adapters import AdapterModel, TTConfig, weights
 from zo_opt.adapters.tt_init import class_mean_features, component_features, label_word_directions, place
 from zo_opt.training.data import Example
 from zo_opt.training.evaluation import Prepared, Progress
@@ -106,7 +106,7 @@ def _adapter_inputs(
 def _label_rows(model: AdapterModel, tokens: list[int]) -> Tensor:
     """Rows of the output head for the tokens, times the final norm's weight where the model has one: (C, H), float32."""
     head: Any = model.get_output_embeddings()
-    rows: Tensor = head.weight[tokens].float().cpu()
+    rows: Tensor = weights.rows(head, tokens).cpu()
     base: Any = model.base_model
     for owner in (base, getattr(base, "decoder", None)):
         for name in ("norm", "final_layer_norm", "ln_f"):

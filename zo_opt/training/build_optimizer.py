@@ -7,22 +7,31 @@ from typing import Any
 from torch import nn
 
 from zo_opt.adapters import lora_plus_groups, trainable_parameters
+from zo_opt.distributed import Distributed, world_size
 from zo_opt.optim import OPTIMIZERS, ZerothOrderOptimizer
+from zo_opt.privacy import GaussianPrivacy
 from zo_opt.training import first_order
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.first_order import FirstOrder
 
 
 def make_optimizer(
-    config: TrainConfig, model: nn.Module, params: list[Any], lr: float, steps_per_epoch: int
+    config: TrainConfig,
+    model: nn.Module,
+    params: list[Any],
+    lr: float,
+    steps_per_epoch: int,
+    privacy: GaussianPrivacy | None = None,
 ) -> ZerothOrderOptimizer | FirstOrder:
     """The optimizer that the options describe; what they leave open is the optimizer's own."""
     if config.optimizer == first_order.NAME:
         return FirstOrder(
             params, lr=lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm, steps_per_epoch=steps_per_epoch,
+            max_grad_norm=config.max_grad_norm, steps_per_epoch=steps_per_epoch, max_failed_steps=config.max_failed_steps,
         )  # fmt: skip
     kind = OPTIMIZERS[config.optimizer]
+    together = world_size() > 1 or config.query_mode == "distributed"
+    distributed = Distributed(share=config.share, within=config.mode) if together else None
     directions = config.directions
     if directions is None and not kind.own_directions:
         directions = "rademacher"
@@ -34,14 +43,17 @@ def make_optimizer(
     return kind(
         params,
         lr=lr,
-        zo_eps=config.zo_eps,
+        zo_eps=config.eps,
         weight_decay=config.weight_decay,
         seed=config.seed,
         steps_per_epoch=steps_per_epoch,
-        query_mode=config.mode,
+        query_mode=config.mode if distributed is None else "distributed",
+        distributed=distributed,
         module=model,
         share_prefix=True,  # where the prefix cache is off or full
         step_control=config.make_step_control(),
+        max_failed_steps=config.max_failed_steps,
+        privacy=privacy,
         **{name: value for name, value in optional.items() if value is not None},
     )
 

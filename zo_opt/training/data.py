@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from zo_opt.training.task_metrics import CLASSIFICATION, GENERATION, LANGUAGE_MO
 from zo_opt.training.tasks import Task, label_text, placeholders
 
 Row = dict[str, Any]
+_WHOLE = re.compile(r"-?\d{1,18}")
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def column_values(rows: Sequence[Row], column: str, source: str) -> list[str]:
         if row.get(column) is None:
             raise ZOError(f"{source}, row {number}: {_missing(row, column)}")
     values = {label_text(row[column]) for row in rows}
-    return sorted(values, key=lambda v: (0, int(v), v) if v.lstrip("-").isdecimal() else (1, 0, v))
+    return sorted(values, key=lambda v: (0, int(v), v) if _WHOLE.fullmatch(v) else (1, 0, v))
 
 
 def hold_out(rows: Sequence[Row], held_out: int, *, last: bool = False) -> tuple[list[Row], list[Row]]:
@@ -142,7 +144,9 @@ def _read_jsonl(path: Path, text: str) -> list[Row]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+            if "\\ud" in line.lower():  # half of a character would be no text
+                json.dumps(row, ensure_ascii=False).encode()
+        except (ValueError, RecursionError) as error:
             raise ZOError(f"{path}, line {number}: not JSON ({error}); each line must be one JSON object.") from error
         if not isinstance(row, dict):
             raise ZOError(f"{path}, line {number}: a {type(row).__name__}; each line must be one JSON object.")

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from zo_opt.adapters import load_adapter_model
 from zo_opt.errors import ZOError
+from zo_opt.plain_json import read_object
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.evaluation import Evaluation, Prepared, evaluate
+from zo_opt.training.output import RUN_NAME
 from zo_opt.training.progress import Reporter
 from zo_opt.training.setup import load_base, load_examples
-
-RUN_NAME = "run.json"
 
 
 def read_config(run_dir: Path) -> TrainConfig:
@@ -27,15 +26,23 @@ def read_config(run_dir: Path) -> TrainConfig:
     try:
         saved: dict[str, Any] = read_record(run_dir)["config"]
         return TrainConfig.from_dict(saved)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except ZOError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ZOError(
             f"{path} is missing or damaged ({error}); give the output_dir of a run of zo-opt train."
         ) from error
 
 
 def read_record(run_dir: Path) -> dict[str, Any]:
-    """What run.json says: command, config, versions, start."""
-    record: dict[str, Any] = json.loads((run_dir / RUN_NAME).read_text(encoding="utf-8"))
+    """What run.json says: command, config, versions, start.
+
+    Raises:
+        ZOError: the directory holds no readable run.json, or one of something else.
+    """
+    record = read_object(run_dir / RUN_NAME, "give the output_dir of a run of zo-opt train")
+    if not isinstance(record.get("config"), dict) or not isinstance(record.get("resolved", {}), dict):
+        raise ZOError(f"{run_dir / RUN_NAME} is missing its config; give the output_dir of a run of zo-opt train.")
     return record
 
 

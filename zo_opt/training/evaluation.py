@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from zo_opt.errors import ZOError
 from zo_opt.training.data import Example
+from zo_opt.training.objectives import Objective
 from zo_opt.training.prefix_cache import PrefixCache
 from zo_opt.training.scoring import Batch, Encoded, Generator, LabelScorer, Measured, Scorer
 from zo_opt.training.task_metrics import (
@@ -112,13 +113,19 @@ class Prepared:
         scorer: how the model learns this task.
         device: where batches go.
         cache: the prefix cache, shared by all sets of a run, or None.
+        objective: what is trained in place of the loss, or None.
     """
 
     def __init__(
-        self, examples: Sequence[Example], scorer: Scorer, device: torch.device, cache: PrefixCache | None
+        self,
+        examples: Sequence[Example],
+        scorer: Scorer,
+        device: torch.device,
+        cache: PrefixCache | None,
+        objective: Objective | None = None,
     ) -> None:
         self.encoded = scorer.encode_all(examples)
-        self.scorer, self.device, self._cache = scorer, device, cache
+        self.scorer, self.device, self._cache, self.objective = scorer, device, cache, objective
         self.labels = [e.label for e in self.encoded]
         self.truncated = sum(e.truncated for e in self.encoded)
 
@@ -149,6 +156,8 @@ class Prepared:
         """Tensors of these examples, with their cached prefix states under "prefix" if all of them are kept."""
         plain, cache = self._plain(indices), self._cache
         batch = self._on_device(plain)
+        if self.objective is not None and self.objective.reads_rows:
+            batch["rows"] = torch.tensor(list(indices))
         if cache is None:
             return batch
         damaged = cache.store.damaged
@@ -165,9 +174,20 @@ class Prepared:
             return self.scorer.scores(model, batch)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The loss that is trained, a mean over the batch: of labels the cross entropy, of texts the mean over rows of a token's loss."""
+        """What is trained: the objective; else the task's loss, a mean over the batch: of labels the cross entropy, of texts the mean
+        over rows of a token's loss.
+        """
+        if self.objective is None:
+            with self._prefix(batch):
+                return self.scorer.loss(model, batch)
+        encoded = [self.encoded[i] for i in batch["rows"].tolist()] if self.objective.reads_rows else []
+        with self._prefix(batch) if not self.objective.writes(self.scorer) else nullcontext():
+            return torch.as_tensor(self.objective(model, self.scorer, batch, encoded))
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The task's loss of each row, (B,): what ``loss`` is the mean of."""
         with self._prefix(batch):
-            return self.scorer.loss(model, batch)
+            return self.scorer.losses(model, batch)
 
     def measure(self, model: nn.Module, indices: Sequence[int]) -> tuple[Measured, list[str]]:
         """What an evaluation needs of these examples, and what the model writes where it is to write (never from a cached prefix)."""

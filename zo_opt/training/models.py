@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from safetensors import SafetensorError
 
 from zo_opt.errors import ZOError
 from zo_opt.training import builtin
+from zo_opt.training.quantisation import quiet
 
 HEADS = ("lm", "classification")
 
@@ -28,7 +28,8 @@ def load_model(
     """A model of transformers and its tokenizer, in evaluation mode, weights in the checkpoint's dtype.
 
     Args:
-        name_or_path: the built-in name, a Hugging Face id or a local directory.
+        name_or_path: the built-in name, a Hugging Face id, a local directory, or a GGUF file of a causal model, whose numbers are
+            dequantised.
         head: "lm" (label words; causal, masked or encoder-decoder, by the checkpoint's architecture) or "classification".
         labels: number of classes of a classification head.
         trust_remote_code: let the checkpoint's own Python code run; never the default.
@@ -46,24 +47,37 @@ def load_model(
     # Its own progress bars and load reports would tear ours.
     logging.getLogger("transformers").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
-    if Path(source).exists() and not (Path(source) / "config.json").is_file():
+    file: dict[str, Any] = {}
+    if Path(source).suffix == ".gguf":
+        if not Path(source).is_file():
+            raise ZOError(f"{source} does not exist or is no file; give the path of a GGUF file.")
+        source, file = str(Path(source).parent), {"gguf_file": Path(source).name}
+    elif Path(source).exists() and not (Path(source) / "config.json").is_file():
         raise ZOError(
-            f"{source} holds no config.json; give a directory written by save_pretrained, or a Hugging Face id."
+            f"{source} holds no config.json; give a directory written by save_pretrained, a .gguf file, or a Hugging Face id."
         )
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code} | file
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        # Of GGUF files transformers draws a progress bar that it cannot be told to leave.
+        with quiet(stderr=bool(file)):
             config = transformers.AutoConfig.from_pretrained(source, **options)
+            if file:  # which names no architecture
+                config.architectures = ["ForCausalLM"]
             auto = auto_class(transformers, config, head, name_or_path)
             if head == "classification":
                 options["num_labels"] = labels
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **file)
             with torch.random.fork_rng():  # a new head is drawn from the global random state
                 model: Any
                 model, loaded = auto.from_pretrained(
-                    source, dtype="auto", use_safetensors=True, output_loading_info=True, **options
+                    source,
+                    dtype=torch.float32 if file else "auto",
+                    use_safetensors=True,
+                    output_loading_info=True,
+                    **options,
                 )
+            if file:
+                _forget_gguf(model, name_or_path)
             if head == "lm" and loaded["missing_keys"]:
                 raise ZOError(
                     f"model {name_or_path!r} lacks the weights {', '.join(sorted(loaded['missing_keys'])[:3])}, which would be "
@@ -72,7 +86,7 @@ def load_model(
             _draw_new_weights(model, sorted(loaded["missing_keys"]))
     except ZOError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, ImportError, RuntimeError, NotImplementedError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if "trust_remote_code" in str(error):
             reason = "it brings Python code of its own, which runs with --trust_remote_code alone"
@@ -87,6 +101,14 @@ def load_model(
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         )
     return model.eval(), tokenizer
+
+
+def _forget_gguf(model: Any, path: str) -> None:
+    """The numbers are plain ones by now, which may be saved and cast."""
+    model.config._name_or_path = path
+    for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "is_quantized")):
+        if name in vars(owner):
+            delattr(owner, name)
 
 
 def classification_heads(model: Any) -> list[str]:

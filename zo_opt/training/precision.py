@@ -1,4 +1,4 @@
-"""The frozen base in mixed form: bf16 matrix weights and products; fp32 residual stream, norms, head and loss.
+"""The frozen base in mixed form: bf16 matrix weights and products; fp32 residual stream, norms, head and loss. Or quantised.
 
 Measured with benchmarks/precision.py (48 directions, tensor trains in the last 8 layers): correlation of projected gradients
 with fp32's 0.79 at zo_eps 1e-3 and 0.997 at 1e-2, against 0.57 and 0.990 with everything in bf16.
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from zo_opt.errors import ZOError
 from zo_opt.layers import layer_of
+from zo_opt.training.quantisation import quantise, quantised_tensors
 
 PRECISIONS = ("auto", "mixed", "fp32")
 
@@ -40,17 +41,24 @@ def _mixed_conv1d(conv1d: type) -> type:
 
 
 def set_precision(model: nn.Module, precision: str, device: torch.device) -> str:
-    """Bring a model into the form asked for, in place; returns the form taken ("mixed" or "fp32").
+    """Bring a model into the form asked for, in place; returns the form taken: "mixed", "fp32" or, say, "mixed, int4".
 
     Args:
         model: a model without adapters.
-        precision: "mixed", "fp32", or "auto": mixed where the device multiplies bf16 matrices in hardware.
+        precision: "mixed", "fp32", or "auto": mixed where the device multiplies bf16 matrices in hardware. After a comma a kind of
+            quantisation, the products of which are then in bf16 (mixed) or fp32.
         device: where the model will run.
+
+    Raises:
+        ZOError: a precision or a quantisation that there is not, or that the model cannot be brought into.
     """
+    precision, _, kind = precision.partition(", ")
     if precision not in PRECISIONS:
         raise ZOError(f"precision={precision!r} is not known; choose one of {', '.join(PRECISIONS)}.")
     if precision == "auto":
         precision = "mixed" if bf16_is_fast(device) else "fp32"
+    if kind:
+        quantise(model, kind, device, torch.bfloat16 if precision == "mixed" else torch.float32)
     from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
     kinds: dict[type, type] = {nn.Linear: MixedLinear, Conv1D: _mixed_conv1d(Conv1D)}
@@ -62,11 +70,12 @@ def set_precision(model: nn.Module, precision: str, device: torch.device) -> str
             module.__class__ = kinds[type(module)]  # names, hooks and isinstance checks stay as they are
             module.weight.data = module.weight.data.to(torch.bfloat16)
     low = {id(m.weight) for m in linear.values()} if precision == "mixed" else set()
+    low |= {id(tensor) for tensor in quantised_tensors(model)}
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.is_floating_point() and id(tensor) not in low:
             # In mixed form a copy lets go of the checkpoint's file, which otherwise stays mapped into memory as a whole.
             tensor.data = tensor.data.float() if precision == "fp32" else tensor.data.to(torch.float32, copy=True)
-    return precision
+    return f"{precision}, {kind}" if kind else precision
 
 
 def bf16_is_fast(device: torch.device) -> bool:

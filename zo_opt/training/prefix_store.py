@@ -8,13 +8,13 @@ import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from weakref import finalize
 
 import torch
 from torch import Tensor
 
 from zo_opt.errors import ZOError
+from zo_opt.files import try_lock
 
 PLACES = ("device", "cpu", "disk", "off")
 FILE_NAME = "prefix_cache.bin"
@@ -112,7 +112,7 @@ class FileStore:
             raise ZOError(
                 f"the prefix cache {path} cannot be written ({error.strerror}); give another prefix_cache_dir."
             ) from error
-        if not _lock(self._file):
+        if not try_lock(self._file.fileno()):
             self._file.close()
             raise ZOError(f"the prefix cache {path} is in use by another run; give another prefix_cache_dir.")
         finalize(self, self._file.close)  # a run that fails closes nothing itself
@@ -221,18 +221,3 @@ class FileStore:
             return False
         self.bytes += sum(len(part) for part in parts)
         return True
-
-
-def _lock(file: Any) -> bool:
-    """Whether no other process has it; the lock ends with the process. True where the system has no such locks."""
-    try:
-        import fcntl
-    except ImportError:
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True

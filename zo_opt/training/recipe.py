@@ -88,7 +88,8 @@ def own_lr(config: TrainConfig, *, placed: bool, parameters: int) -> float:
 
 def may_place(config: TrainConfig) -> bool:
     """Whether adapters are placed by class means, where model and task allow it, if nothing is said of their start."""
-    return config.adapter == "tt" and config.target_modules is None and config.optimizer != first_order.NAME
+    unplaced = config.private or config.optimizer == first_order.NAME
+    return config.adapter == "tt" and config.target_modules is None and not unplaced
 
 
 def depth(model: nn.Module) -> int:

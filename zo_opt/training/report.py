@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -53,6 +54,7 @@ class Summary:
     precision: str
     batch_size: int
     versions: dict[str, str]
+    privacy: str = ""  # the guarantee of a private run
 
     @property
     def how(self) -> str:
@@ -77,10 +79,10 @@ class Summary:
 
 
 def write(directory: Path, summary: Summary) -> None:
-    """Write results.json, report.md and report.png."""
-    write_atomically(directory / "results.json", (_json(summary.to_dict()) + "\n").encode())
+    """Write report.md, report.png and, last, results.json: with it the run is finished."""
     write_atomically(directory / "report.md", markdown(summary).encode())
     draw(read_metrics(directory), summary, directory / "report.png")
+    write_atomically(directory / "results.json", (_json(summary.to_dict()) + "\n").encode())
 
 
 def markdown(s: Summary) -> str:
@@ -121,6 +123,7 @@ def markdown(s: Summary) -> str:
             f"{readable(s.peak_memory)} on {s.device} ({readable(s.train_peak_memory)} in training), {_cache_share(s)}",
         ),
         ("frozen base", s.precision),
+        *([("privacy of the training rows", s.privacy)] if s.privacy else []),
         ("prompts cut to fit", f"{s.truncated}"),
         ("versions", ", ".join(f"{k} {v}" for k, v in s.versions.items())),
     ]
@@ -191,7 +194,9 @@ def draw(metrics: list[dict[str, Any]], s: Summary, path: Path) -> None:
         f"{'no backward pass' if s.queries else 'a backward pass counted as two'}",
         fontsize=13,
     )
-    figure.savefig(path)
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    write_atomically(path, image.getvalue())
 
 
 def smooth(values: list[float]) -> list[float]:

@@ -20,6 +20,7 @@ from zo_opt.training.data import Example
 from zo_opt.training.evaluation import Prepared
 from zo_opt.training.methods import WHOLE_MODEL
 from zo_opt.training.models import load_model, pick_device
+from zo_opt.training.objectives import make_objective
 from zo_opt.training.precision import set_precision
 from zo_opt.training.prefix_cache import PrefixCache, first_adapted_layer
 from zo_opt.training.progress import Reporter
@@ -173,10 +174,13 @@ def load_base(config: TrainConfig, task: Task, reporter: Reporter) -> Base:
         trust_remote_code=config.trust_remote_code,
         say=reporter.say,
     )
-    scorer = make_scorer(model, tokenizer, task, config.max_length)
     # Weights that are trained in place must be the checkpoint's, not rounded ones.
     precision = "fp32" if config.adapter in WHOLE_MODEL else config.precision
-    return Base(model, scorer, set_precision(model, precision, device), device)
+    if config.quantise is not None:
+        precision += f", {config.quantise}"
+    precision = set_precision(model, precision, device)
+    model.to(device)  # where decompositions of its weights are fast
+    return Base(model, make_scorer(model, tokenizer, task, config.max_length), precision, device)
 
 
 def build_tools(config: TrainConfig, examples: Examples, reporter: Reporter) -> Tools:
@@ -187,13 +191,19 @@ def build_tools(config: TrainConfig, examples: Examples, reporter: Reporter) -> 
     """
     base = load_base(config, examples.task, reporter)
     scorer, device = base.scorer, base.device
+    objective = make_objective(config.objective, scorer)
+    if objective is not None and config.compile and objective.writes(scorer):
+        raise ZOError(
+            f"compiled layers cannot write with a key-value cache, which objective={config.objective!r} asks for; leave --compile out."
+        )
+    if objective is not None:
+        reporter.say(f"the run trains {objective.trained}, from values alone; what is shown as loss is that.")
     recipe = resolve(config, base.model, scorer, examples.task, examples.train[0])
-    base.model.to(device)  # where decompositions of its weights are fast
     model = get_adapter_model(base.model, recipe.adapter)
     model.to(device)
     model.eval()
     cache = _make_cache(config, model, reporter)
-    train = Prepared(examples.train, scorer, device, cache)
+    train = Prepared(examples.train, scorer, device, cache, objective)
     held_out = Prepared(examples.held_out, scorer, device, cache)
     for name, prepared in (("training", train), ("held-out", held_out)):
         if prepared.truncated:

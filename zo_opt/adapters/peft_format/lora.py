@@ -8,10 +8,11 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
+import regex
 from torch import Tensor, nn
 
 from zo_opt.adapters.adapted import AdaptedModule
-from zo_opt.adapters.config import AdapterConfig
+from zo_opt.adapters.config import MOST_NAMES, AdapterConfig
 from zo_opt.adapters.dora import DoRA, DoRAConfig
 from zo_opt.adapters.lora import LoRAConfig
 from zo_opt.adapters.peft_format.method import PREFIX, Checkpoint, PeftMethod, as_number, take
@@ -20,6 +21,10 @@ from zo_opt.errors import ZOError
 
 # Those that draw the factors alone. Others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) also change the base weights when PEFT loads a checkpoint.
 _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+
+
+_LONGEST_KEY, _KEY_SECONDS = 1000, 0.5
+_COUNTED = re.compile(r"\{[^}]*\d{3}")  # (x{1000}){1000} is a program of a million parts
 
 
 @runtime_checkable
@@ -114,16 +119,34 @@ class LoRAFiles(PeftMethod):
         patterns = checkpoint.values.get("alpha_pattern") or {}
         if not isinstance(patterns, dict):
             raise ZOError(f"the checkpoint's alpha_pattern is {patterns!r}, not names with numbers; copy it anew.")
+        if len(patterns) > MOST_NAMES:
+            raise ZOError(
+                f"the checkpoint's alpha_pattern has {len(patterns):,} entries; at most {MOST_NAMES:,} are read."
+            )
         for key, alpha in patterns.items():
-            try:
-                found = re.match(rf"(.*\.)?({key})$", path)
-            except re.error as error:
-                raise ZOError(
-                    f"the checkpoint's alpha_pattern has {key!r}, no regular expression ({error}); copy it anew."
-                ) from error
-            if found:
+            if _fits(key, path):
                 return as_number(f"alpha_pattern of {key}", alpha)
         return checkpoint.number("lora_alpha", 8)
+
+
+def _fits(key: str, path: str) -> bool:
+    """Whether a key of a stranger's ``alpha_pattern`` fits a path's end, as a regular expression of bounded length and time.
+
+    Raises:
+        ZOError: it is none, or takes too long.
+    """
+    if re.fullmatch(r"[\w.]*", key):  # a name; a dot stands for any character, which takes no time
+        return re.fullmatch(rf"(.*\.)?({key})", path) is not None
+    try:
+        if len(key) > _LONGEST_KEY or _COUNTED.search(key):
+            raise ValueError(f"longer than {_LONGEST_KEY} characters, or with counted repeats")
+        return regex.match(rf"(.*\.)?({key})$", path, timeout=_KEY_SECONDS) is not None
+    except (regex.error, ValueError, TimeoutError, RecursionError, OverflowError) as error:
+        reason = f"takes more than {_KEY_SECONDS} s to match" if isinstance(error, TimeoutError) else str(error)
+        raise ZOError(
+            f"the checkpoint's alpha_pattern has {key[:80]!r}, which is no regular expression that can be used ({reason}); "
+            "name the modules instead."
+        ) from error
 
 
 Number = TypeVar("Number", int, float)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,12 @@ from torch import Tensor, nn
 from zo_opt.adapters.config import AdapterConfig
 from zo_opt.adapters.peft_format.method import PREFIX, Checkpoint, PeftMethod
 from zo_opt.adapters.peft_format.methods import PEFT_METHODS
-from zo_opt.adapters.rank_pattern import on_meta
+from zo_opt.adapters.shapes import adapter_shapes
 from zo_opt.adapters.storage import CONFIG_NAME, WEIGHTS_NAME, read_tensors
 from zo_opt.adapters.targets import matches
 from zo_opt.adapters.weights import is_conv1d, shared_parameters
 from zo_opt.errors import ZOError
+from zo_opt.plain_json import read_object
 
 # Options that may have any value: they say where the adapters came from or how they were trained, or are read here.
 _KNOWN = frozenset(
@@ -33,10 +33,9 @@ _KNOWN = frozenset(
 def is_peft(directory: Path) -> bool:
     """Whether a directory holds a PEFT checkpoint rather than one of this package."""
     try:
-        values = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return "peft_type" in read_object(directory / CONFIG_NAME, "")
+    except ZOError:
         return False
-    return isinstance(values, dict) and "peft_type" in values
 
 
 def read_peft(model: nn.Module, directory: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
@@ -45,7 +44,7 @@ def read_peft(model: nn.Module, directory: Path) -> tuple[AdapterConfig, dict[st
     Raises:
         ZOError: the method or an option is not known here, files are missing or damaged, or made for a model of other shapes.
     """
-    values = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
+    values = read_object(directory / CONFIG_NAME, "copy it anew from where the adapter was saved")
     method = PEFT_METHODS.get(str(values["peft_type"]))
     if method is None:
         raise ZOError(
@@ -90,7 +89,12 @@ def _check_options(values: Mapping[str, Any], method: PeftMethod) -> None:
 def _float32(name: str, tensor: Tensor) -> Tensor:
     if not tensor.is_floating_point():
         raise ZOError(f"the checkpoint's {name!r} is {tensor.dtype}, not floating point; it cannot be loaded.")
-    wide = tensor.float()
+    try:
+        wide = tensor.float()
+    except (RuntimeError, NotImplementedError) as error:
+        raise ZOError(
+            f"the checkpoint's {name!r} is {tensor.dtype}, which torch cannot widen; save it in float32."
+        ) from error
     if not wide.isfinite().all():
         raise ZOError(f"the checkpoint holds NaN or infinity in {name!r}; it cannot be used.")
     return wide
@@ -192,11 +196,8 @@ def _same(saved: Tensor, weight: Tensor) -> bool:
 
 def _check_shapes(model: nn.Module, config: AdapterConfig, state: Mapping[str, Tensor]) -> None:
     """Adapters of this configuration, made without numbers, must have these names and shapes."""
-    expected: dict[str, Tensor] = {}
-    for path, module in config.wrap_all([on_meta(target) for target in config.find_targets(model)]).items():
-        listed = {id(t) for t in expected.values()}
-        expected |= {f"{path}.adapter.{n}": p for n, p in module.adapter.named_parameters() if id(p) not in listed}
+    expected = adapter_shapes(model, config)
     for name in sorted(expected.keys() | state.keys()):
-        ours, theirs = (tuple(x[name].shape) if name in x else None for x in (expected, state))
+        ours, theirs = expected.get(name), tuple(state[name].shape) if name in state else None
         if ours != theirs:
             raise ZOError(f"the checkpoint does not fit this model: {name!r} has shape {theirs}, expected {ours}.")

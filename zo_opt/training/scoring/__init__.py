@@ -12,6 +12,7 @@ from zo_opt.training.scoring.generation import CausalGenerator, Generator, Seq2S
 from zo_opt.training.scoring.language_modelling import LanguageModeller
 from zo_opt.training.scoring.masked import MaskedScorer
 from zo_opt.training.scoring.seq2seq import Seq2SeqScorer
+from zo_opt.training.scoring.writing import Writer
 from zo_opt.training.task_metrics import CLASSIFICATION, GENERATION, LANGUAGE_MODELLING
 from zo_opt.training.tasks import Task, placeholders
 
@@ -55,4 +56,4 @@ def make_scorer(model: Any, tokenizer: Any, task: Task, max_length: int | None =
     raise ZOError(f"{architecture} {_NEEDS[task.kind]}.")
 
 
-__all__ = ["Batch", "Encoded", "Generator", "LabelScorer", "Measured", "Scorer", "make_scorer"]
+__all__ = ["Batch", "Encoded", "Generator", "LabelScorer", "Measured", "Scorer", "Writer", "make_scorer"]

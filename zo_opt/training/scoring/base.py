@@ -35,7 +35,7 @@ class Encoded:
         words: the label words' tokens, one list a label; of a text to learn, one list of its tokens.
         label: the right label's number.
         truncated: whether text was cut to fit the context.
-        references: the right texts of a generation task.
+        references: the right texts: of a generation task, or the right label's words.
     """
 
     prompts: list[list[int]]
@@ -87,6 +87,10 @@ class Scorer(ABC):
     @abstractmethod
     def loss(self, model: Any, batch: Batch) -> Tensor:
         """The loss that is trained: a mean over the batch, a float32 scalar."""
+
+    @abstractmethod
+    def losses(self, model: Any, batch: Batch) -> Tensor:
+        """The loss of each row, (B,) float32: what ``loss`` is the mean of."""
 
     @abstractmethod
     def measure(self, model: Any, batch: Batch) -> Measured:
@@ -184,7 +188,11 @@ class LabelScorer(Scorer):
 
     def loss(self, model: Any, batch: Batch) -> Tensor:
         """Mean cross entropy of the scores."""
+        # Not the mean of ``losses``: the same to rounding, and these bits are on record in journals.
         return F.cross_entropy(self.scores(model, batch), batch["labels"])
+
+    def losses(self, model: Any, batch: Batch) -> Tensor:
+        return F.cross_entropy(self.scores(model, batch), batch["labels"], reduction="none")
 
     def measure(self, model: Any, batch: Batch) -> Measured:
         scores = self.scores(model, batch)

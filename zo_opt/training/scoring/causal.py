@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from zo_opt.adapters.adapted import AdaptedModule
+from zo_opt.adapters.weights import rows
 from zo_opt.training.data import Example
 from zo_opt.training.scoring.base import IGNORED, Batch, Encoded, LabelScorer, pad_words, sequence_scores, word_logits
+from zo_opt.training.scoring.writing import Writer
 from zo_opt.training.tasks import Task
 
 
-class CausalScorer(LabelScorer):
+class CausalScorer(LabelScorer, Writer):
     """Decoder-only models: padded on the left, so that label positions are the last ones."""
 
     pad_left = True
@@ -31,9 +33,16 @@ class CausalScorer(LabelScorer):
         prompt = self._ids(text)
         if len(prompt) > 1 and prompt[-1] == self.tokenizer.eos_token_id:
             prompt = prompt[:-1]
-        if longest == 1:
-            return Encoded([prompt], words, example.label, truncated)
-        return Encoded([prompt + w for w in words], words, example.label, truncated)
+        references = (list(self.task.verbalizers.values())[example.label].format(**example.fields),)
+        prompts = [prompt] if longest == 1 else [prompt + w for w in words]
+        return Encoded(prompts, words, example.label, truncated, references)
+
+    def prompt(self, encoded: Encoded) -> list[int]:
+        alone = len(encoded.prompts) == 1
+        return encoded.prompts[0] if alone else encoded.prompts[0][: -len(encoded.words[0])]
+
+    def most_tokens(self, encoded: Sequence[Encoded]) -> int:
+        return max(len(words) for e in encoded for words in e.words)
 
     def collate(self, encoded: Sequence[Encoded]) -> Batch:
         multi = any(len(e.prompts) > 1 for e in encoded)
@@ -78,7 +87,7 @@ def head_is_linear(model: Any) -> bool:
     head = model.get_output_embeddings()
     if not hasattr(head, "weight"):
         return False
-    token = torch.zeros(1, 1, dtype=torch.long, device=head.weight.device)
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     logits = model(input_ids=token).logits.float()
     own = head(model.base_model(input_ids=token).last_hidden_state).float()
     return bool((logits - own).abs().max() <= 1e-4 * logits.abs().max())
@@ -86,5 +95,5 @@ def head_is_linear(model: Any) -> bool:
 
 def _restricted_logits(hidden_BH: Tensor, head: Any, words_BC: Tensor) -> Tensor:
     """Logits of the label words alone: (B, C). The rest of the vocabulary costs more than several layers."""
-    logits_BC: Tensor = (head.weight[words_BC].float() * hidden_BH.unsqueeze(1)).sum(-1)
+    logits_BC: Tensor = (rows(head, words_BC) * hidden_BH.unsqueeze(1)).sum(-1)
     return logits_BC if head.bias is None else logits_BC + head.bias[words_BC].float()

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
-from copy import copy
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -15,41 +12,14 @@ from torch.nn import functional as F
 from zo_opt.training.data import Example
 from zo_opt.training.scoring.base import IGNORED, Batch, Encoded, pad_words
 from zo_opt.training.scoring.text import CausalText, TextScorer
+from zo_opt.training.scoring.writing import Writer
 
 
-class Generator(TextScorer):
+class Generator(Writer, TextScorer):
     """A scorer that writes, too."""
 
-    @abstractmethod
-    def prompt(self, encoded: Encoded) -> list[int]:
-        """The tokens that the model is given to go on from."""
-
-    @torch.no_grad()
-    def generate(self, model: Any, encoded: Sequence[Encoded], device: torch.device) -> list[str]:
-        """What the model writes after each prompt: greedily, with a key-value cache, until an end token or max_new_tokens.
-
-        The checkpoint's own settings of generation (sampling, penalties) are left aside, but for the tokens it forces.
-        """
-        prompts = [self.prompt(e) for e in encoded]
-        longest = max(map(len, prompts))
-        ids = torch.tensor([self._pad(p, longest, self.tokenizer.pad_token_id) for p in prompts], device=device)
-        mask = torch.tensor([self._pad([1] * len(p), longest, 0) for p in prompts], device=device)
-        plain = getattr(model, "wrapped", model)  # adapters are inside
-        with patch.object(plain, "generation_config", self._greedy(plain)):
-            written = plain.generate(input_ids=ids, attention_mask=mask)
-        new = written if plain.config.is_encoder_decoder else written[:, longest:]
-        return [str(text) for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
-
-    def _greedy(self, model: Any) -> Any:
-        own = model.generation_config
-        ends = {self.tokenizer.eos_token_id, *_as_list(own.eos_token_id)} - {None}
-        greedy = type(own)(
-            do_sample=False, num_beams=1, max_new_tokens=self.task.max_new_tokens, pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=sorted(ends) or None,
-        )  # fmt: skip
-        for name in ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id"):
-            setattr(greedy, name, copy(getattr(own, name, None)))
-        return greedy
+    def most_tokens(self, encoded: Sequence[Encoded]) -> int:
+        return self.task.max_new_tokens
 
 
 class CausalGenerator(CausalText, Generator):
@@ -93,7 +63,3 @@ class Seq2SeqGenerator(Generator):
         logits_BTV = model(**self.inputs(batch), decoder_input_ids=decoder_ids, use_cache=False).logits.float()
         nll_N = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="none")
         return nll_N.view_as(targets_BT)
-
-
-def _as_list(value: int | list[int] | None) -> list[int]:
-    return value if isinstance(value, list) else [] if value is None else [value]

@@ -32,13 +32,13 @@ class TextScorer(Scorer):
         """Negative log-likelihoods, (B, T) float32; 0 where the batch's "words" (B, 1, T) are padding."""
 
     def loss(self, model: Any, batch: Batch) -> Tensor:
-        return self._row_losses(model, batch).mean()
+        return self.losses(model, batch).mean()
 
     def measure(self, model: Any, batch: Batch) -> Measured:
-        rows = self._row_losses(model, batch).tolist()
+        rows = self.losses(model, batch).tolist()
         return Measured(sum(rows), len(rows), rows)
 
-    def _row_losses(self, model: Any, batch: Batch) -> Tensor:
+    def losses(self, model: Any, batch: Batch) -> Tensor:
         return self.token_losses(model, batch).sum(dim=1) / counts(batch)
 
 

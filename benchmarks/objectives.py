@@ -1,0 +1,123 @@
+"""Objectives without a gradient on the real small model; results/objectives.json.
+
+    python benchmarks/objectives.py eps           # how many answers turn at what zo_eps, and what a run then reaches
+    python benchmarks/objectives.py exact_match   # SST-2 answered by writing: exact match before and after, three seeds
+
+The second is of ``zo-opt train --objective exact_match`` on a task of labels, whose report shows accuracy among the labels; the exact match
+of what the model writes is measured here, on the held-out rows, from the adapter that was saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zo_opt.adapters import load_adapter_model, trainable_parameters
+from zo_opt.optim import MeZO
+from zo_opt.schedules import constant_queries
+from zo_opt.training.config import TrainConfig
+from zo_opt.training.evaluation import Prepared
+from zo_opt.training.loop import train
+from zo_opt.training.objectives import ExactMatch
+from zo_opt.training.progress import Reporter
+from zo_opt.training.setup import build_tools, load_base, load_examples
+
+RESULTS = Path(__file__).parent / "results" / "objectives.json"
+TEMPLATE = "Review: {sentence}\nSentiment (positive or negative):"
+WORDS = "0=negative,1=positive"
+ROWS: dict[str, Any] = {"max_train_rows": 256, "held_out": 128}
+EPS = (0.01, 0.03, 0.1, 0.3, 1.0)
+
+
+def save(name: str, found: Any) -> None:
+    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    RESULTS.write_text(json.dumps(results | {name: found}, indent=1) + "\n")
+    print(name, json.dumps(found), flush=True)
+
+
+def eps() -> None:
+    """Accuracy of the default task, at the adapter's start: the share of directions along which any answer of 16 rows turns."""
+    config = TrainConfig(objective="accuracy", **ROWS)
+    reporter = Reporter()
+    tools = build_tools(config, load_examples(config, reporter), reporter)
+    tools.record_prefixes(config, Path(), reporter)
+    tools.place_adapters(config, reporter)
+    batches = [tools.train.batch(range(first, first + 16)) for first in range(0, 128, 16)]
+    turned = {}
+    for value in EPS:
+        optimizer = MeZO(
+            trainable_parameters(tools.model), lr=0.0, zo_eps=value, directions="rademacher", module=tools.model,
+            query_schedule=constant_queries(1), query_mode="sequential",
+        )  # fmt: skip
+        grads = []
+        for batch in batches:
+            optimizer.step(lambda b: tools.train.loss(tools.model, b), batch)
+            assert optimizer.last_record is not None
+            grads += optimizer.last_record.projected_grads
+        turned[str(value)] = sum(g != 0 for g in grads) / len(grads)
+    save("share of directions with a difference", turned)
+    for objective, scale in (("accuracy", 0.01), ("accuracy", 0.1), ("accuracy", 0.3), ("loss", 0.01)):
+        save(f"{objective}, zo_eps {scale:g}", run(TrainConfig(objective=objective, zo_eps=scale, steps=50, **ROWS)))
+
+
+def run(config: TrainConfig) -> dict[str, Any]:
+    """One run of the loop: accuracy before and after."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as directory:
+        config.output_dir = Path(directory) / "out"
+        summary, _ = train(config, Reporter(), "")
+        found: dict[str, Any] = {
+            "before": summary.before.value,
+            "after": summary.after.value,
+            "forwards": summary.forwards,
+            "seconds": time.monotonic() - start,
+        }
+        if config.objective == "exact_match":
+            found |= {f"exact_match_{when}": value for when, value in written(config).items()}
+    return found
+
+
+@torch.no_grad()
+def written(config: TrainConfig) -> dict[str, float]:
+    """Exact match of what the model writes for the held-out rows, without and with the adapter."""
+    reporter = Reporter()
+    examples = load_examples(config, reporter)
+    base = load_base(config, examples.task, reporter)
+    held_out = Prepared(examples.held_out, base.scorer, base.device, None, ExactMatch())
+    parts = [list(range(first, min(first + 32, len(held_out)))) for first in range(0, len(held_out), 32)]
+
+    def match(model: Any) -> float:
+        wrong = sum(float(held_out.loss(model, held_out.batch(part))) * len(part) for part in parts)
+        return 1 - wrong / len(held_out)
+
+    before = match(base.model)
+    assert config.output_dir is not None
+    return {"before": before, "after": match(load_adapter_model(base.model, config.output_dir).eval())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["eps", "exact_match"])
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--zo_eps", type=float)
+    arguments = parser.parse_args()
+    if arguments.what == "eps":
+        eps()
+        return
+    for seed in arguments.seeds.split(","):
+        config = TrainConfig(
+            objective="exact_match", template=TEMPLATE, verbalizers=WORDS, steps=arguments.steps, seed=int(seed),
+            query_schedule="constant", max_queries=1, zo_eps=arguments.zo_eps, **ROWS,
+        )  # fmt: skip
+        save(f"exact match, seed {seed}", run(config))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,364 @@
+"""Differential privacy of the training rows."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_main
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import brentq
+from scipy.stats import kstest, norm
+
+from zo_opt import AdaZeta, GaussianPrivacy, MeZO, ZOError
+from zo_opt.adapters.storage import WEIGHTS_NAME
+from zo_opt.optim import FZOO, LineSearch
+from zo_opt.privacy import GRID, epsilon_of, noise_for
+from zo_opt.schedules import constant_queries
+from zo_opt.training import private
+
+KEY = bytes(range(32))
+
+
+def privacy(**changes: Any) -> GaussianPrivacy:
+    options: dict[str, Any] = {"clip": 1.0, "noise_multiplier": 1.0, "examples": 100, "batch_size": 20, "key": KEY}
+    return GaussianPrivacy(**options | changes)
+
+
+# --- epsilon ---
+
+
+def gaussian_epsilon(sigma: float, delta: float) -> float:
+    """The exact epsilon of a Gaussian mechanism of sensitivity 1 (arXiv 1805.06530, theorem 8)."""
+
+    def excess(epsilon: float) -> float:
+        a, b = 1 / (2 * sigma), epsilon * sigma
+        return float(norm.cdf(a - b) - math.exp(epsilon) * norm.cdf(-a - b)) - delta
+
+    return float(brentq(excess, 0, 100))
+
+
+@pytest.mark.parametrize(
+    ("sigma", "queries", "steps"), [(1.0, 1, 1), (4.0, 1, 1), (4.0, 4, 1), (10.0, 1, 25), (20.0, 4, 25)]
+)
+def test_without_sampling_epsilon_is_the_gaussian_mechanisms(sigma: float, queries: int, steps: int) -> None:
+    """T steps of Q queries along the same rows are one Gaussian mechanism of noise sigma / sqrt(Q T)."""
+    exact = gaussian_epsilon(sigma / math.sqrt(queries * steps), 1e-5)
+    found = epsilon_of(sigma, {queries: steps}, 1e-5, examples=50, batch_size=50)
+    assert exact <= found <= 1.02 * exact  # rounded up at most: INTERVAL
+
+
+def test_with_sampling_epsilon_is_within_the_published_bound() -> None:
+    """arXiv 1607.00133, section 3.2: rate 0.01, noise 4, 10,000 steps; 1.26 by the moments accountant, whose bound is looser."""
+    found = epsilon_of(4.0, {1: 10_000}, 1e-5, examples=100, batch_size=1)
+    assert 0.7 * 1.26 < found < 1.26
+
+
+@pytest.mark.parametrize(("epsilon", "steps"), [(1.0, {1: 500}), (2.0, {1: 20, 3: 20})])
+def test_the_noise_found_keeps_within_epsilon_and_is_not_wasteful(epsilon: float, steps: dict[int, int]) -> None:
+    sampling = {"examples": 1000, "batch_size": 16}
+    noise = noise_for(epsilon, 1e-5, steps, **sampling)
+    assert epsilon_of(noise, steps, 1e-5, **sampling) <= epsilon < epsilon_of(0.95 * noise, steps, 1e-5, **sampling)
+
+
+def test_nothing_released_costs_nothing() -> None:
+    assert privacy().epsilon(1e-5) == 0
+
+
+# --- the mechanism ---
+
+
+VALUES = st.floats(width=64)  # infinities and nan among them
+
+
+@settings(max_examples=200)
+@given(rows=st.lists(VALUES, max_size=20), one=VALUES, clip=st.floats(1e-6, 1e6))
+def test_one_row_moves_the_sum_by_one_clip_at_most(rows: list[float], one: float, clip: float) -> None:
+    hidden = privacy(clip=clip)
+    without, with_it = (hidden.clipped_sum(torch.tensor(r, dtype=torch.float64)) for r in (rows, [one, *rows]))
+    assert abs(with_it - without) <= GRID
+    if math.isfinite(one):  # and it is counted: to half a step of the grid
+        assert abs((with_it - without) / GRID - max(-1.0, min(1.0, one / clip))) <= 0.5001 / GRID
+
+
+def test_noise_is_gaussian() -> None:
+    """10,000 releases of an empty batch: mean and variance within 5 standard errors, and the whole distribution by Kolmogorov-Smirnov."""
+    hidden, count = privacy(clip=2.0, noise_multiplier=3.0, batch_size=20), 10_000
+    found = np.array([hidden.release(torch.zeros(0), step, 0) for step in range(count)]) * 20
+    assert abs(found.mean()) < 5 * 6 / math.sqrt(count)
+    assert abs(found.var() / 36 - 1) < 5 * math.sqrt(2 / count)
+    assert kstest(found, "norm", args=(0, 6)).pvalue > 1e-6
+
+
+def test_noise_differs_between_queries_steps_keys_and_sums_and_is_repeated_otherwise() -> None:
+    hidden, zero = privacy(batch_size=1), torch.zeros(1)
+    first = hidden.release(zero, 0, 0)
+    assert first == privacy(batch_size=1).release(zero, 0, 0)
+    others = [
+        hidden.release(zero, 0, 1),
+        hidden.release(zero, 1, 0),
+        privacy(batch_size=1, key=bytes(32)).release(zero, 0, 0),
+        hidden.release(torch.ones(1), 0, 0) - 1.0,
+    ]
+    assert len({first, *others}) == 5
+
+
+def test_rows_are_sampled_independently() -> None:
+    """Sizes of 4000 batches as binomial, each row and each pair of neighbouring rows as often as they should: 5 standard errors."""
+    hidden, steps = privacy(examples=50, batch_size=10), 4000
+    seen = np.zeros((steps, 50))
+    for step in range(steps):
+        seen[step, hidden.batch(step)] = 1
+    sizes, rate = seen.sum(axis=1), 0.2
+    assert abs(sizes.mean() - 10) < 5 * math.sqrt(8 / steps)
+    assert abs(sizes.var() / 8 - 1) < 5 * math.sqrt(2 / steps)
+    for share, expected in ((seen.mean(axis=0), rate), ((seen[:, 1:] * seen[:, :-1]).mean(axis=0), rate**2)):
+        assert np.abs(share - expected).max() < 5 * math.sqrt(expected * (1 - expected) / steps)
+    assert hidden.batch(7) == privacy(examples=50, batch_size=10).batch(7)
+    assert privacy(batch_size=100).batch(0) == list(range(100))
+
+
+def test_keys_are_drawn_anew_and_never_shown() -> None:
+    one, other = (GaussianPrivacy(clip=1.0, noise_multiplier=1.0, examples=10, batch_size=2) for _ in range(2))
+    assert one.key != other.key and len(one.key) == 32
+    assert one.key.hex() not in repr(one) and repr(one.key) not in repr(one)
+
+
+# --- in an optimizer ---
+
+ROWS = torch.randn(100, 3, generator=torch.Generator().manual_seed(1)) + torch.tensor([1.0, -1.0, 0.5])
+
+
+def distances(theta: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda rows: (rows - theta).square().sum(dim=1)
+
+
+def run(steps: int, hidden: GaussianPrivacy, rows: torch.Tensor = ROWS, **options: Any) -> tuple[torch.Tensor, MeZO]:
+    theta = torch.nn.Parameter(torch.zeros(3))
+    optimizer = MeZO([theta], **{"lr": 0.03, "directions": "rademacher", "privacy": hidden, **options})
+    for step in range(steps):
+        assert optimizer.step(distances(theta), rows[hidden.batch(step)]).isnan()
+    return theta.detach(), optimizer
+
+
+def test_it_learns_at_a_moderate_epsilon() -> None:
+    """The mean of 100 rows to 0.3 in each of three coordinates, whose spread is 1, at epsilon 8."""
+    theta, optimizer = run(200, hidden := privacy(clip=5.0, noise_multiplier=2.2))
+    assert (theta - ROWS.mean(dim=0)).abs().max() < 0.3
+    assert hidden.epsilon(1e-3) <= 8.0 and hidden.spent == {1: 200}
+    assert optimizer.dropped_queries == 0 and optimizer.last_record is not None
+    assert math.isnan(optimizer.last_record.loss)
+
+
+def test_almost_without_noise_it_is_mezo() -> None:
+    """Full batches, no clipping: plain MeZO to the grid's rounding."""
+    plain = torch.nn.Parameter(torch.zeros(3))
+    mezo = MeZO([plain], lr=0.03, directions="rademacher")
+    for _ in range(50):
+        mezo.step(lambda: distances(plain)(ROWS).mean())
+    theta, _ = run(50, privacy(clip=100.0, noise_multiplier=1e-6, batch_size=100))
+    assert torch.allclose(theta, plain, atol=100 / GRID)
+
+
+def test_a_batch_without_rows_is_noise_alone() -> None:
+    hidden = privacy(examples=10, batch_size=1)
+    empty = next(step for step in range(100) if not hidden.batch(step))
+    theta, optimizer = run(empty + 1, hidden, ROWS[:10])
+    assert theta.isfinite().all() and optimizer.last_update is not None
+    assert optimizer.last_update.coefficients == (privacy(examples=10, batch_size=1).release(torch.zeros(0), empty, 0),)
+
+
+def test_losses_that_are_not_finite_drop_nothing() -> None:
+    """Whether a query is dropped would depend on a single row."""
+    rows = ROWS.clone()
+    rows[3], rows[4] = torch.nan, torch.inf
+    theta, optimizer = run(20, privacy(batch_size=100), rows)
+    assert theta.isfinite().all() and optimizer.dropped_queries == 0
+
+
+def test_a_resumed_run_is_the_uninterrupted_one() -> None:
+    whole, _ = run(12, hidden := privacy())
+    half = torch.nn.Parameter(torch.zeros(3))
+    optimizer = MeZO([half], lr=0.03, directions="rademacher", privacy=(first := privacy()))
+    for step in range(7):
+        optimizer.step(distances(half), ROWS[first.batch(step)])
+    state, half = optimizer.state_dict(), torch.nn.Parameter(half.detach().clone())
+    again = GaussianPrivacy(
+        clip=1.0, noise_multiplier=1.0, examples=100, batch_size=20
+    )  # another key until the state is loaded
+    optimizer = MeZO([half], lr=0.03, directions="rademacher", privacy=again)
+    optimizer.load_state_dict(state)
+    for step in range(7, 12):
+        optimizer.step(distances(half), ROWS[again.batch(step)])
+    assert torch.equal(half, whole)
+    assert again.spent == hidden.spent == {1: 12}
+
+
+def test_redone_steps_are_accounted_for_once() -> None:
+    _, optimizer = run(1, hidden := privacy())
+    assert optimizer.last_update is not None and optimizer.last_record is not None
+    theta, other = torch.nn.Parameter(torch.zeros(3)), privacy()
+    copy = MeZO([theta], lr=0.03, directions="rademacher", privacy=other)
+    copy.redo(optimizer.last_update, optimizer.last_record)
+    assert other.spent == hidden.spent == {1: 1}
+    other.charge(0, 1)
+    assert other.spent == {1: 1}
+
+
+def test_queries_of_a_step_are_one_release() -> None:
+    theta = torch.nn.Parameter(torch.zeros(3))
+    optimizer = AdaZeta([theta], lr=0.01, query_schedule=constant_queries(3), privacy=(hidden := privacy()))
+    optimizer.step(lambda: distances(theta)(ROWS[hidden.batch(0)]))
+    assert hidden.spent == {3: 1} and optimizer.last_record is not None
+    assert optimizer.last_record.forwards == 6
+
+
+def linear_case(**options: Any) -> MeZO:
+    model = torch.nn.Linear(2, 1)
+    return MeZO(model.parameters(), lr=0.1, module=model, privacy=privacy(), **options)
+
+
+def wrong_closure(value: Any) -> None:
+    linear_case().step(lambda: value)
+
+
+def twice() -> None:
+    optimizer = linear_case()
+    optimizer.estimate(lambda: torch.zeros(3))
+    optimizer.estimate(lambda: torch.zeros(3))
+
+
+def shared() -> None:
+    hidden = privacy()
+    for _ in range(2):
+        MeZO([torch.nn.Parameter(torch.zeros(1))], privacy=hidden)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        (lambda: privacy(clip=0), "clip=0 is not possible"),
+        (lambda: privacy(noise_multiplier=-1.0), "noise_multiplier=-1.0"),
+        (lambda: privacy(noise_multiplier=math.nan), "noise_multiplier=nan"),
+        (lambda: privacy(batch_size=101), "batch_size=101 of 100 rows"),
+        (lambda: privacy(batch_size=0), "batch_size=0 of 100 rows"),
+        (lambda: privacy(key=b"short"), "at least 16 secret bytes"),
+        (lambda: privacy().epsilon(1.0), "delta=1.0"),
+        (lambda: noise_for(-1.0, 1e-5, {1: 1}, examples=10, batch_size=1), "epsilon=-1.0"),
+        (lambda: wrong_closure(torch.tensor(1.0)), r"a tensor of shape \(\).*a loss for each example"),
+        (lambda: wrong_closure(1.0), "returned float.*a loss for each example"),
+        (lambda: wrong_closure(torch.zeros(2, 2)), r"shape \(2, 2\)"),
+        (lambda: linear_case(query_mode="split"), "query_mode='sequential'"),
+        (lambda: linear_case(query_mode="batched"), "query_mode='sequential'"),
+        (lambda: linear_case(line_search=LineSearch()), "no line search"),
+        (lambda: FZOO([torch.nn.Parameter(torch.zeros(1))], privacy=privacy()), "such as MeZO or AdaZeta"),
+        (twice, "one step.. follows each estimate"),
+        (shared, "belongs to another optimizer"),
+    ],
+)
+def test_mistakes(wrong: Callable[[], Any], sentence: str) -> None:
+    with pytest.raises(ZOError, match=sentence):
+        wrong()
+
+
+# --- on the command line ---
+
+Options = Callable[..., list[str]]
+PRIVATE = {
+    "privacy_noise": 1.0,
+    "privacy_clip": 5,
+    "query_mode": None,
+    "query_schedule": None,
+    "max_queries": None,
+    "steps": 6,
+}
+
+
+def test_a_private_run(toy_options: Options, tmp_path: Path) -> None:
+    """It ends in a report that says what it cost; the key and raw losses are in no file that stays."""
+    out = tmp_path / "out"
+    assert run_main(toy_options(**PRIVATE | {"output_dir": out, "batch_size": 2})) == 0
+    results = json.loads((out / "results.json").read_text())
+    expected = epsilon_of(1.0, {1: 6}, 1e-5, examples=64, batch_size=2)
+    assert results["privacy"].startswith(f"epsilon {expected:.3g} at delta 1e-05 for one training row added or removed")
+    assert results["privacy"] in (out / "report.md").read_text()
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines] == [None] * 6
+    assert all(len(line["projected_grads"]) == 1 for line in lines)
+    assert results["queries"] == 6 and results["dropped"] == 0
+    assert not list(out.glob("checkpoint*"))
+    assert not any(b'"key"' in path.read_bytes() for path in out.rglob("*") if path.is_file())
+    assert (
+        run_main(["replay", str(out), "--to", str(tmp_path / "again")]) == 0
+    )  # the journal knows all that moved the weights
+    assert (tmp_path / "again" / WEIGHTS_NAME).read_bytes() == (out / WEIGHTS_NAME).read_bytes()
+
+
+def test_a_private_run_that_was_killed_goes_on_with_the_same_noise(
+    toy_options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after its fourth step; the key to the rest is in the checkpoint."""
+    monkeypatch.setattr("secrets.token_bytes", lambda count: bytes([7] * count))
+    options = toy_options(**PRIVATE | {"save_steps": 2, "batch_size": 4, "output_dir": tmp_path / "whole"})
+    assert run_main(options) == 0
+    options[-1] = str(tmp_path / "killed")
+    original = private.private_step
+
+    def dies(optimizer: Any, *rest: Any) -> None:
+        if optimizer.step_count == 4:
+            raise MemoryError("killed")
+        original(optimizer, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr("zo_opt.training.loop.private_step", dies)
+        run_main(options)
+    monkeypatch.setattr(
+        "secrets.token_bytes", lambda count: bytes([8] * count)
+    )  # not used: the key is in the checkpoint
+    assert run_main(["train", "--output_dir", str(tmp_path / "killed"), "--resume"]) == 0
+    whole, killed = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "killed"))
+    assert whole["privacy"] == killed["privacy"]
+    assert (tmp_path / "whole" / WEIGHTS_NAME).read_bytes() == (tmp_path / "killed" / WEIGHTS_NAME).read_bytes()
+
+
+def test_epsilon_decides_the_noise(toy_options: Options, tmp_path: Path) -> None:
+    options = PRIVATE | {"privacy_noise": None, "privacy_epsilon": 2, "steps": 3, "output_dir": tmp_path / "out"}
+    assert run_main(toy_options(**options)) == 0
+    found = float(json.loads((tmp_path / "out" / "results.json").read_text())["privacy"].split()[1])
+    assert 1.8 < found <= 2.0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"privacy_clip": None}, "needs --privacy_clip"),
+        ({"privacy_epsilon": 1}, "both given"),
+        ({"privacy_noise": None}, "privacy_clip was given without"),
+        ({"privacy_noise": 0}, "noise_multiplier=0"),
+        ({"privacy_delta": 0}, "delta=0"),
+        ({"privacy_delta": 0.1}, "promises nothing to one of 64 rows"),
+        ({"batch_size": 65}, "batch_size=65 of 64"),
+        ({"optimizer": "adamw"}, "optimizer='adamw' uses the rows otherwise"),
+        ({"optimizer": "mezo-svrg"}, "optimizer='mezo-svrg' uses the rows otherwise"),
+        ({"adapter_init": "class_means"}, "places adapters by what the rows look like"),
+        ({"query_mode": "split"}, "query_mode='split' cannot be used with privacy"),
+        ({"query_schedule": "variance"}, "queries depend on what was measured"),
+        ({"objective": "accuracy"}, "objective='accuracy' cannot be used with privacy"),
+        ({"batch_order": "shuffled"}, "batch_order='shuffled'"),
+        ({"task": "lm", "template": None, "verbalizers": None}, "running text"),
+    ],
+)
+def test_mistakes_on_the_command_line(
+    toy_options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: dict[str, Any], sentence: str
+) -> None:
+    assert run_main(toy_options(**PRIVATE | {"output_dir": tmp_path / "out"} | wrong)) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.startswith("zo-opt: error: ") and error.endswith(".\n")
+    assert not (tmp_path / "out").exists()

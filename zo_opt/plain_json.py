@@ -1,0 +1,71 @@
+"""JSON from files that may be anybody's: read whole or not at all, with one sentence on what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+from zo_opt.errors import ZOError
+
+MOST_BYTES = 16 << 20  # of a file that is read as a whole; a configuration has a few kilobytes
+
+
+def read_object(path: Path, advice: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Args:
+        path: the file.
+        advice: the end of the error's sentence: what to do.
+
+    Raises:
+        ZOError: it is missing or too long, or holds something else.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise ValueError(f"it has more than {MOST_BYTES >> 20} MiB")
+        values = parse(content)
+    except OSError as error:
+        raise ZOError(f"{path} cannot be read ({error.strerror}); {advice}.") from error
+    except ValueError as error:
+        raise ZOError(f"{path} is damaged ({error}); {advice}.") from error
+    if not isinstance(values, dict):
+        raise ZOError(f"{path} is damaged (it holds no JSON object); {advice}.")
+    return values
+
+
+def parse(text: str | bytes) -> Any:
+    """Plain values of JSON as its standard has it: no NaN, no name twice in an object, no halves of characters.
+
+    Raises:
+        ValueError: it is something else, is nested too deeply, or has a number of thousands of digits.
+
+    >>> parse('{"a": [1, 2.5, null]}')
+    {'a': [1, 2.5, None]}
+    >>> parse('{"a": 1, "a": 2}')
+    Traceback (most recent call last):
+    ValueError: the name 'a' twice in an object
+    """
+    try:
+        values = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
+        # A lone surrogate can be neither printed nor tokenised.
+        json.dumps(values, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ValueError("half of a character (a lone surrogate)") from None
+    return values
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the name {next(n for n in names if names.count(n) > 1)!r} twice in an object")
+    return found
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")

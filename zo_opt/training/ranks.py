@@ -1,0 +1,96 @@
+"""``zo-opt train`` under torchrun: rank 0 runs the loop of loop.py, writes and talks; every other rank follows it, step by step."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+from rich.console import Console
+
+from zo_opt.adapters import AdapterModel
+from zo_opt.distributed import meet, world_size
+from zo_opt.errors import ZOError
+from zo_opt.optim import ZerothOrderOptimizer
+from zo_opt.training import checkpoint, first_order
+from zo_opt.training.batches import BatchOrder
+from zo_opt.training.build_optimizer import make_optimizer, make_param_groups
+from zo_opt.training.config import TrainConfig
+from zo_opt.training.loop import resumed_config, shared_batch, training_loss
+from zo_opt.training.progress import Reporter
+from zo_opt.training.setup import Tools, build_tools, load_examples
+from zo_opt.training.stop import InterruptedRunError, StopSignals
+
+
+def check_ranks(config: TrainConfig) -> None:
+    """What several processes cannot do together.
+
+    Raises:
+        ZOError: with a sentence on the first thing asked for.
+    """
+    if world_size() == 1:
+        return
+    if config.optimizer == first_order.NAME:
+        raise ZOError(
+            f"optimizer={config.optimizer!r} trains in one process; start it without torchrun, or choose a zeroth-order optimizer."
+        )
+    if config.private:
+        raise ZOError("privacy clips and hides all rows of a step in one process; start it without torchrun.")
+    if config.output_dir is None:
+        raise ZOError("several processes need --output_dir: all of them read the checkpoint that the first one writes.")
+    if config.prefix_cache == "disk":
+        raise ZOError(
+            "prefix_cache='disk' is one process's file; with several processes give --prefix_cache cpu, device or off."
+        )
+
+
+def follow(config: TrainConfig) -> None:
+    """A rank that writes nothing: it starts from rank 0's checkpoint and takes every step with it.
+
+    Raises:
+        RankError: another rank failed.
+        InterruptedRunError: all ranks were asked to stop.
+    """
+    reporter = Reporter(Console(quiet=True))
+    if config.resume:
+        config, _ = resumed_config(config, reporter)
+    config.check()
+    check_ranks(config)
+    assert config.output_dir is not None
+    meet()
+    with StopSignals() as stop:
+        try:
+            tools = build_tools(config, load_examples(config, reporter), reporter)
+            _follow(config, tools, stop, config.output_dir, reporter)
+        except KeyboardInterrupt as request:
+            raise InterruptedRunError(config.output_dir, getattr(request, "signum", signal.SIGINT)) from None
+
+
+def _follow(config: TrainConfig, tools: Tools, stop: StopSignals, output_dir: Path, reporter: Reporter) -> None:
+    from transformers import get_scheduler
+
+    order = BatchOrder(tools.train.labels, config.batch_size, config.seed, config.batch_order)
+    params = make_param_groups(config, tools.model, tools.recipe.lr)
+    optimizer = make_optimizer(config, tools.model, params, tools.recipe.lr, order.steps_per_epoch)
+    assert isinstance(optimizer, ZerothOrderOptimizer)
+    assert optimizer.ranks is not None
+    lr_scheduler = get_scheduler(config.lr_schedule, optimizer, config.warmup_steps, config.steps)
+    tools.record_prefixes(config, output_dir, reporter)
+    if config.compile:
+        tools.compile_model(reporter)
+    meet()
+    path = checkpoint.newest(output_dir, reporter.say)
+    checkpoint.load_checkpoint(path, tools.model, optimizer, lr_scheduler)
+    model: AdapterModel = tools.model
+    with stop.held():
+        while optimizer.step_count < config.steps:
+            batch = shared_batch(tools.train, order.indices(optimizer.step_count), optimizer)
+            optimizer.ranks.stop_wanted = stop.signum or 0
+            optimizer.step(lambda b: training_loss(model, tools.train, b), batch)
+            if model.schedule is not None and model.schedule.needs_grad:
+                optimizer.write_last_grad()
+            model.step(optimizer.step_count - 1)
+            optimizer.zero_grad()
+            lr_scheduler.step()
+            if optimizer.ranks.stop:
+                meet()
+                raise InterruptedRunError(output_dir, optimizer.ranks.stop, after=f" after step {optimizer.step_count}")
