@@ -14,7 +14,7 @@ import pytest
 from conftest import run_main
 from killed_runs import start
 from safetensors.torch import load_file, save_file
-from test_wrong_input import assert_one_sentence, tree
+from test_wrong_input import assert_one_sentence, evil_code, tree
 
 from zo_opt.journal import read_journal
 from zo_opt.training.metrics import MetricsWriter
@@ -269,3 +269,17 @@ def test_weights_that_come_out_otherwise_are_taken_if_asked(
     assert not (tmp_path / "to").exists()
     assert run_main([*line, "--inexact"]) == 0
     same_adapter(tmp_path / "to", copied)
+
+
+@pytest.mark.parametrize("command", ["eval", "replay"])
+def test_a_run_cannot_allow_itself_to_run_code(
+    copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    record = json.loads((copied / "run.json").read_text())
+    model = Path(shutil.copytree(record["config"]["model_name_or_path"], tmp_path / "evil"))
+    evil_code(model)
+    record["config"] |= {"model_name_or_path": str(model), "trust_remote_code": True}
+    (copied / "run.json").write_text(json.dumps(record))
+    assert run_main([command, str(copied), *(["--to", str(tmp_path / "to")] if command == "replay" else [])]) == 2
+    assert_one_sentence(capsys.readouterr().err, "--trust_remote_code")
+    assert not (model / "executed").exists()

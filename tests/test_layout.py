@@ -72,6 +72,9 @@ FORBIDDEN = {  # package -> what it must not import
     "zo_opt.journal_format": ["zo_opt.adapters"],
     "zo_opt.journal_replay": ["zo_opt.adapters"],
     "zo_opt.provenance": ["zo_opt.adapters"],
+    "zo_opt.distributed": [f"zo_opt.{m}" for m in ("optim", "adapters", "estimators", "query_modes")],
+    "zo_opt.ranks": [f"zo_opt.{m}" for m in ("optim", "adapters", "estimators", "query_modes")],
+    "zo_opt.privacy": [f"zo_opt.{m}" for m in ("optim", "adapters", "estimators", "query_modes")],
     "zo_opt.training": ["zo_opt.cli", "zo_opt.comparison"],
     "zo_opt.comparison": ["zo_opt.cli"],
 }

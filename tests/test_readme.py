@@ -30,6 +30,7 @@ def test_all_blocks_are_of_a_language_that_is_run_here() -> None:
     assert {language for language, _ in BLOCKS} == {"bash", "python"}
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")  # the Trainer's own, without a GPU
 def test_python_blocks(tiny_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}

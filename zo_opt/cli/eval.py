@@ -11,6 +11,8 @@ from zo_opt.training.progress import Reporter
 def run(options: Namespace) -> None:
     """Evaluate a run and say what came out."""
     reporter = Reporter()
-    result = evaluate_run(options.run_dir, options.eval_file, options.zero_shot, reporter)
+    result = evaluate_run(
+        options.run_dir, options.eval_file, options.zero_shot, reporter, trust_remote_code=options.trust_remote_code
+    )
     what = "zero-shot" if options.zero_shot else "tuned"
     reporter.say(f"{what}: {result.describe()}")

@@ -140,6 +140,7 @@ def _parser() -> ArgumentParser:
     evaluate.add_argument("run_dir", type=Path, help="the run's output_dir")
     evaluate.add_argument("--eval_file", type=Path | None, help="other rows, with the columns of the run's own")
     evaluate.add_argument("--zero_shot", action="store_true", help="leave the adapter out")
+    _add_trust(evaluate)
     commands.add_subcommand("eval", evaluate, help="evaluate a run again, or on other rows")
     diagnose = _Parser(
         description="Measure which zo_eps, lr and precision a model and task can bear, without training."
@@ -178,13 +179,22 @@ def _parser() -> ArgumentParser:
     replay.add_argument("--steps", type=int | None, help="the adapter after so many steps; after all if not given")
     replay.add_argument("--device", type=str | None, help="cpu, cuda or auto; the run's if not given")
     replay.add_argument("--inexact", action="store_true", help="accept weights that differ from training's bits")
+    _add_trust(replay)
     commands.add_subcommand("replay", replay, help="rebuild a tuned adapter from its journal")
     merge = _Parser(description="Fold the adapter that a run tuned into its base model, and save a plain model.")
     merge.add_argument("run_dir", type=Path, help="the run's output_dir")
     merge.add_argument("--to", type=Path | None, help="a new directory for the model and its tokenizer")
     merge.add_argument("--as", type=str, default="model", help="model, or lora: the adapter alone in PEFT's format")
+    _add_trust(merge)
     commands.add_subcommand("merge", merge, help="save the tuned model as a plain one, or the adapter as a LoRA")
     return parser
+
+
+def _add_trust(parser: ArgumentParser) -> None:
+    """What was allowed when the run was made is not taken from its directory, which may be a stranger's."""
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="let the base model's own Python code run, as in training"
+    )
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def run(options: Namespace) -> None:
             config.model_name_or_path,
             head=config.head,
             labels=read_record(options.run_dir).get("resolved", {}).get("labels", 2),
-            trust_remote_code=config.trust_remote_code,
+            trust_remote_code=options.trust_remote_code,
             say=reporter.say,
         )
         model = load_adapter_model(base, options.run_dir)

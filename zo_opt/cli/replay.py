@@ -47,7 +47,7 @@ def run(options: Namespace) -> None:
             config.model_name_or_path,
             head=config.head,
             labels=resolved.get("labels", 2),
-            trust_remote_code=config.trust_remote_code,
+            trust_remote_code=options.trust_remote_code,
             say=reporter.say,
         )
         set_precision(base, resolved.get("precision", config.precision), device)

@@ -43,7 +43,7 @@ def compare(options: CompareConfig, base: TrainConfig, reporter: Reporter, comma
         InterruptedRunError: SIGINT or SIGTERM; the runs under way left checkpoints.
     """
     if options.resume:
-        options, base, command = _resumed(options)
+        options, base, command = _resumed(options, base.trust_remote_code)
     methods = options.check()
     for method in methods:
         try:
@@ -197,8 +197,8 @@ class _Comparison:
         )  # fmt: skip
 
 
-def _resumed(options: CompareConfig) -> tuple[CompareConfig, TrainConfig, str]:
-    """What the comparison in output_dir was started with."""
+def _resumed(options: CompareConfig, trust_remote_code: bool) -> tuple[CompareConfig, TrainConfig, str]:
+    """What the comparison in output_dir was started with, save what only the one who calls may allow."""
     if options.output_dir is None:
         raise ZOError("resume needs output_dir, the directory of the comparison to go on with.")
     path = options.output_dir / RECORD_NAME
@@ -207,7 +207,7 @@ def _resumed(options: CompareConfig) -> tuple[CompareConfig, TrainConfig, str]:
         saved = CompareConfig(**record["options"])
         return (
             replace(saved, output_dir=options.output_dir, resume=True, jobs=options.jobs),
-            TrainConfig.from_dict(record["base"]),
+            replace(TrainConfig.from_dict(record["base"]), trust_remote_code=trust_remote_code),
             str(record["command"]),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -16,8 +16,8 @@ from zo_opt.training.progress import Reporter
 from zo_opt.training.setup import load_base, load_examples
 
 
-def read_config(run_dir: Path) -> TrainConfig:
-    """The options that a run was started with.
+def read_config(run_dir: Path, *, trust_remote_code: bool = False) -> TrainConfig:
+    """The options that a run was started with, save ``trust_remote_code``: no file may allow itself to run code.
 
     Raises:
         ZOError: the directory holds no readable run.json.
@@ -25,7 +25,7 @@ def read_config(run_dir: Path) -> TrainConfig:
     path = run_dir / RUN_NAME
     try:
         saved: dict[str, Any] = read_record(run_dir)["config"]
-        return TrainConfig.from_dict(saved)
+        return replace(TrainConfig.from_dict(saved), trust_remote_code=trust_remote_code)
     except ZOError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -46,7 +46,9 @@ def read_record(run_dir: Path) -> dict[str, Any]:
     return record
 
 
-def evaluate_run(run_dir: Path, eval_file: Path | None, zero_shot: bool, reporter: Reporter) -> Evaluation:
+def evaluate_run(
+    run_dir: Path, eval_file: Path | None, zero_shot: bool, reporter: Reporter, *, trust_remote_code: bool = False
+) -> Evaluation:
     """Metrics and loss of a run's model.
 
     Args:
@@ -54,8 +56,9 @@ def evaluate_run(run_dir: Path, eval_file: Path | None, zero_shot: bool, reporte
         eval_file: other rows with the run's columns; the run's held-out rows if None.
         zero_shot: leave the adapter out.
         reporter: shows progress.
+        trust_remote_code: let the base model's own Python code run, whatever the run was started with.
     """
-    config = read_config(run_dir)
+    config = read_config(run_dir, trust_remote_code=trust_remote_code)
     if eval_file is not None and config.train_file is None:
         raise ZOError(
             "this run was made on built-in rows; eval_file needs a run with train_file, whose columns it shares."

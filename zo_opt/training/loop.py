@@ -40,7 +40,13 @@ from zo_opt.training.stop import InterruptedRunError, StopSignals
 from zo_opt.training.summary import Progress, summarise, versions
 from zo_opt.training.trackers import Trackers, check_trackers
 
-_ANEW = ("save_steps", "max_failed_steps", "report_to", "share")  # what a resumed run can be told otherwise
+_ANEW = (
+    "save_steps",
+    "max_failed_steps",
+    "report_to",
+    "share",
+    "trust_remote_code",
+)  # what a resumed run can be told otherwise
 
 
 def train(config: TrainConfig, reporter: Reporter, command: str) -> tuple[report.Summary, Path]:
@@ -301,13 +307,15 @@ def resumed_config(config: TrainConfig, reporter: Reporter) -> tuple[TrainConfig
         raise ZOError("--resume needs --output_dir, the directory of the interrupted run.")
     if (directory / RUN_NAME).is_file() and never_begun(directory):
         reporter.say(f"the run in {directory} was stopped before its first step; it begins anew.")
-        return replace(read_config(directory), resume=False, output_dir=directory), None
+        saved = read_config(directory, trust_remote_code=config.trust_remote_code)
+        return replace(saved, resume=False, output_dir=directory), None
     path = checkpoint.newest(directory, reporter.say)
     record = checkpoint.read_state(path)["extra"].get("run")
     if record is None:  # of an earlier version
         saved, record = read_config(directory), read_record(directory)
     else:
         saved = _config_of(path, record)
+    saved = replace(saved, trust_remote_code=False)  # a file may not allow itself to run code
     defaults = {f.name: f.default for f in fields(TrainConfig)}
     anew = {name: getattr(config, name) for name in _ANEW if getattr(config, name) != defaults[name]}
     return replace(saved, resume=True, output_dir=directory, **anew), record
