@@ -222,7 +222,7 @@ def test_two_damaged_checkpoints_end_in_a_sentence(copied: Path, capsys: pytest.
         flip(copied / name, 0.7)
     before = {path: path.read_bytes() for path in copied.iterdir() if path.is_file()}
     assert resume(copied) == 2
-    assert "is damaged (its sha256" in capsys.readouterr().err
+    assert "is damaged (" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in copied.iterdir() if path.is_file()} == before
 
 

@@ -76,5 +76,7 @@ def _check_has_rank(config: AdapterConfig) -> None:
 def on_meta(target: Target) -> Target:
     """The same target without numbers, to count parameters by."""
     sizes = target.in_features, target.out_features
-    module = nn.Embedding(*sizes, device="meta") if target.embedding else nn.Linear(*sizes, device="meta")
-    return replace(target, module=module)
+    if target.embedding:
+        return replace(target, module=nn.Embedding(*sizes, device="meta"))
+    biased = getattr(target.module, "bias", None) is not None
+    return replace(target, module=nn.Linear(*sizes, bias=biased, device="meta"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from zo_opt.errors import ZOError
@@ -55,7 +56,7 @@ def rows(layer: Any, ids: Tensor | list[int]) -> Tensor:
     >>> rows(nn.Embedding(7, 3), [[1, 2]]).shape
     torch.Size([1, 2, 3])
     """
-    found: Tensor = layer.rows(ids) if hasattr(layer, "rows") else layer.weight[ids].float()
+    found: Tensor = layer.rows(ids) if hasattr(layer, "rows") else layer.weight[torch.as_tensor(ids)].float()
     return found
 
 
