@@ -351,6 +351,19 @@ def test_directories_made_up_in_the_same_second(tmp_path: Path) -> None:
             (directory / "file").touch()
             made.append(directory.name)
     assert made == ["sst2", "sst2-2", "sst2-3"]
+    with pytest.raises(ZOError, match="stop"), output_directory(wanted, unique=True):
+        raise ZOError("stop")
+    assert not (tmp_path / "runs" / "sst2-4").exists()
+
+
+def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
+    """A directory with a run.json of something else is no run that never began."""
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start" / "thesis.txt").write_text("all of it")
+    (tmp_path / "run.json").write_text('{"versions": {"python": "3.11"}}')
+    with pytest.raises(ZOError, match="not empty"), output_directory(tmp_path):
+        pass
+    assert (tmp_path / "start" / "thesis.txt").read_text() == "all of it"
 
 
 def test_a_stated_number_of_failed_steps_ends_the_run(

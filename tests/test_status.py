@@ -87,6 +87,15 @@ def test_what_is_damaged_is_told(died: Path, capsys: pytest.CaptureFixture[str])
     assert Watched(died).look().checkpoint_age == 0
 
 
+def test_a_checkpoint_with_one_wrong_bit_is_not_sound(died: Path) -> None:
+    path = died / checkpoint.NAME
+    assert Watched(died).look().sound
+    path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+    status = Watched(died).look()
+    assert not status.sound
+    assert status.checkpoint_step == checkpoint.step_of(died / checkpoint.PREVIOUS_NAME)
+
+
 def test_a_comparisons_runs_in_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "compare.json").write_text("{}")
     for name in ("lora", "mezo"):

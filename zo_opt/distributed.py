@@ -105,7 +105,13 @@ def process_group() -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     # A process that ends is noticed whatever the timeout; rank 0 may evaluate for long while the others wait.
-    dist.init_process_group("gloo", timeout=timedelta(days=1))
+    try:
+        dist.init_process_group("gloo", timeout=timedelta(days=1))
+    except (ValueError, RuntimeError) as error:
+        raise ZOError(
+            f"WORLD_SIZE={world_size()} asks for several processes, which do not find each other ({str(error).splitlines()[0]}); "
+            "start them with torchrun, or unset WORLD_SIZE."
+        ) from error
     try:
         yield
     finally:

@@ -13,13 +13,14 @@ from zo_opt.errors import ZOError
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def write_atomically(path: Path, *parts: bytes | memoryview, previous: Path | None = None) -> None:
+def write_atomically(path: Path, *parts: bytes | memoryview, previous: Path | None = None, mode: int = 0o644) -> None:
     """Write, fsync, rename, fsync the directory: a reader, or who comes after a crash, sees the old file or the new one, never a part.
 
     Args:
         path: the file; its directory is made where there is none.
         parts: the content.
         previous: the name under which the file that was there is kept.
+        mode: its permissions.
 
     Raises:
         ZOError: the disk is full, or the directory cannot be written; what was there before is untouched.
@@ -33,7 +34,7 @@ def write_atomically(path: Path, *parts: bytes | memoryview, previous: Path | No
                     file.write(part)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
+            os.chmod(temporary, mode)
             if previous is not None and path.exists():
                 _keep(path, previous)
             os.replace(temporary, path)

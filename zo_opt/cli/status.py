@@ -13,6 +13,7 @@ from rich.table import Table
 
 from zo_opt.errors import ZOError
 from zo_opt.memory import readable
+from zo_opt.training.output import writer
 from zo_opt.training.watch import FINISHED, RUNNING, STARTING, Status, Watched, runs_under
 
 _SECONDS = 1.0  # between two looks
@@ -39,7 +40,8 @@ def _follow(directory: Path, console: Console) -> None:
             watched |= {path: Watched(path) for path in runs_under(directory) if path not in watched}
             statuses = {path: run.look(verify=False) for path, run in watched.items()}
             live.update(_shown(directory, statuses), refresh=True)
-            if not any(s.state in (RUNNING, STARTING) for s in statuses.values()):
+            # A comparison is under way between its runs, too.
+            if writer(directory) is None and not any(s.state in (RUNNING, STARTING) for s in statuses.values()):
                 return
             time.sleep(_SECONDS)
 

@@ -58,7 +58,8 @@ def save_checkpoint(
         "lr_scheduler": {k: v for k, v in lr_scheduler.state_dict().items() if k != "lr_lambdas"},
         "extra": extra,
     }
-    write_atomically(path, *sealed(tensors, plain), previous=path.with_name(PREVIOUS_NAME))
+    mode = 0o600 if "privacy" in state["zo"] else 0o644  # the key to the noise is in there
+    write_atomically(path, *sealed(tensors, plain), previous=path.with_name(PREVIOUS_NAME), mode=mode)
 
 
 def sealed(tensors: dict[str, Tensor], plain: dict[str, Any]) -> tuple[memoryview, bytes, memoryview]:

@@ -229,6 +229,7 @@ class _Run:
                 done = optimizer.step_count
                 stopping = self.stop.signum if ranks is None else ranks.stop or None
                 if stopping is not None or done % config.save_steps == 0 or done == config.steps:
+                    metrics.sync()
                     self._save()
                 if stopping is not None:
                     meet()  # what ends before may have this process ended by its launcher

@@ -44,7 +44,7 @@ def output_directory(
         ZOError: it cannot be written; another process writes to it; or it is not empty and nothing is to be resumed.
     """
     try:
-        created = not directory.exists()
+        created = unique or not directory.exists()
         directory = _first_free(directory) if unique else directory
         directory.mkdir(parents=True, exist_ok=True)
         lock = _lock(directory, what)
@@ -62,8 +62,9 @@ def output_directory(
         with suppress(OSError):
             (directory / LOCK_NAME).unlink()  # while it is locked: who opened it before will find that it is gone
         os.close(lock)
-        if created and not any(directory.iterdir()):
-            directory.rmdir()
+        with suppress(OSError):  # somebody else may have removed it
+            if created and not any(directory.iterdir()):
+                directory.rmdir()
 
 
 def never_begun(directory: Path) -> bool:
@@ -72,8 +73,16 @@ def never_begun(directory: Path) -> bool:
     names -= {prefix_store.FILE_NAME, LOCK_NAME} | {path.name for path in unfinished(directory, *_WRITTEN)}
     if RUN_NAME not in names:
         return not names
+    if not _is_record(directory / RUN_NAME):
+        return False  # somebody else's file of that name
     journal = directory / JOURNAL_NAME
     return names <= {RUN_NAME, START_NAME, JOURNAL_NAME} and not (journal.is_file() and _lines(journal) > 1)
+
+
+def _is_record(path: Path) -> bool:
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return "zo-opt" in json.loads(path.read_bytes())["versions"]
+    return False
 
 
 def writer(directory: Path) -> str | None:

@@ -77,12 +77,12 @@ class Watched:
         self._forget()
 
     def look(self, *, verify: bool = True) -> Status:
-        """Where the run stands now; ``verify``: read the whole journal as well."""
+        """Where the run stands now; ``verify``: read the whole journal and checkpoint as well."""
         self._read_metrics()
         held = writer(self.directory)
         state, total, last = self._state(held), self._total(), self._last
         steps = last["step"] + 1 if last else 0
-        saved, age, sound = self._checkpoint()
+        saved, age, sound = self._checkpoint(verify)
         journal, whole = self._journal() if verify else (None, True)
         return Status(
             state=state,
@@ -140,11 +140,13 @@ class Watched:
         pace = (self._recent[-1] - self._recent[0]) / (len(self._recent) - 1)
         return max(pace, 0.0) * (total - steps)
 
-    def _checkpoint(self) -> tuple[int | None, float | None, bool]:
+    def _checkpoint(self, verify: bool) -> tuple[int | None, float | None, bool]:
         for name in (checkpoint.NAME, checkpoint.PREVIOUS_NAME):
             path = self.directory / name
             with suppress(OSError, ZOError):
                 written = path.stat().st_mtime
+                if verify:
+                    checkpoint.verify(path)
                 return checkpoint.step_of(path), max(time.time() - written, 0.0), name == checkpoint.NAME
         return None, None, not (self.directory / checkpoint.NAME).exists()
 
