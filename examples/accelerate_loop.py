@@ -2,7 +2,7 @@
 
     python examples/accelerate_loop.py                  # a tiny random model, in seconds
     python examples/accelerate_loop.py --model HuggingFaceTB/SmolLM2-135M-Instruct --steps 200 --lr 1e-4
-    python examples/accelerate_loop.py --steps 40 --resume  # continue from the checkpoint, to the same bits
+    python examples/accelerate_loop.py --steps 40 --resume  # continue; to the same bits from the end of an epoch
 
 accelerate wraps the optimizer, and its wrapper's ``step`` returns nothing: ``estimate`` is called on the optimizer itself, ``step``
 on the wrapper. Micro-batches of a step share their directions without more ado.

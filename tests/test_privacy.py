@@ -362,3 +362,28 @@ def test_mistakes_on_the_command_line(
     error = capsys.readouterr().err
     assert sentence in error and error.startswith("zo-opt: error: ") and error.endswith(".\n")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_state_goes_on_with_its_own_noise_and_rows_alone() -> None:
+    state = privacy().state_dict()
+    privacy().load_state_dict(state)
+    for other in ({"clip": 2.0}, {"noise_multiplier": 8.0}, {"examples": 10_000}, {"batch_size": 10}):
+        with pytest.raises(ZOError, match="clip, noise multiplier, rows"):
+            privacy(**other).load_state_dict(state)
+
+
+def test_private_and_other_states_do_not_mix() -> None:
+    def parameters() -> list[torch.nn.Parameter]:
+        return [torch.nn.Parameter(torch.zeros(3))]
+
+    plain, private_one = MeZO(parameters(), lr=0.1), MeZO(parameters(), lr=0.1, privacy=privacy())
+    for one, other in ((plain, private_one), (private_one, plain)):
+        with pytest.raises(ZOError, match="differ in privacy"):
+            one.load_state_dict(other.state_dict())
+
+
+def test_privacy_can_be_given_again_after_a_refused_optimizer() -> None:
+    given = privacy()
+    with pytest.raises(ZOError, match="sequential"):
+        MeZO([torch.nn.Parameter(torch.zeros(3))], lr=0.1, query_mode="auto", privacy=given)
+    MeZO([torch.nn.Parameter(torch.zeros(3))], lr=0.1, privacy=given)

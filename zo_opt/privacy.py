@@ -139,12 +139,29 @@ class GaussianPrivacy:
 
     def state_dict(self) -> dict[str, Any]:
         """The account and the key, as plain values. Secret."""
-        return {"key": self.key.hex(), "steps": self._steps, "spent": {str(q): n for q, n in self.spent.items()}}
+        return {
+            "key": self.key.hex(),
+            "setting": self._setting(),
+            "steps": self._steps,
+            "spent": {str(q): n for q, n in self.spent.items()},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what ``state_dict`` gave."""
+        """Take back what ``state_dict`` gave.
+
+        Raises:
+            ZOError: it is the account of other noise or other rows, which would price these steps wrongly.
+        """
+        if state.get("setting") != self._setting():
+            raise ZOError(
+                f"privacy: the state is of clip, noise multiplier, rows and batch size {state.get('setting')}, not {self._setting()}; "
+                "go on with those and with the same rows."
+            )
         self.key, self._steps = bytes.fromhex(state["key"]), int(state["steps"])
         self.spent = {int(q): int(n) for q, n in state["spent"].items()}
+
+    def _setting(self) -> list[float]:
+        return [self.clip, self.noise_multiplier, self.examples, self.batch_size]
 
     def _uniforms(self, name: str, count: int) -> Any:
         """Numbers from 0 to 1, multiples of 2^-53, that follow from the key and the name."""

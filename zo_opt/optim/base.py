@@ -127,8 +127,6 @@ class ZerothOrderOptimizer(Optimizer):
         self.share_prefix = share_prefix
         self.max_failed_steps = max_failed_steps
         self.privacy = privacy
-        if privacy is not None:
-            privacy.attach()
         if privacy is not None and (
             mode != "sequential"
             or ranks is not None
@@ -139,6 +137,8 @@ class ZerothOrderOptimizer(Optimizer):
                 "privacy clips each example's two-sided difference: use query_mode='sequential' in one process, no line search, and an "
                 "optimizer that needs no other losses, such as MeZO or AdaZeta."
             )
+        if privacy is not None:
+            privacy.attach()
         self.step_count = 0
         self.update_count = 0
         self.history = History()
@@ -370,7 +370,11 @@ class ZerothOrderOptimizer(Optimizer):
         self.failed_steps, self.dropped_queries = int(zo["failed_steps"]), int(zo["dropped_queries"])
         for control, state in zip(self.step_control, zo["step_control"], strict=True):
             control.load_state_dict(state)
-        if self.privacy is not None and "privacy" in zo:
+        if (self.privacy is None) == ("privacy" in zo):
+            raise ZOError(
+                "this state and this optimizer differ in privacy: one has it, the other has not; give it to both."
+            )
+        if self.privacy is not None:
             self.privacy.load_state_dict(zo["privacy"])
 
     # --- state ---

@@ -50,7 +50,8 @@ def make_optimizer(
         query_mode=config.mode if distributed is None else "distributed",
         distributed=distributed,
         module=model,
-        share_prefix=True,  # where the prefix cache is off or full
+        # Where the prefix cache is off or full. Writing fills key-value caches, which replayed layers would leave empty.
+        share_prefix=config.objective in ("loss", "accuracy", "f1"),
         step_control=config.make_step_control(),
         max_failed_steps=config.max_failed_steps,
         privacy=privacy,

@@ -53,6 +53,7 @@ def check_privacy(config: TrainConfig) -> None:
         "query_schedule": config.query_schedule == "variance" and "its queries depend on what was measured",
         "objective": config.objective != "loss" and "privacy needs the loss of each row",
         "batch_order": config.batch_order != TrainConfig.batch_order and "rows are sampled independently of each other",
+        "quantise": config.quantise == "bnb-int8" and "it rounds each row by what the other rows of its batch are",
     }
     for name, why in wrong.items():
         if why:

@@ -224,7 +224,9 @@ class ZOArguments(_Base):
             raise ZOError(
                 "neftune_noise_alpha adds noise in training mode, and zeroth order evaluates losses without; leave it out."
             )
-        if self.torch_compile and (self.query_mode in _COPIES or self.share_prefix):
+        # transformers switches torch_compile on by these, after this check.
+        compiled = self.torch_compile or self.torch_compile_backend is not None or self.torch_compile_mode is not None
+        if compiled and (self.query_mode in _COPIES or self.share_prefix):
             raise ZOError(
                 "a compiled model cannot be run on many copies or share its first layers; with torch_compile=True give "
                 "query_mode='sequential' and share_prefix=False."

@@ -126,9 +126,12 @@ class ZOTrainerMixin(AdapterTrainerMixin):
         if (own := getattr(self, "loss_is_scaled_for_ga", None)) is not None:
             whole = own
         scale = self.current_gradient_accumulation_steps if whole else 1
+        # compute_loss has multiplied the model's loss by the processes where tokens are averaged over all of them.
+        spread = items is not None and self.model_accepts_loss_kwargs and self.args.average_tokens_across_devices
+        times = scale * (self.accelerator.num_processes if spread else 1)
         # The model has added the penalty to the loss, if the loss is the model's: it must count once.
         added = self.label_smoother is None and self.compute_loss_func is None
-        penalised = isinstance(self.model, AdapterModel) and not (added and scale == 1)
+        penalised = isinstance(self.model, AdapterModel) and not (added and times == 1)
 
         def closure(batch: dict[str, Any]) -> Tensor:
             if hasattr(self, "_metrics"):  # TRL's trainers ask the model whether its metrics are those of training
@@ -137,7 +140,7 @@ class ZOTrainerMixin(AdapterTrainerMixin):
                 loss: Any = self.compute_loss(model, dict(batch), num_items_in_batch=items)
             loss = scale * loss
             if penalised and (penalty := self.model.penalty()) is not None:
-                loss = loss + (1 - scale * added) * penalty
+                loss = loss + (1 - times * added) * penalty
             return loss  # type: ignore[no-any-return]
 
         return closure
