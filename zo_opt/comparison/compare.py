@@ -205,8 +205,9 @@ def _resumed(options: CompareConfig, trust_remote_code: bool) -> tuple[CompareCo
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         saved = CompareConfig(**record["options"])
+        jobs = options.jobs if options.jobs != CompareConfig.jobs else saved.jobs
         return (
-            replace(saved, output_dir=options.output_dir, resume=True, jobs=options.jobs),
+            replace(saved, output_dir=options.output_dir, resume=True, jobs=jobs),
             replace(TrainConfig.from_dict(record["base"]), trust_remote_code=trust_remote_code),
             str(record["command"]),
         )
