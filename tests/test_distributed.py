@@ -367,18 +367,19 @@ def test_a_run_of_several_processes_survives_death_and_resumes_with_other_number
     from conftest import run_main
     from forked_runs import ForkedRun
 
-    from zo_opt.training import ranks as follower
+    from zo_opt.training.stepper import Stepper
 
-    original = follower.shared_batch
+    original = Stepper.step
     accidents = {2: signal.SIGKILL, 4: signal.SIGTERM}  # step -> what the last rank meets
 
-    def accident(prepared, indices, optimizer):
-        last = optimizer.ranks.rank == optimizer.ranks.size - 1
+    def accident(stepper, stop):
+        optimizer = stepper.optimizer
+        last = optimizer.ranks is not None and optimizer.ranks.rank == optimizer.ranks.size - 1
         if last and optimizer.step_count == optimizer.ranks.size + (optimizer.ranks.size == 3):
             signal.raise_signal(accidents[optimizer.step_count])
-        return original(prepared, indices, optimizer)
+        original(stepper, stop)
 
-    monkeypatch.setattr(follower, "shared_batch", accident)
+    monkeypatch.setattr(Stepper, "step", accident)
 
     def launch(count, line):
         with socket.socket() as free:

@@ -198,16 +198,16 @@ def test_dropped_steps_do_not_stop_adapters_that_change(
     adapter: str, optimizer: str, toy_options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A few losses that are not finite, in the middle."""
-    from zo_opt.training import loop
+    from zo_opt.training import stepper
 
-    calls, original = [0], loop.training_loss
+    calls, original = [0], stepper.training_loss
 
     def loss(*arguments: Any) -> Tensor:
         calls[0] += 1
         value = original(*arguments)
         return value * float("nan") if 5 <= calls[0] <= 12 else value
 
-    monkeypatch.setattr(loop, "training_loss", loss)
+    monkeypatch.setattr(stepper, "training_loss", loss)
     out = tmp_path / "out"
     changes = {"query_schedule": None, "max_queries": None} | (
         {"query_mode": None} if optimizer == "adamw" else {"directions": "gaussian"}

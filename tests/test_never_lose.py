@@ -23,7 +23,7 @@ from zo_opt.errors import ZOError
 from zo_opt.files import write_atomically
 from zo_opt.optim import OPTIMIZERS, ClipProjectedGrads
 from zo_opt.schedules import constant_queries, variance_queries
-from zo_opt.training import builtin, checkpoint, loop, report
+from zo_opt.training import builtin, checkpoint, report, stepper
 from zo_opt.training.metrics import MetricsWriter, read_lines
 from zo_opt.training.output import LOCK_NAME, output_directory
 
@@ -64,14 +64,14 @@ def killed(tmp_path_factory: pytest.TempPathFactory, toy_options: Options) -> Pa
     directory = tmp_path_factory.mktemp("killed") / "out"
 
     def die_in(step: int) -> None:
-        original = loop.training_loss
+        original = stepper.training_loss
 
         def loss(*arguments: Any) -> torch.Tensor:
             if len(read_lines(directory)) == step:
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(*arguments)
 
-        loop.training_loss = loss
+        stepper.training_loss = loss
 
     code, said = finish(toy_options(output_dir=directory, **JOB), directory.with_name("log"), lambda: die_in(11))
     assert code == -signal.SIGKILL, said
@@ -133,8 +133,8 @@ def test_a_redone_step_leaves_what_the_step_left(tmp_path: Path, name: str) -> N
 
 
 def test_recorded_steps_take_no_forward_pass(copied: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, original = [], loop.training_loss
-    monkeypatch.setattr(loop, "training_loss", lambda *a: calls.append(1) or original(*a))
+    calls, original = [], stepper.training_loss
+    monkeypatch.setattr(stepper, "training_loss", lambda *a: calls.append(1) or original(*a))
     assert resume(copied) == 0
     assert len(calls) == read_lines(copied)[-1].record(read_lines(copied)[-2].values["forwards"]).forwards
     assert differences(copied, whole, journal=True) == []
@@ -249,7 +249,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(
     out, log = tmp_path / "out", tmp_path / "log"
 
     def fill_the_disk() -> None:
-        original = loop.training_loss
+        original = stepper.training_loss
 
         def loss(*arguments: Any) -> torch.Tensor:
             if len(read_lines(out)) == 7:
@@ -257,7 +257,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
             return original(*arguments)
 
-        loop.training_loss = loss
+        stepper.training_loss = loss
 
     code, said = finish(toy_options(output_dir=out, **JOB), log, fill_the_disk)
     assert code == 2
@@ -369,12 +369,12 @@ def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
 def test_a_stated_number_of_failed_steps_ends_the_run(
     toy_options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original, out = loop.training_loss, tmp_path / "out"
+    original, out = stepper.training_loss, tmp_path / "out"
 
     def loss(*arguments: Any) -> torch.Tensor:
         return original(*arguments) * (torch.nan if len(read_lines(out)) >= 4 else 1)
 
-    monkeypatch.setattr(loop, "training_loss", loss)
+    monkeypatch.setattr(stepper, "training_loss", loss)
     assert run_main(toy_options(output_dir=out, **JOB | {"save_steps": 4, "max_failed_steps": 3})) == 1
     assert "3 steps in a row" in capsys.readouterr().err
     assert len(read_lines(out)) == 6

@@ -317,7 +317,7 @@ def test_a_private_run_that_was_killed_goes_on_with_the_same_noise(
         original(optimizer, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr("zo_opt.training.loop.private_step", dies)
+        patch.setattr("zo_opt.training.stepper.private_step", dies)
         run_main(options)
     monkeypatch.setattr(
         "secrets.token_bytes", lambda count: bytes([8] * count)

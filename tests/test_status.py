@@ -13,7 +13,7 @@ import pytest
 from conftest import run_main
 
 from zo_opt.cli.status import _time
-from zo_opt.training import checkpoint, loop
+from zo_opt.training import checkpoint, stepper
 from zo_opt.training.metrics import MetricsWriter
 from zo_opt.training.output import LOCK_NAME, output_directory
 from zo_opt.training.trackers import Trackers, check_trackers
@@ -160,7 +160,7 @@ def test_a_tracker_is_told_every_step_once(
     notebook: type[Notebook], toy_options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    original = loop.training_loss
+    original = stepper.training_loss
 
     def stop_after_four(*arguments: Any) -> Any:
         if (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) == 4:
@@ -168,7 +168,7 @@ def test_a_tracker_is_told_every_step_once(
         return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "training_loss", stop_after_four)
+        patch.setattr(stepper, "training_loss", stop_after_four)
         with pytest.raises(MemoryError):
             run_main(toy_options(output_dir=out, report_to="notebook", **JOB | {"save_steps": 3}))
     first, notebook.pages[:] = list(notebook.pages), []

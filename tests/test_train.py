@@ -310,13 +310,38 @@ def test_resuming_keeps_the_options_of_the_interrupted_run(
     uninterrupted: Callable[[dict[str, Any]], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     whole, broken = uninterrupted(EASY), tmp_path / "broken"
     stop_at(monkeypatch, 6, killed)
+    line = toy_options(output_dir=broken, **EASY)
     with pytest.raises(MemoryError):
-        run_main(toy_options(output_dir=broken, **EASY))
-    assert run_main(["train", "--output_dir", str(broken), "--resume", "--lr", "0.5", "--seed", "9"]) == 0
+        run_main(line)
+    assert run_main(["train", "--output_dir", str(broken), "--resume", "--seed", "9"]) == 2
+    assert "seed=9 was given with --resume" in capsys.readouterr().err
+    assert run_main([*line, "--resume"]) == 0  # the same command once more
     same_run(broken, whole)
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_what_a_resumed_run_can_be_told(
+    begun: bool, toy_options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also an option's default, where the run was started with something else."""
+    directory = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        if begun:
+            stop_at(patch, 3, killed)
+        else:
+            patch.setattr("zo_opt.training.loop._Run._save", lambda self: killed())
+        with pytest.raises(MemoryError):
+            run_main(toy_options(output_dir=directory, **EASY | {"save_steps": 2, "max_failed_steps": 3}))
+    told: list[TrainConfig] = []
+    monkeypatch.setattr("zo_opt.training.loop.load_examples", lambda config, _: told.append(config) or killed())
+    with pytest.raises(MemoryError):
+        run_main(["train", "--output_dir", str(directory), "--resume", "--save_steps", str(TrainConfig.save_steps)])
+    assert (told[0].save_steps, told[0].max_failed_steps) == (TrainConfig.save_steps, 3)
+    assert told[0].resume == begun
 
 
 def test_a_torn_line_of_metrics_does_no_harm(

@@ -32,9 +32,10 @@ def make_schedule(
     max_queries: int | None = None,
     min_queries: int = 1,
     budget_forwards: int | None = None,
-    milestones: Mapping[int, int] | None = None,
+    milestones: Mapping[int, int] | str | None = None,
     forwards_per_query: int = 2,
     forwards_per_step: int = 0,
+    query_mode: str | None = None,
 ) -> QuerySchedule:
     """The schedule of that name.
 
@@ -47,8 +48,9 @@ def make_schedule(
             number of queries of constant (1).
         min_queries: the floor of adazeta and variance, the start of linear, cosine and the default milestones.
         budget_forwards: forward passes that budget spends; by default as many as adazeta would with these options.
-        milestones: step -> queries of stepwise; by default four even levels, a quarter of the run each.
+        milestones: step -> queries of stepwise, or "step:queries" pairs with commas; by default four even levels, a quarter of the run each.
         forwards_per_query, forwards_per_step: what queries cost, for budget.
+        query_mode: how queries are evaluated, where that is known.
 
     Raises:
         ZOError: the name is not known, or an option that this schedule needs is impossible.
@@ -61,6 +63,8 @@ def make_schedule(
         if value < 1:
             raise ZOError(f"{option}={value} is not possible; give a whole number of at least 1.")
     most = MAX_QUERIES if max_queries is None else max_queries
+    if isinstance(milestones, str):
+        milestones = parse_milestones(milestones)
     match name:
         case "constant":
             return constant_queries(1 if max_queries is None else max_queries)
@@ -74,6 +78,10 @@ def make_schedule(
         case "stepwise":
             return stepwise_queries(default_milestones(min_queries, most, steps) if milestones is None else milestones)
         case "budget":
+            if query_mode == "split":
+                raise ZOError(
+                    "in split mode a step costs two forwards whatever its queries; a budget needs query_mode='sequential'."
+                )
             if budget_forwards is None:
                 adazeta = make_schedule(
                     "adazeta", steps=steps, steps_per_epoch=steps_per_epoch, alpha=alpha, beta=beta,

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     who = f"zo-opt (rank {rank})" if rank else "zo-opt"
     try:
         parsed = _parser().parse_args(arguments or ["--help"])
-        return _run(parsed, shlex.join(["zo-opt", *arguments]))
+        return _run(parsed, arguments)
     except ZOError as error:
         errors.print(f"{who}: error: {error}", markup=False)
         return 2
@@ -44,16 +44,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _run(parsed: Namespace, command: str) -> int:
+def _run(parsed: Namespace, arguments: Sequence[str]) -> int:
     from zo_opt.cli import compare, diagnose, merge, plan, replay, schedule, status, train
     from zo_opt.cli import eval as evaluate
 
     if world_size() > 1 and parsed.command != "train":
         raise ZOError(f"zo-opt {parsed.command} is one process; start it without torchrun.")
+    command = shlex.join(["zo-opt", *arguments])
     if parsed.command == "status":
         return status.run(parsed["status"])
     if parsed.command == "train":
-        train.run(parsed["train"], command)
+        given = _parser().parse_args(arguments, defaults=False)["train"].as_dict().keys() - {"config"}
+        train.run(parsed["train"], command, given)
     elif parsed.command == "compare":
         compare.run(parsed["compare"], command)
     elif parsed.command == "diagnose":

@@ -14,7 +14,7 @@ from rich.table import Table
 from zo_opt.errors import ZOError
 from zo_opt.files import write_atomically
 from zo_opt.query_modes import QUERY_MODES
-from zo_opt.schedule_options import make_schedule, parse_milestones, resolve_beta
+from zo_opt.schedule_options import make_schedule, resolve_beta
 from zo_opt.schedule_plot import Course, picture, table
 from zo_opt.schedules import QuerySchedule, simulate
 
@@ -116,7 +116,7 @@ class ScheduleConfig:
             max_queries=self.max_queries,
             min_queries=self.min_queries,
             budget_forwards=self.budget_forwards,
-            milestones=None if self.milestones is None else parse_milestones(self.milestones),
+            milestones=self.milestones,
             forwards_per_query=self.forwards_per_query,
             forwards_per_step=self.forwards_per_step,
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from jsonargparse import Namespace
 
 from zo_opt.distributed import launched_rank, process_group
@@ -12,8 +14,8 @@ from zo_opt.training.progress import Reporter
 from zo_opt.training.ranks import check_ranks, follow
 
 
-def run(options: Namespace, command: str) -> None:
-    """Train with the parsed options and say what came out; under torchrun, as one of several processes."""
+def run(options: Namespace, command: str, given: Collection[str]) -> None:
+    """Train with the parsed options, of which some were given, and say what came out; under torchrun, as one of several processes."""
     reporter = Reporter()
     values = options.as_dict()
     values.pop("config", None)
@@ -21,9 +23,9 @@ def run(options: Namespace, command: str) -> None:
     check_ranks(config)
     with process_group():
         if launched_rank():
-            follow(config)
+            follow(config, given)
             return
-        summary, output_dir = train(config, reporter, command)
+        summary, output_dir = train(config, reporter, command, given)
     reporter.say(
         f"{summary.outcome} with "
         f"{summary.forwards:,} forward passes in {summary.train_seconds:.0f} s; peak memory {readable(summary.peak_memory)}"

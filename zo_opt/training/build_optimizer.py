@@ -22,8 +22,20 @@ def make_optimizer(
     lr: float,
     steps_per_epoch: int,
     privacy: GaussianPrivacy | None = None,
+    *,
+    share_prefix: bool = True,
 ) -> ZerothOrderOptimizer | FirstOrder:
-    """The optimizer that the options describe; what they leave open is the optimizer's own."""
+    """The optimizer that the options describe; what they leave open is the optimizer's own.
+
+    Args:
+        config: the options.
+        model: the model that holds the parameters.
+        params: parameters or groups of them.
+        lr: learning rate.
+        steps_per_epoch: optimizer steps in an epoch.
+        privacy: what hides the rows, if anything does.
+        share_prefix: not for objectives that write: that fills key-value caches, which replayed layers would leave empty.
+    """
     if config.optimizer == first_order.NAME:
         return FirstOrder(
             params, lr=lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
@@ -50,8 +62,7 @@ def make_optimizer(
         query_mode=config.mode if distributed is None else "distributed",
         distributed=distributed,
         module=model,
-        # Where the prefix cache is off or full. Writing fills key-value caches, which replayed layers would leave empty.
-        share_prefix=config.objective in ("loss", "accuracy", "f1"),
+        share_prefix=share_prefix,  # for where the prefix cache is off or full
         step_control=config.make_step_control(),
         max_failed_steps=config.max_failed_steps,
         privacy=privacy,

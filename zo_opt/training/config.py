@@ -12,7 +12,7 @@ from zo_opt.adapters.tt_init import FEATURES
 from zo_opt.distributed import Distributed
 from zo_opt.errors import ZOError
 from zo_opt.optim import OPTIMIZERS, UPDATE_RULES, Adam, ClipProjectedGrads, StepControl, UpdateRule
-from zo_opt.schedule_options import make_schedule, parse_milestones
+from zo_opt.schedule_options import make_schedule
 from zo_opt.schedules import QuerySchedule
 from zo_opt.training import builtin, first_order, objectives
 from zo_opt.training.batches import ORDERS
@@ -347,14 +347,10 @@ class TrainConfig:
         kind = self.query_schedule or (own if self.optimizer == "adazeta" else None)
         if kind is None and self.max_queries is None:
             return None
-        if kind == "budget" and self.mode == "split":
-            raise ZOError(
-                "in split mode a step costs two forwards whatever its queries; a budget needs --query_mode sequential."
-            )
         return make_schedule(
             kind or "constant", steps=self.steps, steps_per_epoch=steps_per_epoch, alpha=self.alpha, beta=self.beta,
             max_queries=self.max_queries, min_queries=self.min_queries, budget_forwards=self.budget_forwards,
-            milestones=None if self.milestones is None else parse_milestones(self.milestones),
+            milestones=self.milestones, query_mode=self.mode,
         )  # fmt: skip
 
     def make_update_rule(self) -> UpdateRule | None:

@@ -132,6 +132,11 @@ class Prepared:
     def __len__(self) -> int:
         return len(self.encoded)
 
+    @property
+    def writes(self) -> bool:
+        """Whether the model writes for what is trained."""
+        return self.objective is not None and self.objective.writes(self.scorer)
+
     def subset(self, indices: Sequence[int]) -> Prepared:
         """Some of the examples, with the same cache."""
         some = copy(self)

@@ -6,51 +6,46 @@ import json
 import signal
 import time
 import uuid
+from collections.abc import Collection
 from contextlib import nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from zo_opt.adapters import AdapterModel
 from zo_opt.distributed import meet, world_size
-from zo_opt.errors import ZOError
 from zo_opt.files import write_atomically
 from zo_opt.journal import NAME as JOURNAL_NAME
 from zo_opt.journal import Journal
 from zo_opt.memory import current_memory, peak_memory, readable, reset_peak_memory
-from zo_opt.optim import ZerothOrderOptimizer
 from zo_opt.training import checkpoint, report
-from zo_opt.training.batches import BatchOrder
-from zo_opt.training.build_optimizer import make_optimizer, make_param_groups
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.evaluate_run import read_config, read_record
-from zo_opt.training.evaluation import Evaluation, Prepared, evaluate
+from zo_opt.training.evaluation import Evaluation, evaluate
 from zo_opt.training.first_order import FirstOrder
 from zo_opt.training.metrics import MetricsWriter, step_values
-from zo_opt.training.output import RUN_NAME, START_NAME, never_begun, output_directory
-from zo_opt.training.private import PoissonOrder, make_privacy, private_step
+from zo_opt.training.output import RUN_NAME, START_NAME, output_directory
+from zo_opt.training.private import make_privacy
 from zo_opt.training.progress import Reporter
-from zo_opt.training.resume import keeps_journal, resume
+from zo_opt.training.resume import keeps_journal, resume, resumed_config
 from zo_opt.training.setup import Tools, build_tools, load_examples
+from zo_opt.training.stepper import Stepper
 from zo_opt.training.stop import InterruptedRunError, StopSignals
 from zo_opt.training.summary import Progress, summarise, versions
 from zo_opt.training.trackers import Trackers, check_trackers
 
-_ANEW = (
-    "save_steps",
-    "max_failed_steps",
-    "report_to",
-    "share",
-    "trust_remote_code",
-)  # what a resumed run can be told otherwise
 
-
-def train(config: TrainConfig, reporter: Reporter, command: str) -> tuple[report.Summary, Path]:
+def train(
+    config: TrainConfig, reporter: Reporter, command: str, given: Collection[str] | None = None
+) -> tuple[report.Summary, Path]:
     """One run from options to report; returns what it measured and where it wrote.
+
+    Args:
+        config: the options.
+        reporter: told and shown what happens.
+        command: the command line, for the record.
+        given: of a resumed run: names of the options that were given, as in :func:`~zo_opt.training.resume.resumed_config`.
 
     Raises:
         ZOError: a mistake in the options or files, or a full disk; what was written before is intact.
@@ -59,7 +54,7 @@ def train(config: TrainConfig, reporter: Reporter, command: str) -> tuple[report
     """
     record: dict[str, Any] | None = None
     if config.resume:
-        config, record = resumed_config(config, reporter)
+        config, record = resumed_config(config, given, reporter)
     config.check()
     meet()  # the other ranks have read what is changed from here on
     directory = config.output_dir or _default_directory(config)
@@ -68,15 +63,11 @@ def train(config: TrainConfig, reporter: Reporter, command: str) -> tuple[report
         try:
             examples = load_examples(config, reporter)
             tools = build_tools(config, examples, reporter)
-            privacy = make_privacy(config, tools.train, reporter.say)
-            order = BatchOrder(tools.train.labels, config.batch_size, config.seed, config.batch_order)
-            order = order if privacy is None else PoissonOrder(privacy)
-            params = make_param_groups(config, tools.model, tools.recipe.lr)
-            optimizer = make_optimizer(config, tools.model, params, tools.recipe.lr, order.steps_per_epoch, privacy)
+            stepper = Stepper(config, tools, make_privacy(config, tools.train, reporter.say))
             reporter.say(f"{tools.model.trainable_summary()}, frozen base in {tools.precision} on {tools.device.type}")
             if record is None:
                 record = _new_record(config, command, tools)
-            run = _Run(config, reporter, record, output_dir, tools, optimizer, order, stop)
+            run = _Run(config, reporter, record, output_dir, tools, stepper, stop)
             run.prepare()
             return run.finish(), output_dir
         except KeyboardInterrupt as request:
@@ -95,18 +86,12 @@ class _Run:
         record: dict[str, Any],
         output_dir: Path,
         tools: Tools,
-        optimizer: ZerothOrderOptimizer | FirstOrder,
-        order: BatchOrder,
+        stepper: Stepper,
         stop: StopSignals,
     ) -> None:
-        from transformers import get_scheduler
-
         self.config, self.reporter, self.record, self.output_dir = config, reporter, record, output_dir
-        self.tools, self.optimizer, self.progress, self.stop = tools, optimizer, Progress(), stop
-        scheduled = optimizer.adamw if isinstance(optimizer, FirstOrder) else optimizer
-        self.lr_scheduler = get_scheduler(config.lr_schedule, scheduled, config.warmup_steps, config.steps)
-        self.order = order
-        self.journal: Journal | None = None
+        self.tools, self.stepper, self.progress, self.stop = tools, stepper, Progress(), stop
+        self.optimizer = stepper.optimizer
         self.done_before: list[dict[str, Any]] = []  # steps beyond the checkpoint that were not lost
         self._training = False
 
@@ -126,7 +111,7 @@ class _Run:
             if keeps_journal(self.optimizer, self.tools.model):
                 assert not isinstance(self.optimizer, FirstOrder)
                 self.tools.model.save_pretrained(self.output_dir / START_NAME)
-                self.journal = Journal.create(self.output_dir / JOURNAL_NAME, self.optimizer, self.tools.model)
+                self.stepper.journal = Journal.create(self.output_dir / JOURNAL_NAME, self.optimizer, self.tools.model)
             self._save()
         meet()  # the other ranks start from the checkpoint
         self.progress.other_seconds += time.monotonic() - start
@@ -168,11 +153,11 @@ class _Run:
     def _resume(self) -> None:
         """Back to where the run was: the checkpoint, and the steps on record beyond it."""
         path = checkpoint.newest(self.output_dir, lambda _: None)  # which was said already
-        resumed = resume(path, self.tools.model, self.optimizer, self.lr_scheduler, self.reporter.say)
+        resumed = resume(path, self.tools.model, self.optimizer, self.stepper.lr_scheduler, self.reporter.say)
         path.replace(
             self.output_dir / checkpoint.NAME
         )  # if it is the one before, the damaged one must not take its place
-        self.progress, self.journal = Progress(**resumed.extra["progress"]), resumed.journal
+        self.progress, self.stepper.journal = Progress(**resumed.extra["progress"]), resumed.journal
         self.done_before = resumed.steps
         done, again = self.optimizer.step_count, len(resumed.steps)
         for line in resumed.steps:
@@ -194,30 +179,18 @@ class _Run:
         return result
 
     def _train(self, trackers: Trackers) -> None:
-        config, optimizer, prepared = self.config, self.optimizer, self.tools.train
-        model: AdapterModel = self.tools.model
-        ranks = None if isinstance(optimizer, FirstOrder) else optimizer.ranks
+        config, optimizer, stepper = self.config, self.optimizer, self.stepper
         offset = self.progress.train_seconds
         start = time.monotonic()
         metrics = MetricsWriter(self.output_dir, keep_steps=optimizer.step_count)
         done = optimizer.step_count
         tracked = self.reporter.track("training", config.steps, "steps", done)
-        with metrics, self.journal or nullcontext(), self.stop.held(), tracked as tracker:
+        with metrics, stepper.journal or nullcontext(), self.stop.held(), tracked as tracker:
             while optimizer.step_count < config.steps:
-                indices = self.order.indices(optimizer.step_count)
-                lr = self.lr_scheduler.get_last_lr()[0]
+                lr = stepper.lr
                 with torch.no_grad():
-                    penalty = model.penalty()
-                if isinstance(self.order, PoissonOrder):
-                    assert not isinstance(optimizer, FirstOrder)
-                    private_step(optimizer, model, prepared, indices)
-                else:
-                    batch = shared_batch(prepared, indices, optimizer)
-                    if ranks is not None:
-                        ranks.stop_wanted = self.stop.signum or 0
-                    optimizer.step(lambda b: training_loss(model, prepared, b), batch)
-                self._advance_adapter()
-                self.lr_scheduler.step()
+                    penalty = self.tools.model.penalty()
+                stepper.step(self.stop)
                 self.progress.train_seconds = offset + time.monotonic() - start
                 record = optimizer.last_record
                 assert record is not None
@@ -227,7 +200,7 @@ class _Run:
                 trackers.log_step(step_values(record, lr, optimizer.history, self.progress.train_seconds))
                 tracker.advance(1, self._note(record.loss, record.queries))
                 done = optimizer.step_count
-                stopping = self.stop.signum if ranks is None else ranks.stop or None
+                stopping = stepper.ending(self.stop)
                 if stopping is not None or done % config.save_steps == 0 or done == config.steps:
                     metrics.sync()
                     self._save()
@@ -235,29 +208,14 @@ class _Run:
                     meet()  # what ends before may have this process ended by its launcher
                     raise InterruptedRunError(self.output_dir, stopping, after=f" after step {done}")
 
-    def _advance_adapter(self) -> None:
-        """What follows a step: on record, and what changes in the adapter as training goes on."""
-        optimizer, model = self.optimizer, self.tools.model
-        reads_grad = model.schedule is not None and model.schedule.needs_grad
-        if not isinstance(optimizer, FirstOrder):
-            if self.journal is not None:
-                self.journal.append(optimizer.last_update)
-            if reads_grad:
-                optimizer.write_last_grad()  # zeros if the step was dropped
-        elif optimizer.failed_steps and reads_grad:  # gradients of a dropped step are not finite
-            optimizer.zero_grad()
-            return
-        model.step(optimizer.step_count - 1)
-        optimizer.zero_grad()
-
     def _save(self) -> None:
         """The journal first: what a checkpoint has done must be on record. What writing takes is not counted as training's memory."""
         self._note_peak()
-        if self.journal is not None:
-            self.journal.seal()
+        if self.stepper.journal is not None:
+            self.stepper.journal.seal()
         extra = {"progress": vars(self.progress), "run": self.record}
         path = self.output_dir / checkpoint.NAME
-        checkpoint.save_checkpoint(path, self.tools.model, self.optimizer, self.lr_scheduler, extra)
+        checkpoint.save_checkpoint(path, self.tools.model, self.optimizer, self.stepper.lr_scheduler, extra)
         self.progress.peak_memory = max(self.progress.peak_memory, peak_memory(self.tools.device))
         reset_peak_memory(self.tools.device)
 
@@ -273,19 +231,6 @@ class _Run:
         return note + (f"  dropped {dropped}" if dropped else "")
 
 
-def training_loss(model: AdapterModel, prepared: Prepared, batch: Any) -> Tensor:
-    """The loss that is trained: the task's, and what the adapter adds to it."""
-    loss, penalty = prepared.loss(model, batch), model.penalty()
-    return loss if penalty is None else loss + penalty
-
-
-def shared_batch(prepared: Prepared, indices: list[int], optimizer: ZerothOrderOptimizer | FirstOrder) -> Any:
-    """A step's batch, or this rank's rows of it where ranks share them; a tensor of no rows if it has none."""
-    if not isinstance(optimizer, FirstOrder) and optimizer.ranks is not None:
-        indices = list(optimizer.ranks.rows(indices))
-    return prepared.batch(indices) if indices else torch.empty(0)
-
-
 def _new_record(config: TrainConfig, command: str, tools: Tools) -> dict[str, Any]:
     """What run.json says, and every checkpoint: how the run was made."""
     return {
@@ -296,37 +241,6 @@ def _new_record(config: TrainConfig, command: str, tools: Tools) -> dict[str, An
         "versions": versions(),
         "started": _now(),
     }
-
-
-def resumed_config(config: TrainConfig, reporter: Reporter) -> tuple[TrainConfig, dict[str, Any] | None]:
-    """The options that the interrupted run was started with, save those of ``_ANEW`` that are given now; and its record.
-
-    A run that was killed before its first step is begun anew, without a record.
-    """
-    directory = config.output_dir
-    if directory is None:
-        raise ZOError("--resume needs --output_dir, the directory of the interrupted run.")
-    if (directory / RUN_NAME).is_file() and never_begun(directory):
-        reporter.say(f"the run in {directory} was stopped before its first step; it begins anew.")
-        saved = read_config(directory, trust_remote_code=config.trust_remote_code)
-        return replace(saved, resume=False, output_dir=directory), None
-    path = checkpoint.newest(directory, reporter.say)
-    record = checkpoint.read_state(path)["extra"].get("run")
-    if record is None:  # of an earlier version
-        saved, record = read_config(directory), read_record(directory)
-    else:
-        saved = _config_of(path, record)
-    saved = replace(saved, trust_remote_code=False)  # a file may not allow itself to run code
-    defaults = {f.name: f.default for f in fields(TrainConfig)}
-    anew = {name: getattr(config, name) for name in _ANEW if getattr(config, name) != defaults[name]}
-    return replace(saved, resume=True, output_dir=directory, **anew), record
-
-
-def _config_of(path: Path, record: dict[str, Any]) -> TrainConfig:
-    try:
-        return TrainConfig.from_dict(record["config"])
-    except (KeyError, TypeError) as error:
-        raise ZOError(f"{path} was written by another version of zo_opt ({error}); resume with that one.") from error
 
 
 def _default_directory(config: TrainConfig) -> Path:

@@ -23,6 +23,7 @@ from zo_opt.training.precision import bf16_is_fast, set_precision
 from zo_opt.training.recipe import resolve
 from zo_opt.training.scoring import make_scorer
 from zo_opt.training.skeleton import LABELS, WordTokenizer, example_of_length
+from zo_opt.training.stepper import advance_adapter, training_loss
 
 PRECISIONS = ("auto", "mixed", "fp32", "bf16")
 LOGITS = ("labels", "all")
@@ -102,18 +103,13 @@ class TrainingStep:
 
     def advance(self) -> None:
         """What follows: the adapter's schedule, and gradients are let go."""
-        optimizer, schedule = self.optimizer, self.model.schedule
-        if isinstance(optimizer, ZerothOrderOptimizer) and schedule is not None and schedule.needs_grad:
-            optimizer.write_last_grad()
-        self.model.step(optimizer.step_count - 1)
-        optimizer.zero_grad()
+        advance_adapter(self.model, self.optimizer)
 
     def _loss(self, batch: dict[str, Tensor]) -> Tensor:
-        if self.logits == "all":
-            inputs = self.prepared.scorer.inputs(batch)
-            loss: Tensor = self.model.wrapped(**inputs, labels=inputs["input_ids"]).loss
-        else:
-            loss = self.prepared.loss(self.model, batch)
+        if self.logits == "labels":
+            return training_loss(self.model, self.prepared, batch)
+        inputs = self.prepared.scorer.inputs(batch)
+        loss: Tensor = self.model.wrapped(**inputs, labels=inputs["input_ids"]).loss
         penalty = self.model.penalty()
         return loss if penalty is None else loss + penalty
 

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Collection
 from pathlib import Path
 
 from rich.console import Console
 
-from zo_opt.adapters import AdapterModel
 from zo_opt.distributed import meet, world_size
 from zo_opt.errors import ZOError
-from zo_opt.optim import ZerothOrderOptimizer
 from zo_opt.training import checkpoint, first_order
-from zo_opt.training.batches import BatchOrder
-from zo_opt.training.build_optimizer import make_optimizer, make_param_groups
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.loop import resumed_config, shared_batch, training_loss
 from zo_opt.training.progress import Reporter
+from zo_opt.training.resume import resumed_config
 from zo_opt.training.setup import Tools, build_tools, load_examples
+from zo_opt.training.stepper import Stepper
 from zo_opt.training.stop import InterruptedRunError, StopSignals
 
 
@@ -43,8 +41,12 @@ def check_ranks(config: TrainConfig) -> None:
         )
 
 
-def follow(config: TrainConfig) -> None:
+def follow(config: TrainConfig, given: Collection[str] | None = None) -> None:
     """A rank that writes nothing: it starts from rank 0's checkpoint and takes every step with it.
+
+    Args:
+        config: the options.
+        given: of a resumed run: names of the options that were given, as in :func:`~zo_opt.training.resume.resumed_config`.
 
     Raises:
         RankError: another rank failed.
@@ -52,7 +54,7 @@ def follow(config: TrainConfig) -> None:
     """
     reporter = Reporter(Console(quiet=True))
     if config.resume:
-        config, _ = resumed_config(config, reporter)
+        config, _ = resumed_config(config, given, reporter)
     config.check()
     check_ranks(config)
     assert config.output_dir is not None
@@ -66,31 +68,16 @@ def follow(config: TrainConfig) -> None:
 
 
 def _follow(config: TrainConfig, tools: Tools, stop: StopSignals, output_dir: Path, reporter: Reporter) -> None:
-    from transformers import get_scheduler
-
-    order = BatchOrder(tools.train.labels, config.batch_size, config.seed, config.batch_order)
-    params = make_param_groups(config, tools.model, tools.recipe.lr)
-    optimizer = make_optimizer(config, tools.model, params, tools.recipe.lr, order.steps_per_epoch)
-    assert isinstance(optimizer, ZerothOrderOptimizer)
-    assert optimizer.ranks is not None
-    lr_scheduler = get_scheduler(config.lr_schedule, optimizer, config.warmup_steps, config.steps)
+    stepper = Stepper(config, tools)
     tools.record_prefixes(config, output_dir, reporter)
     if config.compile:
         tools.compile_model(reporter)
     meet()
     path = checkpoint.newest(output_dir, reporter.say)
-    checkpoint.load_checkpoint(path, tools.model, optimizer, lr_scheduler)
-    model: AdapterModel = tools.model
+    checkpoint.load_checkpoint(path, tools.model, stepper.optimizer, stepper.lr_scheduler)
     with stop.held():
-        while optimizer.step_count < config.steps:
-            batch = shared_batch(tools.train, order.indices(optimizer.step_count), optimizer)
-            optimizer.ranks.stop_wanted = stop.signum or 0
-            optimizer.step(lambda b: training_loss(model, tools.train, b), batch)
-            if model.schedule is not None and model.schedule.needs_grad:
-                optimizer.write_last_grad()
-            model.step(optimizer.step_count - 1)
-            optimizer.zero_grad()
-            lr_scheduler.step()
-            if optimizer.ranks.stop:
+        while stepper.optimizer.step_count < config.steps:
+            stepper.step(stop)
+            if (signum := stepper.ending(stop)) is not None:
                 meet()
-                raise InterruptedRunError(output_dir, optimizer.ranks.stop, after=f" after step {optimizer.step_count}")
+                raise InterruptedRunError(output_dir, signum, after=f" after step {stepper.optimizer.step_count}")

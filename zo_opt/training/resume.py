@@ -1,9 +1,9 @@
-"""Taking up a run again: its checkpoint, and on top of it the steps that the journal and metrics.jsonl have beyond."""
+"""Taking up a run again: its options, its checkpoint, and on top of that the steps that the journal and metrics.jsonl have beyond."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,65 @@ from zo_opt.journal import NAME, Contents, Journal, read_journal
 from zo_opt.optim import Update, ZerothOrderOptimizer
 from zo_opt.provenance import check_described, device_type, fingerprint, is_portable, tuned_names
 from zo_opt.training import checkpoint
+from zo_opt.training.config import TrainConfig
+from zo_opt.training.evaluate_run import read_config, read_record
 from zo_opt.training.first_order import FirstOrder
 from zo_opt.training.metrics import Line, read_lines
+from zo_opt.training.output import RUN_NAME, never_begun
+from zo_opt.training.progress import Reporter
+
+# What a resumed run can be told otherwise.
+_ANEW = ("save_steps", "max_failed_steps", "report_to", "share", "trust_remote_code")
+
+
+def resumed_config(
+    config: TrainConfig, given: Collection[str] | None, reporter: Reporter
+) -> tuple[TrainConfig, dict[str, Any] | None]:
+    """The options that the interrupted run was started with, save those that can be told otherwise and are; and its record.
+
+    A run that was killed before its first step is begun anew, without a record.
+
+    Args:
+        config: the options given now.
+        given: their names; those that differ from their defaults if None.
+        reporter: told of what is damaged, or begins anew.
+
+    Raises:
+        ZOError: there is no run to resume, its files are damaged, or it was started with another value of an option given now.
+    """
+    directory = config.output_dir
+    if directory is None:
+        raise ZOError("--resume needs --output_dir, the directory of the interrupted run.")
+    if given is None:
+        given = [f.name for f in fields(TrainConfig) if getattr(config, f.name) != f.default]
+    record: dict[str, Any] | None = None
+    if begins := (directory / RUN_NAME).is_file() and never_begun(directory):
+        reporter.say(f"the run in {directory} was stopped before its first step; it begins anew.")
+        saved = read_config(directory)
+    else:
+        path = checkpoint.newest(directory, reporter.say)
+        record = checkpoint.read_state(path)["extra"].get("run")
+        if record is None:  # of an earlier version
+            saved, record = read_config(directory), read_record(directory)
+        else:
+            saved = _config_of(path, record)
+    saved = replace(saved, trust_remote_code=False)  # a file may not allow itself to run code
+    for name in given:
+        now, then = getattr(config, name), getattr(saved, name)
+        if name not in (*_ANEW, "output_dir", "resume") and now != then:
+            raise ZOError(
+                f"{name}={now!r} was given with --resume, and the run in {directory} was started with {then!r}; leave --{name} out, or "
+                "start a new run."
+            )
+    anew = {name: getattr(config, name) for name in _ANEW if name in given}
+    return replace(saved, resume=not begins, output_dir=directory, **anew), record
+
+
+def _config_of(path: Path, record: dict[str, Any]) -> TrainConfig:
+    try:
+        return TrainConfig.from_dict(record["config"])
+    except (KeyError, TypeError) as error:
+        raise ZOError(f"{path} was written by another version of zo_opt ({error}); resume with that one.") from error
 
 
 @dataclass(frozen=True)

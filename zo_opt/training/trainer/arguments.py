@@ -13,7 +13,7 @@ from zo_opt.distributed import Distributed
 from zo_opt.errors import ZOError
 from zo_opt.optim import OPTIMIZERS, UPDATE_RULES, Adam, AMSGrad, ClipProjectedGrads, UpdateRule, ZerothOrderOptimizer
 from zo_opt.query_modes import QUERY_MODES
-from zo_opt.schedule_options import make_schedule, parse_milestones
+from zo_opt.schedule_options import make_schedule
 from zo_opt.schedules import QuerySchedule
 
 BACKPROPAGATION = "none"
@@ -155,15 +155,10 @@ class ZOArguments(_Base):
         kind = self.query_schedule or ("adazeta" if self.zo_optimizer == "adazeta" else None)
         if kind is None and self.max_queries is None:
             return None
-        if kind == "budget" and self.query_mode == "split":
-            raise ZOError(
-                "in split mode a step costs two forwards whatever its queries; a budget needs query_mode='sequential'."
-            )
         return make_schedule(
             kind or "constant", steps=steps, steps_per_epoch=steps_per_epoch, alpha=self.query_alpha, beta=self.query_beta,
             max_queries=self.max_queries, min_queries=self.min_queries, budget_forwards=self.budget_forwards,
-            milestones=None if self.milestones is None else parse_milestones(self.milestones),
-            forwards_per_query=2 * self.gradient_accumulation_steps,
+            milestones=self.milestones, forwards_per_query=2 * self.gradient_accumulation_steps, query_mode=self.query_mode,
         )  # fmt: skip
 
     def _rule(self) -> UpdateRule | None:
