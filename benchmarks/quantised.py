@@ -1,6 +1,7 @@
 """Bases in few bits, compiled or from a GGUF file: bytes, seconds a step, accuracy before and after tuning; results/quantised.json.
 
     python benchmarks/quantised.py bases [--gguf model.gguf] [--only int4,int8]   # each base once, fewer rows than the default run
+    python benchmarks/quantised.py weights [--only int4,int8]                     # of each base, its bytes alone
     python benchmarks/quantised.py default                                        # zo-opt train --quantise int4, three seeds
 
 Needs ``pip install '.[quantised]'``. Every base is loaded and tuned in processes of their own; what was measured before and is not
@@ -58,15 +59,19 @@ def tune(options: list[str]) -> dict[str, Any]:
 
 
 def weigh(options: list[str]) -> dict[str, int]:
-    """Load a base in a process of its own: bytes of its weights, and of anonymous memory that loading took and left."""
+    """Load a base in a process of its own: bytes of its weights, and of anonymous memory that loading took at most ("loading_peak"),
+    that were still there after it ("loaded"), and after the C library gave back what was freed, as it is made to before training ("training").
+    """
     done = subprocess.run([sys.executable, __file__, "weigh", *options], check=True, capture_output=True, text=True)
     found: dict[str, int] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
 
 
 def _weigh(options: list[str]) -> dict[str, int]:
+    import torch
     import transformers.models.llama.modeling_llama  # noqa: F401 (what loading imports is not its memory)
 
+    from zo_opt.memory import reset_peak_memory
     from zo_opt.training.config import TrainConfig
     from zo_opt.training.progress import Reporter
     from zo_opt.training.quantisation import KINDS, quiet, weight_bytes
@@ -91,7 +96,9 @@ def _weigh(options: list[str]) -> dict[str, int]:
     base = load_base(TrainConfig(**values), get_task("sst2"), Reporter())
     done.set()
     watcher.join()
-    return {"weights": weight_bytes(base.model), "loading_peak": peak[0] - before, "loaded": anonymous() - before}
+    found = {"weights": weight_bytes(base.model), "loading_peak": peak[0] - before, "loaded": anonymous() - before}
+    reset_peak_memory(torch.device("cpu"))
+    return found | {"training": anonymous() - before}
 
 
 def anonymous() -> int:
@@ -109,19 +116,20 @@ def save(name: str, row: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["bases", "default"])
+    parser.add_argument("what", choices=["bases", "weights", "default"])
     parser.add_argument("--gguf", help="a GGUF file of the built-in model")
     parser.add_argument("--only", help="names of bases, with commas")
     parser.add_argument("--seeds", default="0,1,2")
     arguments = parser.parse_args()
     start = time.monotonic()
-    if arguments.what == "bases":
+    if arguments.what != "default":
         bases = BASES | (
             {"GGUF": ["--precision", "mixed", "--model_name_or_path", arguments.gguf]} if arguments.gguf else {}
         )
         for name in arguments.only.split(",") if arguments.only else bases:
             options = bases[name]
-            row = tune([*options, *SHORT])
+            known = json.loads(RESULTS.read_text()).get(name, {}) if RESULTS.is_file() else {}
+            row = known if arguments.what == "weights" else tune([*options, *SHORT])
             pairs = options[: 4 if "--quantise" in options or "--model_name_or_path" in options else 2]
             save(name, row | weigh(pairs))
     else:

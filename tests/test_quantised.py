@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run_main
+from conftest import make_model, run_main, tokenizer_for
 from text_tasks import assert_resumes_to_the_same_bits, results
 from tiny_models import build, padded_batch
 
@@ -150,6 +150,44 @@ def test_a_run_on_an_int4_base(
     assert run_main(["eval", str(out)]) == 0
     assert f"accuracy {results(out)['after']['accuracy']:.1%}" in capsys.readouterr().out
     assert run_main(["replay", str(out), "--to", str(tmp_path / "rebuilt")]) == 0
+
+
+def quantised_checkpoint(kind: str, directory: Path) -> Path:
+    """A checkpoint that transformers quantised when it loaded another, with its tokenizer."""
+    import transformers
+
+    make_model("llama").save_pretrained(directory / "dense")
+    if kind == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        config: Any = transformers.TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False))
+    else:
+        config = transformers.BitsAndBytesConfig(load_in_8bit=kind == "bnb-int8", load_in_4bit=kind == "bnb-nf4")
+    made = transformers.AutoModelForCausalLM.from_pretrained(directory / "dense", quantization_config=config)
+    made.save_pretrained(directory / "quantised")
+    tokenizer_for("llama").save_pretrained(directory / "quantised")
+    return directory / "quantised"
+
+
+@pytest.mark.parametrize("kind", [needs(kind) for kind in ("int8", "bnb-int8", "bnb-nf4")])
+def test_a_checkpoint_that_is_quantised_already(
+    kind: str, toy_options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tuned as one that is quantised here; whatever would need the weights in full is refused."""
+    checkpoint, out = quantised_checkpoint(kind, tmp_path), tmp_path / "out"
+    options = {"model_name_or_path": checkpoint, "adapter": "lora", "query_mode": "split", "steps": 5}
+    assert run_main(toy_options(output_dir=out, **options)) == 0
+    model, _ = load_model(str(checkpoint))
+    assert set_precision(model, "fp32", CPU) == "fp32"
+    assert weight_bytes(model) < 0.75 * weight_bytes(make_model("llama"))
+    capsys.readouterr()
+    assert run_main(["eval", str(out)]) == 0
+    assert f"accuracy {results(out)['after']['accuracy']:.1%}" in capsys.readouterr().out
+    assert run_main(["replay", str(out), "--to", str(tmp_path / "rebuilt")]) == 0
+    assert run_main(["merge", str(out), "--to", str(tmp_path / "merged")]) == 2
+    assert "quantis" in capsys.readouterr().err
+    assert run_main(toy_options(output_dir=tmp_path / "twice", quantise=kind, **options)) == 2
+    assert "the checkpoint is quantised already" in capsys.readouterr().err
 
 
 MISTAKES = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from hashlib import sha256
 from typing import Any
@@ -30,9 +30,19 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """
     digest = sha256()
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        for part, inner in _parts(name, tensor):
+            digest.update(f"{part} {inner.dtype} {tuple(inner.shape)}\n".encode())
+            digest.update(inner.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
+
+
+def _parts(name: str, tensor: Any) -> Iterator[tuple[str, Tensor]]:
+    """A tensor, or the plain ones within one that is made of others, as a quantised checkpoint's are."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield name, tensor
+        return
+    for inner in tensor.__tensor_flatten__()[0]:
+        yield from _parts(f"{name}.{inner}", getattr(tensor, inner))
 
 
 def frozen_state(model: nn.Module, tuned: Iterable[Tensor]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from jsonargparse import Namespace
 
 from zo_opt.adapters import load_adapter_model
@@ -11,6 +12,7 @@ from zo_opt.training.evaluate_run import read_config, read_record
 from zo_opt.training.models import load_model
 from zo_opt.training.output import output_directory
 from zo_opt.training.progress import Reporter
+from zo_opt.training.quantisation import adopt
 
 FORMS = ("model", "lora")
 
@@ -36,6 +38,7 @@ def run(options: Namespace) -> None:
             trust_remote_code=options.trust_remote_code,
             say=reporter.say,
         )
+        adopt(base, torch.float32)  # few bits take no merge, and say so
         model = load_adapter_model(base, options.run_dir)
         if form == "lora":
             model.export_peft(to)

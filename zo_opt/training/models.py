@@ -94,7 +94,7 @@ def load_model(
             f"model {name_or_path!r} could not be loaded ({reason}); give {builtin.DEFAULT_MODEL!r}, a local directory or a Hugging Face id."
         ) from error
     for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
+        if not hasattr(parameter, "__tensor_flatten__") and not parameter.isfinite().all():  # integers are finite
             raise ZOError(f"model {name_or_path!r} holds NaN or infinity in {name!r}; load sound weights.")
     if head == "classification" and model.config.pad_token_id is None:
         model.config.pad_token_id = (

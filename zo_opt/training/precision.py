@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from zo_opt.errors import ZOError
 from zo_opt.layers import layer_of
-from zo_opt.training.quantisation import quantise, quantised_tensors
+from zo_opt.training.quantisation import adopt, quantise, quantised_tensors
 
 PRECISIONS = ("auto", "mixed", "fp32")
 
@@ -57,8 +57,10 @@ def set_precision(model: nn.Module, precision: str, device: torch.device) -> str
         raise ZOError(f"precision={precision!r} is not known; choose one of {', '.join(PRECISIONS)}.")
     if precision == "auto":
         precision = "mixed" if bf16_is_fast(device) else "fp32"
+    products = torch.bfloat16 if precision == "mixed" else torch.float32
+    adopt(model, products)
     if kind:
-        quantise(model, kind, device, torch.bfloat16 if precision == "mixed" else torch.float32)
+        quantise(model, kind, device, products)
     from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
     kinds: dict[type, type] = {nn.Linear: MixedLinear, Conv1D: _mixed_conv1d(Conv1D)}

@@ -20,6 +20,7 @@ from zo_opt.training.quantised_layers import QuantisedEmbedding, QuantisedLinear
 # kind -> the package that it needs
 KINDS = {"int8": "torchao", "int4": "torchao", "bnb-int8": "bitsandbytes", "bnb-nf4": "bitsandbytes"}
 ROWS = 4096  # of an embedding that are quantised at a time
+_BITSANDBYTES = {"Linear8bitLt": "bnb-int8", "Linear4bit": "bnb-nf4"}  # as transformers loads them
 GROUP = 32  # neighbouring int4 weights that share a scale and a zero point
 
 
@@ -57,6 +58,8 @@ def quantise(model: Any, kind: str, device: torch.device, dtype: torch.dtype) ->
         ZOError: the kind is not known, its package is not installed, or the model has no linear layers to quantise.
     """
     check_kind(kind)
+    if next(_quantised(model), None) is not None:
+        raise ZOError(f"the checkpoint is quantised already; leave --quantise {kind} out.")
     linear = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and layer_of(n)}
     if not linear:
         raise ZOError(
@@ -76,9 +79,33 @@ def quantise(model: Any, kind: str, device: torch.device, dtype: torch.dtype) ->
     model.eval()
 
 
+def adopt(model: Any, dtype: torch.dtype) -> None:
+    """Make the layers of a checkpoint that torchao or bitsandbytes quantised such as :func:`quantise` makes, in place, to the same numbers.
+
+    Args:
+        model: as transformers loaded it.
+        dtype: of the products with torchao's weights.
+
+    Raises:
+        ZOError: a weight is kept in a way that is not known here.
+    """
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and hasattr(module.weight, "__tensor_flatten__"):
+            _replace(model, name, QuantisedLinear(module.weight.data, module.bias, dtype))
+        elif type(module).__module__.startswith("bitsandbytes.nn") and type(module).__name__ in _BITSANDBYTES:
+            module.__class__ = bitsandbytes_layers()[_BITSANDBYTES[type(module).__name__]]
+            module.support_avx512bf16_for_cpu = False
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "__tensor_flatten__"):
+            raise ZOError(
+                f"the checkpoint keeps {name!r} as a {type(parameter).__name__}, which cannot be tuned on; load the checkpoint in full and "
+                "add --quantise."
+            )
+
+
 def quantised_tensors(model: nn.Module) -> list[Tensor]:
     """Parameters and buffers of layers that :func:`quantise` made: their dtypes are to stay as they are."""
-    return [t for m in model.modules() if _is_quantised(m) for t in [*m.parameters(), *m.buffers()]]
+    return [t for m in _quantised(model) for t in [*m.parameters(), *m.buffers()]]
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -121,8 +148,8 @@ def quiet(*, stderr: bool = False) -> Iterator[None]:
         logging.disable(before)
 
 
-def _is_quantised(module: nn.Module) -> bool:
-    return isinstance(module, QuantisedEmbedding) or hasattr(module, "dequantised")
+def _quantised(model: nn.Module) -> Iterator[nn.Module]:
+    return (m for m in model.modules() if isinstance(m, QuantisedEmbedding) or hasattr(m, "dequantised"))
 
 
 def _torchao(kind: str, dtype: torch.dtype) -> Callable[[nn.Linear], nn.Module]:
