@@ -112,7 +112,7 @@ def _line(directory: Path, common: list[str], name: str) -> list[str]:
 
 def _loaded(place: Path, common: list[str], name: str) -> Callable[[], None]:
     """What gives a fork the model and rows that are read here."""
-    values = main_module._parser().parse_args(_line(place / "out", common, name))["train"].as_dict()
+    values = main_module._parser("train").parse_args(_line(place / "out", common, name))["train"].as_dict()
     values.pop("config")
     config, reporter = TrainConfig(**values), Reporter(Console(quiet=True))
     examples = loop.load_examples(config, reporter)

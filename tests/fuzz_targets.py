@@ -320,7 +320,7 @@ _PARSER: list[Any] = []
 
 def read_options(content: bytes, directory: Path) -> None:
     if not _PARSER:
-        _PARSER.append(_parser())
+        _PARSER.append(_parser("train"))
     (directory / "options.yaml").write_bytes(content)
     parsed = _PARSER[0].parse_args(["train", "--config", str(directory / "options.yaml")])["train"].as_dict()
     parsed.pop("config", None)

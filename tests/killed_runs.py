@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from forked_runs import ForkedRun
 import zo_opt.cli.status
 import zo_opt.cli.train
 import zo_opt.training.report  # noqa: F401 (imported once, for all forks)
-from zo_opt.cli import main
 from zo_opt.errors import ZOError
 from zo_opt.journal import read_journal
 from zo_opt.training import checkpoint, metrics
@@ -45,20 +43,8 @@ class Tally:
 
 def start(line: Sequence[str], log: Path, prepare: Callable[[], Any] = lambda: None) -> ForkedRun:
     """``zo-opt`` in a process of its own, its words in a file; ``prepare`` is called in it first."""
-    parser = _parser()
-
-    def before() -> None:
-        main._parser = lambda: parser
-        prepare()
-
     with log.open("wb") as file:
-        return ForkedRun(["python", "-m", "zo_opt.cli.main", *line], stdout=file, env={}, preexec_fn=before)
-
-
-@cache
-def _parser() -> Any:
-    """Built once for all forks: it takes longer than the tiny job."""
-    return main._parser()
+        return ForkedRun(["python", "-m", "zo_opt.cli.main", *line], stdout=file, env={}, preexec_fn=prepare)
 
 
 def finish(line: Sequence[str], log: Path, prepare: Callable[[], Any] = lambda: None) -> tuple[int, str]:

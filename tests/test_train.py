@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from zo_opt.training.scoring import make_scorer
 from zo_opt.training.tasks import custom_task
 
 Options = Callable[..., list[str]]
+Pictures = Callable[[], AbstractContextManager[None]]
 STEPS = 60
 
 
@@ -65,11 +67,14 @@ def adapter_bytes(directory: Path) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, toy_options: Options) -> tuple[Path, list[str]]:
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, toy_options: Options, pictures: Pictures
+) -> tuple[Path, list[str]]:
     """Directory and command line of a finished run."""
     directory = tmp_path_factory.mktemp("finished") / "out"
     line = toy_options(output_dir=directory, steps=STEPS)
-    assert run_main(line) == 0
+    with pictures():
+        assert run_main(line) == 0
     return directory, line
 
 
@@ -138,13 +143,35 @@ def test_report_in_words(finished: tuple[Path, list[str]]) -> None:
         assert part in text
 
 
-def test_report_as_a_picture(finished: tuple[Path, list[str]]) -> None:
-    path = finished[0] / "report.png"
+def check_picture(path: Path) -> None:
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     pixels = matplotlib.image.imread(path)
     assert pixels.shape[0] >= 400
     assert pixels.shape[1] >= 800
     assert pixels[..., :3].std() > 0.05  # something is drawn on it
+
+
+def test_report_as_a_picture(finished: tuple[Path, list[str]]) -> None:
+    check_picture(finished[0] / "report.png")
+
+
+def test_a_picture_of_backpropagation_on_running_text(toy_options: Options, tmp_path: Path, pictures: Pictures) -> None:
+    """Learning rates instead of queries; a metric that is no share."""
+    text = tmp_path / "story.txt"
+    text.write_text("the film is a story of two friends\n" * 60)
+    options = {
+        "eval_file": None,
+        "template": None,
+        "verbalizers": None,
+        "max_length": 32,
+        "adapter": "lora",
+        "optimizer": "adamw",
+    }
+    zeroth = dict.fromkeys(("query_mode", "query_schedule", "max_queries"))
+    line = toy_options(train_file=text, task="lm", steps=3, output_dir=tmp_path / "out", **options, **zeroth)
+    with pictures():
+        assert run_main(line) == 0
+    check_picture(tmp_path / "out" / "report.png")
 
 
 def test_run_json_says_how_to_do_it_again(finished: tuple[Path, list[str]]) -> None:

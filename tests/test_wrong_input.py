@@ -158,7 +158,7 @@ def with_config(**changes: Any) -> Callable[[Path], None]:
 
 
 def resume(place: Place, change: Callable[[Path], Any]) -> dict[str, Any]:
-    return {"output_dir": place.broken_run(change), "resume": "true"}
+    return {"output_dir": place.broken_run(change), "resume": "true", "steps": 6}
 
 
 TARGET = {"target_column": "label", "verbalizers": None}
@@ -358,6 +358,7 @@ CASES: dict[str, Case] = {
     "resume another format": (lambda p: resume(p, flip_json), "not written by this version|is damaged"),
     "resume a checkpoint with NaN": (lambda p: resume(p, nan_checkpoint), "NaN"),
     "resume another model's checkpoint": (lambda p: resume(p, smaller_model), "does not fit"),
+    "resume with another seed": (lambda p: resume(p, lambda r: None) | {"seed": 5}, "seed=5 was given with --resume.*was started with 0"),
     "save nowhere": (lambda p: {"report_to": "nowhere"}, "'nowhere' is not known.*tensorboard"),
     "a tracker that is not installed": (lambda p: {"report_to": "tensorboard,aim"}, "'aim' needs a package"),
     "no failed step at all": (lambda p: {"max_failed_steps": 0}, "max_failed_steps=0"),

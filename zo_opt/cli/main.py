@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,8 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rank = launched_rank()
     who = f"zo-opt (rank {rank})" if rank else "zo-opt"
     try:
-        parsed = _parser().parse_args(arguments or ["--help"])
-        return _run(parsed, arguments)
+        parser = _parser(next((a for a in arguments if not a.startswith("-")), None))
+        return _run(parser.parse_args(arguments or ["--help"]), parser, arguments)
     except ZOError as error:
         errors.print(f"{who}: error: {error}", markup=False)
         return 2
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _run(parsed: Namespace, arguments: Sequence[str]) -> int:
+def _run(parsed: Namespace, parser: _Parser, arguments: Sequence[str]) -> int:
     from zo_opt.cli import compare, diagnose, merge, plan, replay, schedule, status, train
     from zo_opt.cli import eval as evaluate
 
@@ -54,7 +54,7 @@ def _run(parsed: Namespace, arguments: Sequence[str]) -> int:
     if parsed.command == "status":
         return status.run(parsed["status"])
     if parsed.command == "train":
-        given = _parser().parse_args(arguments, defaults=False)["train"].as_dict().keys() - {"config"}
+        given = parser.parse_args(arguments, defaults=False)["train"].as_dict().keys() - {"config"}
         train.run(parsed["train"], command, given)
     elif parsed.command == "compare":
         compare.run(parsed["compare"], command)
@@ -112,84 +112,141 @@ class _Parser(ArgumentParser):
                 action.nargs, action.const = "?", True
 
 
-def _parser() -> ArgumentParser:
-    from zo_opt.cli.plan import PlanConfig
-    from zo_opt.cli.schedule import ScheduleConfig
-    from zo_opt.comparison.options import OWN, CompareConfig
-    from zo_opt.training.config import TrainConfig
-    from zo_opt.training.diagnose import EPS_GRID
-
+def _parser(chosen: str | None) -> _Parser:
+    """The command line, with the options of one command: those of all take half a second."""
     parser = _Parser(
         prog="zo-opt", description="Fine-tune language models with forward passes alone.", version=__version__
     )
     commands = parser.add_subcommands(dest="command")
-    train = _Parser(
-        description="Tune a model, evaluate it before and after, and write a report. Without options: the built-in model and task."
-    )
-    train.add_argument("--config", action="config", help="a YAML file of options")
-    train.add_class_arguments(TrainConfig, None)
-    train.let_flags_stand_alone()
-    commands.add_subcommand("train", train, help="tune a model on labelled rows")
-    compare = _Parser(
-        description="Run several methods at one budget, each in a process of its own, and show what they cost and give."
-    )
-    compare.add_argument("--config", action="config", help="a YAML file of options")
-    compare.add_class_arguments(CompareConfig, None)
-    compare.add_class_arguments(TrainConfig, None, skip=set(OWN))
-    compare.let_flags_stand_alone()
-    commands.add_subcommand("compare", compare, help="compare methods on the same data, budget and memory")
-    evaluate = _Parser(description="Evaluate the model that a run of zo-opt train made.")
-    evaluate.add_argument("run_dir", type=Path, help="the run's output_dir")
-    evaluate.add_argument("--eval_file", type=Path | None, help="other rows, with the columns of the run's own")
-    evaluate.add_argument("--zero_shot", action="store_true", help="leave the adapter out")
-    _add_trust(evaluate)
-    commands.add_subcommand("eval", evaluate, help="evaluate a run again, or on other rows")
-    diagnose = _Parser(
-        description="Measure which zo_eps, lr and precision a model and task can bear, without training."
-    )
-    diagnose.add_argument("--config", action="config", help="a YAML file of options")
-    diagnose.add_class_arguments(TrainConfig, None)
-    diagnose.add_argument("--queries", type=int, default=48, help="directions, each on an example of its own")
-    diagnose.add_argument("--eps_grid", type=list[float], default=list(EPS_GRID), help="values of zo_eps to try")
-    diagnose.add_argument(
+    for name, (summary, description, add_options) in _COMMANDS.items():
+        command = _Parser(description=description)
+        if name == chosen:
+            add_options(command)
+            command.let_flags_stand_alone()
+        commands.add_subcommand(name, command, help=summary)
+    return parser
+
+
+def _add_train(parser: ArgumentParser) -> None:
+    from zo_opt.training.config import TrainConfig
+
+    _add_file(parser)
+    parser.add_class_arguments(TrainConfig, None)
+
+
+def _add_compare(parser: ArgumentParser) -> None:
+    from zo_opt.comparison.options import OWN, CompareConfig
+    from zo_opt.training.config import TrainConfig
+
+    _add_file(parser)
+    parser.add_class_arguments(CompareConfig, None)
+    parser.add_class_arguments(TrainConfig, None, skip=set(OWN))
+
+
+def _add_eval(parser: ArgumentParser) -> None:
+    parser.add_argument("run_dir", type=Path, help="the run's output_dir")
+    parser.add_argument("--eval_file", type=Path | None, help="other rows, with the columns of the run's own")
+    parser.add_argument("--zero_shot", action="store_true", help="leave the adapter out")
+    _add_trust(parser)
+
+
+def _add_diagnose(parser: ArgumentParser) -> None:
+    from zo_opt.training.diagnose import EPS_GRID
+
+    _add_train(parser)
+    parser.add_argument("--queries", type=int, default=48, help="directions, each on an example of its own")
+    parser.add_argument("--eps_grid", type=list[float], default=list(EPS_GRID), help="values of zo_eps to try")
+    parser.add_argument(
         "--out", type=Path, default=Path("diagnose.png"), help="the picture; numbers beside it as .json"
     )
-    diagnose.let_flags_stand_alone()
-    commands.add_subcommand("diagnose", diagnose, help="find zo_eps, lr and precision before training")
-    schedule = _Parser(description="Show how many queries each step takes, and what that costs, before training.")
-    schedule.add_argument("--config", action="config", help="a YAML file of options")
-    schedule.add_class_arguments(ScheduleConfig, None)
-    schedule.let_flags_stand_alone()
-    commands.add_subcommand("schedule", schedule, help="show query schedules as a table and a picture")
-    plan = _Parser(
-        description="What each method needs in memory, from the model's config alone, before anything is loaded."
-    )
-    plan.add_class_arguments(PlanConfig, None)
-    plan.let_flags_stand_alone()
-    commands.add_subcommand("plan", plan, help="which methods fit in memory, before downloading anything")
-    status = _Parser(
-        description="Where a run stands, seen from another terminal: progress, losses, checkpoint, journal."
-    )
-    status.add_argument("run_dir", type=Path, help="the output_dir of a run or of a comparison")
-    status.add_argument("--follow", action="store_true", help="go on showing it until it ends")
-    commands.add_subcommand("status", status, help="follow a run from another terminal")
-    replay = _Parser(
-        description="Rebuild the adapter that a run tuned, to the bit, from its base model and its journal."
-    )
-    replay.add_argument("journal", type=Path, help="the run's output_dir, or the journal in it")
-    replay.add_argument("--to", type=Path | None, help="a new directory for the adapter")
-    replay.add_argument("--steps", type=int | None, help="the adapter after so many steps; after all if not given")
-    replay.add_argument("--device", type=str | None, help="cpu, cuda or auto; the run's if not given")
-    replay.add_argument("--inexact", action="store_true", help="accept weights that differ from training's bits")
-    _add_trust(replay)
-    commands.add_subcommand("replay", replay, help="rebuild a tuned adapter from its journal")
-    merge = _Parser(description="Fold the adapter that a run tuned into its base model, and save a plain model.")
-    merge.add_argument("run_dir", type=Path, help="the run's output_dir")
-    merge.add_argument("--to", type=Path | None, help="a new directory for the model and its tokenizer")
-    merge.add_argument("--as", type=str, default="model", help="model, or lora: the adapter alone in PEFT's format")
-    _add_trust(merge)
-    commands.add_subcommand("merge", merge, help="save the tuned model as a plain one, or the adapter as a LoRA")
-    return parser
+
+
+def _add_schedule(parser: ArgumentParser) -> None:
+    from zo_opt.cli.schedule import ScheduleConfig
+
+    _add_file(parser)
+    parser.add_class_arguments(ScheduleConfig, None)
+
+
+def _add_plan(parser: ArgumentParser) -> None:
+    from zo_opt.cli.plan import PlanConfig
+
+    parser.add_class_arguments(PlanConfig, None)
+
+
+def _add_status(parser: ArgumentParser) -> None:
+    parser.add_argument("run_dir", type=Path, help="the output_dir of a run or of a comparison")
+    parser.add_argument("--follow", action="store_true", help="go on showing it until it ends")
+
+
+def _add_replay(parser: ArgumentParser) -> None:
+    parser.add_argument("journal", type=Path, help="the run's output_dir, or the journal in it")
+    parser.add_argument("--to", type=Path | None, help="a new directory for the adapter")
+    parser.add_argument("--steps", type=int | None, help="the adapter after so many steps; after all if not given")
+    parser.add_argument("--device", type=str | None, help="cpu, cuda or auto; the run's if not given")
+    parser.add_argument("--inexact", action="store_true", help="accept weights that differ from training's bits")
+    _add_trust(parser)
+
+
+def _add_merge(parser: ArgumentParser) -> None:
+    parser.add_argument("run_dir", type=Path, help="the run's output_dir")
+    parser.add_argument("--to", type=Path | None, help="a new directory for the model and its tokenizer")
+    parser.add_argument("--as", type=str, default="model", help="model, or lora: the adapter alone in PEFT's format")
+    _add_trust(parser)
+
+
+# name -> what zo-opt --help says, what the command's own --help says, its options
+_COMMANDS: dict[str, tuple[str, str, Callable[[ArgumentParser], None]]] = {
+    "train": (
+        "tune a model on labelled rows",
+        "Tune a model, evaluate it before and after, and write a report. Without options: the built-in model and task.",
+        _add_train,
+    ),
+    "compare": (
+        "compare methods on the same data, budget and memory",
+        "Run several methods at one budget, each in a process of its own, and show what they cost and give.",
+        _add_compare,
+    ),
+    "eval": (
+        "evaluate a run again, or on other rows",
+        "Evaluate the model that a run of zo-opt train made.",
+        _add_eval,
+    ),
+    "diagnose": (
+        "find zo_eps, lr and precision before training",
+        "Measure which zo_eps, lr and precision a model and task can bear, without training.",
+        _add_diagnose,
+    ),
+    "schedule": (
+        "show query schedules as a table and a picture",
+        "Show how many queries each step takes, and what that costs, before training.",
+        _add_schedule,
+    ),
+    "plan": (
+        "which methods fit in memory, before downloading anything",
+        "What each method needs in memory, from the model's config alone, before anything is loaded.",
+        _add_plan,
+    ),
+    "status": (
+        "follow a run from another terminal",
+        "Where a run stands, seen from another terminal: progress, losses, checkpoint, journal.",
+        _add_status,
+    ),
+    "replay": (
+        "rebuild a tuned adapter from its journal",
+        "Rebuild the adapter that a run tuned, to the bit, from its base model and its journal.",
+        _add_replay,
+    ),
+    "merge": (
+        "save the tuned model as a plain one, or the adapter as a LoRA",
+        "Fold the adapter that a run tuned into its base model, and save a plain model.",
+        _add_merge,
+    ),
+}
+
+
+def _add_file(parser: ArgumentParser) -> None:
+    parser.add_argument("--config", action="config", help="a YAML file of options")
 
 
 def _add_trust(parser: ArgumentParser) -> None:
