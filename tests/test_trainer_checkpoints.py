@@ -100,6 +100,16 @@ def test_resuming_every_kind_of_model_and_optimizer(kind: str, name: str, tmp_pa
         assert all(torch.equal(slots[slot], again[slot]) for slot in slots)
 
 
+def test_the_same_script_starts_and_resumes(tmp_path: Path) -> None:
+    counts = []
+    for steps in (2, 4):
+        rest = Steps()
+        options = {"max_steps": steps, "save_strategy": "steps", "save_steps": 2, "zo_optimizer": "mezo"}
+        zo_trainer(adapted(), tmp_path / "out", callbacks=[rest], **options).train(resume_from_checkpoint=True)
+        counts.append([record.step for record in rest.records])
+    assert counts == [[0, 1], [2, 3]]
+
+
 def test_a_checkpoint_is_an_adapter(tmp_path: Path) -> None:
     model = adapted()
     trainer = zo_trainer(model, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)

@@ -11,7 +11,7 @@ import pytest
 from conftest import make_model, make_tokenizer
 from trainer_runs import QUIET, Steps, equal, predicted, weights
 
-from zo_opt import MeZO
+from zo_opt import MeZO, TTConfig, get_adapter_model, load_adapter_model
 from zo_opt.training import ZOArguments, ZOTrainerMixin
 
 with warnings.catch_warnings():
@@ -33,11 +33,11 @@ class ZOSFTTrainer(ZOTrainerMixin, SFTTrainer):  # type: ignore[misc]
     pass
 
 
-def sft_trainer(directory: Path, steps: Steps, **options: Any) -> Any:
+def sft_trainer(directory: Path, steps: Steps, model: Any = None, **options: Any) -> Any:
     args = ZOSFTConfig(str(directory), bf16=False, max_length=16, **{**QUIET, **options})
     data = Dataset.from_dict({"text": TEXTS})
     return ZOSFTTrainer(
-        model=make_model("llama"), args=args, train_dataset=data, eval_dataset=data, processing_class=make_tokenizer("causal"),
+        model=make_model("llama") if model is None else model, args=args, train_dataset=data, eval_dataset=data, processing_class=make_tokenizer("causal"),
         callbacks=[steps],
     )  # fmt: skip
 
@@ -58,6 +58,17 @@ def test_sft_with_losses_alone(tmp_path: Path) -> None:
     resumed = sft_trainer(tmp_path, rest, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert equal(weights(resumed.model), weights(trainer.model)) and rest.records == steps.records[2:]
+
+
+def test_our_adapters(tmp_path: Path) -> None:
+    steps, options = Steps(), {"zo_optimizer": "adazeta", "max_queries": 2, "max_steps": 2}
+    model = get_adapter_model(make_model("llama"), TTConfig(rank=2, bottleneck=8))
+    start = weights(model)
+    trainer = sft_trainer(tmp_path, steps, model, save_strategy="steps", save_steps=2, **options)
+    trainer.train()
+    assert len(steps.records) == 2 and not equal(weights(model), start)
+    loaded = load_adapter_model(make_model("llama"), tmp_path / "checkpoint-2")
+    assert equal(weights(loaded), weights(model))
 
 
 def test_the_same_loss_as_the_models_own(tmp_path: Path) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
 
 from zo_opt.adapters import AdapterModel, lora_plus_groups, trainable_parameters
 from zo_opt.errors import ZOError
@@ -46,6 +48,13 @@ class ZOTrainerMixin(AdapterTrainerMixin):
         super().__init__(*args, **kwargs)
         if self.args.zeroth_order:
             self._check_setting()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; with True and no checkpoint yet it starts a new run, so that the same script starts and resumes."""
+        directory = Path(self.args.output_dir or "")
+        if resume_from_checkpoint is True and not (directory.is_dir() and get_last_checkpoint(str(directory))):
+            resume_from_checkpoint = None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, noted: schedules of queries ask for the run's length."""
