@@ -1,9 +1,10 @@
 """Objectives without a gradient on the real small model; results/objectives.json.
 
     python benchmarks/objectives.py eps           # how many answers turn at what zo_eps, and what a run then reaches
+    python benchmarks/objectives.py choose        # lr and zo_eps for the next, on rows held out of the training rows
     python benchmarks/objectives.py exact_match   # SST-2 answered by writing: exact match before and after, three seeds
 
-The second is of ``zo-opt train --objective exact_match`` on a task of labels, whose report shows accuracy among the labels; the exact match
+The last is of ``zo-opt train --objective exact_match`` on a task of labels, whose report shows accuracy among the labels; the exact match
 of what the model writes is measured here, on the held-out rows, from the adapter that was saved.
 """
 
@@ -32,6 +33,12 @@ RESULTS = Path(__file__).parent / "results" / "objectives.json"
 TEMPLATE = "Review: {sentence}\nSentiment (positive or negative):"
 WORDS = "0=negative,1=positive"
 ROWS: dict[str, Any] = {"max_train_rows": 256, "held_out": 128}
+# The biases of the last layers: what is written instead of a line break is a matter of a shift.
+WRITING: dict[str, Any] = {
+    "objective": "exact_match", "template": TEMPLATE, "verbalizers": WORDS, "adapter": "bitfit", "layers": 4,
+    "target_modules": ["down_proj"], "query_schedule": "constant", "max_queries": 1, "max_train_rows": 256,
+}  # fmt: skip
+CHOICES = ((0.3, 0.3), (0.3, 1.0), (0.5, 1.0))  # lr, zo_eps
 EPS = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 
@@ -103,20 +110,19 @@ def written(config: TrainConfig) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["eps", "exact_match"])
+    parser.add_argument("what", choices=["eps", "choose", "exact_match"])
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--zo_eps", type=float)
     arguments = parser.parse_args()
     if arguments.what == "eps":
         eps()
-        return
-    for seed in arguments.seeds.split(","):
-        config = TrainConfig(
-            objective="exact_match", template=TEMPLATE, verbalizers=WORDS, steps=arguments.steps, seed=int(seed),
-            query_schedule="constant", max_queries=1, zo_eps=arguments.zo_eps, **ROWS,
-        )  # fmt: skip
-        save(f"exact match, seed {seed}", run(config))
+    elif arguments.what == "choose":
+        for lr, scale in CHOICES:
+            config = TrainConfig(**WRITING, lr=lr, zo_eps=scale, steps=60, seed=10, validation=True, held_out=128)
+            save(f"exact match, validation rows, lr {lr:g}, zo_eps {scale:g}", run(config))
+    else:
+        for seed in arguments.seeds.split(","):
+            config = TrainConfig(**WRITING, lr=0.5, zo_eps=1.0, steps=100, seed=int(seed), held_out=256)
+            save(f"exact match, seed {seed}", run(config))
 
 
 if __name__ == "__main__":

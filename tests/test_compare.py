@@ -176,10 +176,16 @@ def test_a_run_killed_from_outside_is_shown_and_tried_again(
 
 
 def test_interrupted_and_resumed_is_as_uninterrupted(
-    forked: None, finished: tuple[Path, list[str]], compare_line: Compare, tmp_path: Path, capsys: Any
+    forked: None,
+    finished: tuple[Path, list[str]],
+    compare_line: Compare,
+    tmp_path: Path,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """With one run at a time instead of two, so that the runs' caches are others', and the directory under another name."""
     out = tmp_path / "out"
-    line = compare_line(methods="lora,mezo-lora,adalora", seeds="0,1", output_dir=out)
+    line = compare_line(methods="lora,mezo-lora,adalora", seeds="0,1", jobs=2, output_dir=out)
 
     def interrupt() -> None:
         while not list(out.glob("runs/mezo-lora/*/metrics.jsonl")):
@@ -193,8 +199,12 @@ def test_interrupted_and_resumed_is_as_uninterrupted(
     assert f"zo-opt compare --output_dir {out} --resume" in capsys.readouterr().err
     states = {row["state"] for row in rows_of(out).values()}
     assert "running" in states
-    assert run_main(["compare", "--output_dir", str(out), "--resume"]) == 0
-    assert untimed(out) == untimed(finished[0])
+    assert run_main([*line, "--resume", "--seeds", "0"]) == 2
+    assert "seeds=0 was given with --resume" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    out.rename("moved")
+    assert run_main(["compare", "--output_dir", "moved", "--resume", "--jobs", "1"]) == 0
+    assert untimed(tmp_path / "moved") == untimed(finished[0])
 
 
 def test_a_search_of_learning_rates(forked: None, compare_line: Compare, tmp_path: Path) -> None:

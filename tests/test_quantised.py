@@ -156,7 +156,7 @@ def quantised_checkpoint(kind: str, directory: Path) -> Path:
     """A checkpoint that transformers quantised when it loaded another, with its tokenizer."""
     import transformers
 
-    make_model("llama").save_pretrained(directory / "dense")
+    make_model("opt").save_pretrained(directory / "dense")  # which has biases
     if kind == "int8":
         from torchao.quantization import Int8WeightOnlyConfig
 
@@ -165,7 +165,7 @@ def quantised_checkpoint(kind: str, directory: Path) -> Path:
         config = transformers.BitsAndBytesConfig(load_in_8bit=kind == "bnb-int8", load_in_4bit=kind == "bnb-nf4")
     made = transformers.AutoModelForCausalLM.from_pretrained(directory / "dense", quantization_config=config)
     made.save_pretrained(directory / "quantised")
-    tokenizer_for("llama").save_pretrained(directory / "quantised")
+    tokenizer_for("opt").save_pretrained(directory / "quantised")
     return directory / "quantised"
 
 
@@ -179,7 +179,9 @@ def test_a_checkpoint_that_is_quantised_already(
     assert run_main(toy_options(output_dir=out, **options)) == 0
     model, _ = load_model(str(checkpoint))
     assert set_precision(model, "fp32", CPU) == "fp32"
-    assert weight_bytes(model) < 0.75 * weight_bytes(make_model("llama"))
+    assert weight_bytes(model) < 0.75 * weight_bytes(make_model("opt"))
+    with pytest.raises(ZOError, match="is quantised and cannot be trained in place"):
+        get_adapter_model(model, ADAPTERS["full"]())
     capsys.readouterr()
     assert run_main(["eval", str(out)]) == 0
     assert f"accuracy {results(out)['after']['accuracy']:.1%}" in capsys.readouterr().out
@@ -188,6 +190,14 @@ def test_a_checkpoint_that_is_quantised_already(
     assert "quantis" in capsys.readouterr().err
     assert run_main(toy_options(output_dir=tmp_path / "twice", quantise=kind, **options)) == 2
     assert "the checkpoint is quantised already" in capsys.readouterr().err
+    private = (
+        {"privacy_epsilon": 8, "privacy_clip": 1, "adapter_init": "random"}
+        | options
+        | {"query_mode": None, "batch_size": 4}
+    )
+    assert run_main(toy_options(output_dir=tmp_path / "private", **private)) == (2 if kind == "bnb-int8" else 0)
+    if kind == "bnb-int8":
+        assert "each row is rounded by what the other rows" in capsys.readouterr().err
 
 
 MISTAKES = {

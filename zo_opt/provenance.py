@@ -30,19 +30,19 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """
     digest = sha256()
     for name, tensor in sorted(tensors.items()):
-        for part, inner in _parts(name, tensor):
+        for part, inner in plain_parts(name, tensor):
             digest.update(f"{part} {inner.dtype} {tuple(inner.shape)}\n".encode())
             digest.update(inner.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
 
 
-def _parts(name: str, tensor: Any) -> Iterator[tuple[str, Tensor]]:
+def plain_parts(name: str, tensor: Any) -> Iterator[tuple[str, Tensor]]:
     """A tensor, or the plain ones within one that is made of others, as a quantised checkpoint's are."""
     if not hasattr(tensor, "__tensor_flatten__"):
         yield name, tensor
         return
     for inner in tensor.__tensor_flatten__()[0]:
-        yield from _parts(f"{name}.{inner}", getattr(tensor, inner))
+        yield from plain_parts(f"{name}.{inner}", getattr(tensor, inner))
 
 
 def frozen_state(model: nn.Module, tuned: Iterable[Tensor]) -> dict[str, Tensor]:

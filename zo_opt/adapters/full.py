@@ -11,6 +11,7 @@ from torch import nn
 from zo_opt.adapters.adapted import AdaptedModule
 from zo_opt.adapters.config import AdapterConfig, register
 from zo_opt.adapters.targets import Target, in_layers, matches
+from zo_opt.adapters.weights import is_quantised
 from zo_opt.errors import ZOError
 
 
@@ -61,8 +62,13 @@ def own_parameters(model: nn.Module, config: AdapterConfig) -> list[str]:
     """All parameters under each of their names, but of modules that are replaced (``modules_to_tensorize``).
 
     Raises:
-        ZOError: one cannot be trained in place, for it holds no floating-point numbers.
+        ZOError: one cannot be trained in place, for it holds no floating-point numbers; or weights are kept in few bits.
     """
+    quantised = next((name for name, module in model.named_modules() if is_quantised(module)), None)
+    if quantised is not None:
+        raise ZOError(
+            f"layer {quantised!r} is quantised and cannot be trained in place; load the model without quantisation."
+        )
     names = [
         name
         for name, _ in model.named_parameters(remove_duplicate=False)

@@ -19,8 +19,9 @@ def run(options: Namespace, command: str) -> None:
     reporter = Reporter()
     values = options.as_dict()
     values.pop("config", None)
-    own = {f.name: values.pop(f.name) for f in fields(CompareConfig)}
-    rows, directory = compare(CompareConfig(**own), TrainConfig(**values), reporter, command)
+    given = set(values)
+    own = {f.name: values.pop(f.name) for f in fields(CompareConfig) if f.name in values}
+    rows, directory = compare(CompareConfig(**own), TrainConfig(**values), reporter, command, given)
     for table in output.to_terminal(rows, reporter.console):
         reporter.console.print(table)
     for reason in output.reasons(rows):

@@ -26,8 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rank = launched_rank()
     who = f"zo-opt (rank {rank})" if rank else "zo-opt"
     try:
-        parser = _parser(next((a for a in arguments if not a.startswith("-")), None))
-        return _run(parser.parse_args(arguments or ["--help"]), parser, arguments)
+        chosen = next((a for a in arguments if not a.startswith("-")), None)
+        # What is left out is known from their dataclasses; what was given, from what there is.
+        defaults = chosen not in ("train", "compare")
+        parsed = _parser(chosen).parse_args(arguments or ["--help"], defaults=defaults)
+        return _run(parsed, shlex.join(["zo-opt", *arguments]))
     except ZOError as error:
         errors.print(f"{who}: error: {error}", markup=False)
         return 2
@@ -44,18 +47,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _run(parsed: Namespace, parser: _Parser, arguments: Sequence[str]) -> int:
+def _run(parsed: Namespace, command: str) -> int:
     from zo_opt.cli import compare, diagnose, merge, plan, replay, schedule, status, train
     from zo_opt.cli import eval as evaluate
 
     if world_size() > 1 and parsed.command != "train":
         raise ZOError(f"zo-opt {parsed.command} is one process; start it without torchrun.")
-    command = shlex.join(["zo-opt", *arguments])
     if parsed.command == "status":
         return status.run(parsed["status"])
     if parsed.command == "train":
-        given = parser.parse_args(arguments, defaults=False)["train"].as_dict().keys() - {"config"}
-        train.run(parsed["train"], command, given)
+        train.run(parsed["train"], command)
     elif parsed.command == "compare":
         compare.run(parsed["compare"], command)
     elif parsed.command == "diagnose":

@@ -12,7 +12,7 @@ from zo_opt.training.evaluate_run import read_config, read_record
 from zo_opt.training.models import load_model
 from zo_opt.training.output import output_directory
 from zo_opt.training.progress import Reporter
-from zo_opt.training.quantisation import adopt
+from zo_opt.training.quantisation import adopt, quantised_layers
 
 FORMS = ("model", "lora")
 
@@ -38,7 +38,12 @@ def run(options: Namespace) -> None:
             trust_remote_code=options.trust_remote_code,
             say=reporter.say,
         )
-        adopt(base, torch.float32)  # few bits take no merge, and say so
+        adopt(base, torch.float32)
+        if form == "model" and next(quantised_layers(base), None) is not None:
+            raise ZOError(
+                f"model {config.model_name_or_path!r} is quantised, which would round most of the adapter away; keep the adapter as it is, or "
+                "give --as lora."
+            )
         model = load_adapter_model(base, options.run_dir)
         if form == "lora":
             model.export_peft(to)

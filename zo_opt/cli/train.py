@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from jsonargparse import Namespace
 
 from zo_opt.distributed import launched_rank, process_group
@@ -14,8 +12,8 @@ from zo_opt.training.progress import Reporter
 from zo_opt.training.ranks import check_ranks, follow
 
 
-def run(options: Namespace, command: str, given: Collection[str]) -> None:
-    """Train with the parsed options, of which some were given, and say what came out; under torchrun, as one of several processes."""
+def run(options: Namespace, command: str) -> None:
+    """Train with the options that were given and say what came out; under torchrun, as one of several processes."""
     reporter = Reporter()
     values = options.as_dict()
     values.pop("config", None)
@@ -23,9 +21,9 @@ def run(options: Namespace, command: str, given: Collection[str]) -> None:
     check_ranks(config)
     with process_group():
         if launched_rank():
-            follow(config, given)
+            follow(config, values)
             return
-        summary, output_dir = train(config, reporter, command, given)
+        summary, output_dir = train(config, reporter, command, values)
     reporter.say(
         f"{summary.outcome} with "
         f"{summary.forwards:,} forward passes in {summary.train_seconds:.0f} s; peak memory {readable(summary.peak_memory)}"

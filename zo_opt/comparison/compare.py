@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -28,6 +28,7 @@ from zo_opt.training.methods import Method
 from zo_opt.training.models import pick_device
 from zo_opt.training.output import output_directory
 from zo_opt.training.progress import Reporter
+from zo_opt.training.resume import check_given
 from zo_opt.training.setup import load_examples
 from zo_opt.training.stop import InterruptedRunError
 from zo_opt.training.task_metrics import LANGUAGE_MODELLING
@@ -35,15 +36,24 @@ from zo_opt.training.task_metrics import LANGUAGE_MODELLING
 RECORD_NAME = "compare.json"
 
 
-def compare(options: CompareConfig, base: TrainConfig, reporter: Reporter, command: str) -> tuple[list[Row], Path]:
+def compare(
+    options: CompareConfig, base: TrainConfig, reporter: Reporter, command: str, given: Collection[str]
+) -> tuple[list[Row], Path]:
     """Run every method with every seed at one budget; returns the table's rows and where everything is.
+
+    Args:
+        options: of the comparison.
+        base: of all its runs.
+        reporter: told and shown what happens.
+        command: the command line, for the record.
+        given: names of the options that were given; a resumed comparison has no others than it was started with.
 
     Raises:
         ZOError: a mistake in the options or files; nothing was overwritten.
         InterruptedRunError: SIGINT or SIGTERM; the runs under way left checkpoints.
     """
     if options.resume:
-        options, base, command = _resumed(options, base.trust_remote_code)
+        options, base, command = _resumed(options, base, given)
     methods = options.check()
     for method in methods:
         try:
@@ -52,6 +62,7 @@ def compare(options: CompareConfig, base: TrainConfig, reporter: Reporter, comma
             raise ZOError(f"method {method.name}: {error}") from error
     directory = options.output_dir or Path("runs") / f"compare-{datetime.now():%Y%m%d-%H%M%S}"
     with output_directory(directory, resume=options.resume, unique=options.output_dir is None) as directory:
+        record = {"command": command, "options": _plain(vars(options)), "base": base.to_dict()}
         if base.prefix_cache == TrainConfig.prefix_cache and pick_device(base.device).type == "cpu":
             base = replace(base, prefix_cache="disk")  # computed once for all runs, read as fast as from memory
         examples = load_examples(base, reporter)
@@ -61,7 +72,6 @@ def compare(options: CompareConfig, base: TrainConfig, reporter: Reporter, comma
             rows = sizes.rows
         comparison = _Comparison(options, base, methods, rows, sizes, directory, reporter, command)
         comparison.check_budget()
-        record = {"command": command, "options": _plain(vars(options)), "base": base.to_dict()}
         write_atomically(directory / RECORD_NAME, (json.dumps(record, indent=2) + "\n").encode())
         try:
             return comparison.run(), directory
@@ -197,22 +207,24 @@ class _Comparison:
         )  # fmt: skip
 
 
-def _resumed(options: CompareConfig, trust_remote_code: bool) -> tuple[CompareConfig, TrainConfig, str]:
-    """What the comparison in output_dir was started with, save what only the one who calls may allow."""
+def _resumed(
+    options: CompareConfig, base: TrainConfig, given: Collection[str]
+) -> tuple[CompareConfig, TrainConfig, str]:
+    """What the comparison in output_dir was started with, save what can be told otherwise."""
     if options.output_dir is None:
         raise ZOError("resume needs output_dir, the directory of the comparison to go on with.")
     path = options.output_dir / RECORD_NAME
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        saved = CompareConfig(**record["options"])
-        jobs = options.jobs if options.jobs != CompareConfig.jobs else saved.jobs
-        return (
-            replace(saved, output_dir=options.output_dir, resume=True, jobs=jobs),
-            replace(TrainConfig.from_dict(record["base"]), trust_remote_code=trust_remote_code),
-            str(record["command"]),
-        )
+        saved, saved_base = CompareConfig(**record["options"]), TrainConfig.from_dict(record["base"])
+        command = str(record["command"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ZOError(f"{path} is missing or damaged ({error}); give the output_dir of a zo-opt compare.") from error
+    check_given(options, saved, given, ("output_dir", "resume", "jobs"))
+    check_given(base, saved_base, given, ("output_dir", "resume", "trust_remote_code"))
+    jobs = options.jobs if "jobs" in given else saved.jobs
+    saved = replace(saved, output_dir=options.output_dir, resume=True, jobs=jobs)
+    return saved, replace(saved_base, trust_remote_code=base.trust_remote_code), command
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -48,7 +48,8 @@ class CompareConfig:
         jobs: runs at a time.
         keep_models: keep the tuned weights of every run, which are large where the whole model is tuned.
         output_dir: where everything goes; must be empty unless resuming.
-        resume: go on with the comparison in output_dir; options are read from there. Runs that failed are tried again.
+        resume: go on with the comparison in output_dir; its options are read from there, jobs may be given anew.
+            Runs that failed are tried again.
     """
 
     methods: str | list[str] = DEFAULT_METHODS

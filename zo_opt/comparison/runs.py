@@ -113,16 +113,24 @@ class Run:
         resume = any((self.directory / name).is_file() for name in (checkpoint.NAME, checkpoint.PREVIOUS_NAME))
         if not resume and self.directory.exists():  # it was stopped before its first checkpoint
             shutil.rmtree(self.directory)
-        options = self._beside("yaml")
-        config = self.config
-        if config.prefix_cache == "disk" and config.prefix_cache_dir is None:
-            config = replace(config, prefix_cache_dir=prefixes)
-        options.write_text(json.dumps(dict(given_options(config)), indent=1), encoding="utf-8")
-        command = [sys.executable, "-m", "zo_opt.cli.main", "train", "--config", str(options)]
+        options, config = self._beside("yaml"), self.config
+        if resume:  # with its own options; only where others may hold the cache that it had, it takes this one
+            given = ["--output_dir", str(self.directory), "--resume"]
+            given += ["--trust_remote_code"] * config.trust_remote_code
+            if config.prefix_cache_dir is None and "prefix_cache_dir" in json.loads(
+                options.read_text(encoding="utf-8")
+            ):
+                given += ["--prefix_cache_dir", str(prefixes)]
+        else:
+            if config.prefix_cache == "disk" and config.prefix_cache_dir is None:
+                config = replace(config, prefix_cache_dir=prefixes)
+            options.write_text(json.dumps(dict(given_options(config)), indent=1), encoding="utf-8")
+            given = ["--config", str(options)]
+        command = [sys.executable, "-m", "zo_opt.cli.main", "train", *given]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         with log:
             return subprocess.Popen(
-                command + ["--resume"] * resume, stdout=log, stderr=subprocess.STDOUT, env=environment,
+                command, stdout=log, stderr=subprocess.STDOUT, env=environment,
                 start_new_session=True,  # Ctrl-C reaches it through us, once
             )  # fmt: skip
 

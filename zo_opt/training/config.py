@@ -124,7 +124,8 @@ class TrainConfig:
         max_failed_steps: so many steps in a row without any finite loss end the run.
         report_to: none, or where to send what metrics.jsonl has as well: tensorboard, wandb, mlflow and others that accelerate knows;
             several with commas between.
-        resume: continue the run in output_dir, with its options; save_steps, max_failed_steps, report_to and share may be given anew.
+        resume: continue the run in output_dir, with its options; save_steps, max_failed_steps, report_to, share and
+            prefix_cache_dir may be given anew, other values of other options are refused.
     """
 
     model_name_or_path: str = builtin.DEFAULT_MODEL

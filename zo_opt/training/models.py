@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from zo_opt.errors import ZOError
+from zo_opt.provenance import plain_parts
 from zo_opt.training import builtin
 from zo_opt.training.quantisation import quiet
 
@@ -94,7 +95,7 @@ def load_model(
             f"model {name_or_path!r} could not be loaded ({reason}); give {builtin.DEFAULT_MODEL!r}, a local directory or a Hugging Face id."
         ) from error
     for name, parameter in model.named_parameters():
-        if not hasattr(parameter, "__tensor_flatten__") and not parameter.isfinite().all():  # integers are finite
+        if not all(part.isfinite().all() for _, part in plain_parts(name, parameter) if part.is_floating_point()):
             raise ZOError(f"model {name_or_path!r} holds NaN or infinity in {name!r}; load sound weights.")
     if head == "classification" and model.config.pad_token_id is None:
         model.config.pad_token_id = (

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from zo_opt.errors import ZOError
 from zo_opt.layers import layer_of
+from zo_opt.provenance import plain_parts
 from zo_opt.training.quantised_layers import QuantisedEmbedding, QuantisedLinear, bitsandbytes_layers
 
 # kind -> the package that it needs
@@ -58,7 +59,7 @@ def quantise(model: Any, kind: str, device: torch.device, dtype: torch.dtype) ->
         ZOError: the kind is not known, its package is not installed, or the model has no linear layers to quantise.
     """
     check_kind(kind)
-    if next(_quantised(model), None) is not None:
+    if next(quantised_layers(model), None) is not None:
         raise ZOError(f"the checkpoint is quantised already; leave --quantise {kind} out.")
     linear = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and layer_of(n)}
     if not linear:
@@ -80,11 +81,11 @@ def quantise(model: Any, kind: str, device: torch.device, dtype: torch.dtype) ->
 
 
 def adopt(model: Any, dtype: torch.dtype) -> None:
-    """Make the layers of a checkpoint that torchao or bitsandbytes quantised such as :func:`quantise` makes, in place, to the same numbers.
+    """Make the layers of a checkpoint that torchao or bitsandbytes quantised such as :func:`quantise` makes, in place, around the same weights.
 
     Args:
         model: as transformers loaded it.
-        dtype: of the products with torchao's weights.
+        dtype: of the products with torchao's weights; bitsandbytes' are in the checkpoint's.
 
     Raises:
         ZOError: a weight is kept in a way that is not known here.
@@ -94,7 +95,8 @@ def adopt(model: Any, dtype: torch.dtype) -> None:
             _replace(model, name, QuantisedLinear(module.weight.data, module.bias, dtype))
         elif type(module).__module__.startswith("bitsandbytes.nn") and type(module).__name__ in _BITSANDBYTES:
             module.__class__ = bitsandbytes_layers()[_BITSANDBYTES[type(module).__name__]]
-            module.support_avx512bf16_for_cpu = False
+            if module.bias is not None:
+                module.bias.data = module.bias.data.float()
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "__tensor_flatten__"):
             raise ZOError(
@@ -105,7 +107,7 @@ def adopt(model: Any, dtype: torch.dtype) -> None:
 
 def quantised_tensors(model: nn.Module) -> list[Tensor]:
     """Parameters and buffers of layers that :func:`quantise` made: their dtypes are to stay as they are."""
-    return [t for m in _quantised(model) for t in [*m.parameters(), *m.buffers()]]
+    return [t for m in quantised_layers(model) for t in [*m.parameters(), *m.buffers()]]
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -117,10 +119,6 @@ def weight_bytes(model: nn.Module) -> int:
     found: dict[int, int] = {}
 
     def visit(tensor: Any) -> None:
-        if hasattr(tensor, "__tensor_flatten__"):
-            for name in tensor.__tensor_flatten__()[0]:
-                visit(getattr(tensor, name))
-            return
         found[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
         state = getattr(tensor, "quant_state", None)  # bitsandbytes' 4-bit weights
         for part in (state, getattr(state, "state2", None)):
@@ -131,7 +129,8 @@ def weight_bytes(model: nn.Module) -> int:
             visit(scale)
 
     for tensor in [*model.parameters(), *model.buffers()]:
-        visit(tensor)
+        for _, part in plain_parts("", tensor):
+            visit(part)
     return sum(found.values())
 
 
@@ -148,7 +147,8 @@ def quiet(*, stderr: bool = False) -> Iterator[None]:
         logging.disable(before)
 
 
-def _quantised(model: nn.Module) -> Iterator[nn.Module]:
+def quantised_layers(model: nn.Module) -> Iterator[nn.Module]:
+    """Layers whose weights are kept in few bits."""
     return (m for m in model.modules() if isinstance(m, QuantisedEmbedding) or hasattr(m, "dequantised"))
 
 

@@ -41,6 +41,7 @@ class QuantisedLinear(_Kept):
         self.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)
         self._dtype = dtype
         flattened: Any = weight
+        self.mixes_rows = getattr(weight, "act_quant_kwargs", None) is not None  # what is multiplied is rounded, too
         self._kind: Any = type(weight)
         self._names, self._context = flattened.__tensor_flatten__()
         for name in self._names:
@@ -138,36 +139,46 @@ class _Product(torch.autograd.Function):
 _product: Callable[[Tensor, Any], Tensor] = cast(Any, _Product).apply
 
 
+class _BitsAndBytes(nn.Module):
+    """A layer of bitsandbytes, the bias of which stays in float32: its own forward would cast it in place, for good."""
+
+    bias: nn.Parameter | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = _product(x, self)
+        return product if self.bias is None else product + self.bias
+
+    def without_bias(self, x: Tensor) -> Tensor:
+        """What bitsandbytes' forward gives of a layer that has none."""
+        bias, self._parameters["bias"] = self._parameters["bias"], None
+        try:
+            product: Tensor = super().forward(x)
+            return product
+        finally:
+            self._parameters["bias"] = bias
+
+    dequantised = dequantised
+
+
 @lru_cache(maxsize=1)
 def bitsandbytes_layers() -> dict[str, type]:
     """bitsandbytes' two linear layers with float32 in and out, whatever they compute in."""
     import bitsandbytes
 
-    class Linear8bit(bitsandbytes.nn.Linear8bitLt):  # type: ignore[misc]
-        def forward(self, x: Tensor) -> Tensor:
-            return _product(x, self)
+    class Linear8bit(_BitsAndBytes, bitsandbytes.nn.Linear8bitLt):  # type: ignore[misc]
+        mixes_rows = True  # columns with an outlier in any row are multiplied in float16
 
         def product(self, x: Tensor) -> Tensor:
             rows = x.flatten(0, -2).half()  # it takes three axes at most, and casts to float16 itself and says so
-            out: Tensor = super().forward(rows).to(x.dtype).unflatten(0, x.shape[:-1])
+            out: Tensor = self.without_bias(rows).to(x.dtype).unflatten(0, x.shape[:-1])
             return out
 
-        dequantised = dequantised
-
-    class Linear4bit(bitsandbytes.nn.Linear4bit):  # type: ignore[misc]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self.support_avx512bf16_for_cpu = (
-                False  # it packs weights anew in the first forward and undoes that when saved
-            )
-
-        def forward(self, x: Tensor) -> Tensor:
-            return _product(x, self)
+    class Linear4bit(_BitsAndBytes, bitsandbytes.nn.Linear4bit):  # type: ignore[misc]
+        # Packing weights for the CPU in the first forward is undone when they are saved.
+        support_avx512bf16_for_cpu = property(lambda self: False, lambda self, value: None)
 
         def product(self, x: Tensor) -> Tensor:
-            out: Tensor = super().forward(x)
+            out: Tensor = self.without_bias(x)
             return out
-
-        dequantised = dequantised
 
     return {"bnb-int8": Linear8bit, "bnb-nf4": Linear4bit}

@@ -23,7 +23,7 @@ from zo_opt.training.output import RUN_NAME, never_begun
 from zo_opt.training.progress import Reporter
 
 # What a resumed run can be told otherwise.
-_ANEW = ("save_steps", "max_failed_steps", "report_to", "share", "trust_remote_code")
+_ANEW = ("save_steps", "max_failed_steps", "report_to", "share", "trust_remote_code", "prefix_cache_dir")
 
 
 def resumed_config(
@@ -48,7 +48,6 @@ def resumed_config(
         given = [f.name for f in fields(TrainConfig) if getattr(config, f.name) != f.default]
     record: dict[str, Any] | None = None
     if begins := (directory / RUN_NAME).is_file() and never_begun(directory):
-        reporter.say(f"the run in {directory} was stopped before its first step; it begins anew.")
         saved = read_config(directory)
     else:
         path = checkpoint.newest(directory, reporter.say)
@@ -58,15 +57,37 @@ def resumed_config(
         else:
             saved = _config_of(path, record)
     saved = replace(saved, trust_remote_code=False)  # a file may not allow itself to run code
-    for name in given:
-        now, then = getattr(config, name), getattr(saved, name)
-        if name not in (*_ANEW, "output_dir", "resume") and now != then:
-            raise ZOError(
-                f"{name}={now!r} was given with --resume, and the run in {directory} was started with {then!r}; leave --{name} out, or "
-                "start a new run."
-            )
+    check_given(config, saved, given, (*_ANEW, "output_dir", "resume"))
     anew = {name: getattr(config, name) for name in _ANEW if name in given}
+    if begins:
+        reporter.say(f"the run in {directory} was stopped before its first step; it begins anew.")
     return replace(saved, resume=not begins, output_dir=directory, **anew), record
+
+
+def check_given(now: Any, then: Any, given: Collection[str], free: Collection[str]) -> None:
+    """Whether the options given with --resume are those of the run.
+
+    Args:
+        now: options as a dataclass.
+        then: those that the run was started with.
+        given: names of the options that were given.
+        free: names of those that may be told otherwise.
+
+    Raises:
+        ZOError: one is another.
+    """
+    for name in (f.name for f in fields(now)):
+        values = [getattr(options, name) for options in (now, then)]
+        if name not in given or name in free or _absolute(values[0]) == _absolute(values[1]):
+            continue
+        shown = [str(value) if isinstance(value, Path) else repr(value) for value in values]
+        raise ZOError(
+            f"{name}={shown[0]} was given with --resume, and it was started with {shown[1]}; leave --{name} out, or start anew."
+        )
+
+
+def _absolute(value: Any) -> Any:
+    return value.resolve() if isinstance(value, Path) else value
 
 
 def _config_of(path: Path, record: dict[str, Any]) -> TrainConfig:

@@ -24,6 +24,7 @@ from zo_opt.training.objectives import make_objective
 from zo_opt.training.precision import set_precision
 from zo_opt.training.prefix_cache import PrefixCache, first_adapted_layer
 from zo_opt.training.progress import Reporter
+from zo_opt.training.quantisation import quantised_layers
 from zo_opt.training.recipe import Recipe, resolve
 from zo_opt.training.scoring import Scorer, make_scorer
 from zo_opt.training.task_metrics import CLASSIFICATION, GENERATION, LANGUAGE_MODELLING
@@ -179,6 +180,11 @@ def load_base(config: TrainConfig, task: Task, reporter: Reporter) -> Base:
     if config.quantise is not None:
         precision += f", {config.quantise}"
     precision = set_precision(model, precision, device)
+    if config.private and any(getattr(layer, "mixes_rows", False) for layer in quantised_layers(model)):
+        raise ZOError(
+            f"model {config.model_name_or_path!r} is quantised so that each row is rounded by what the other rows of its batch are, which "
+            "privacy cannot bear; load it in full, or with --quantise int8, int4 or bnb-nf4."
+        )
     model.to(device)  # where decompositions of its weights are fast
     return Base(model, make_scorer(model, tokenizer, task, config.max_length), precision, device)
 
