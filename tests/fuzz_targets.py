@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,11 @@ from zo_opt.adapters import ADAPTERS, load_adapter_model, make_config
 from zo_opt.adapters.adapted import AdaptedModule
 from zo_opt.adapters.storage import CONFIG_NAME, SCHEDULE_NAME, WEIGHTS_NAME
 from zo_opt.cli.main import _parser
+from zo_opt.comparison.compare import plain, resumed_options
+from zo_opt.comparison.lr_search import best_lr
+from zo_opt.comparison.options import CompareConfig, run_config
+from zo_opt.comparison.results import summarise
+from zo_opt.comparison.runs import Run as OneRun
 from zo_opt.journal import Journal, read_journal, replay
 from zo_opt.journal_format import _checksum, make_line
 from zo_opt.optim import OPTIMIZERS
@@ -32,6 +38,7 @@ from zo_opt.training.data import column_values, hold_out, make_examples, read_ro
 from zo_opt.training.evaluate_run import read_config
 from zo_opt.training.metrics import read_metrics
 from zo_opt.training.tasks import custom_task
+from zo_opt.training.watch import Watched
 
 SEPARATOR = b"\n=====\n"
 Run = Callable[[bytes, Path], None]
@@ -52,7 +59,7 @@ class Target:
     def run(self, content: bytes, directory: Path) -> bool:
         """Read one input; whether it was accepted. Raises only what is a bug."""
         for path in directory.iterdir():
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         try:
             self.read(content, directory)
         except ZOError as error:
@@ -270,6 +277,7 @@ def metrics(directory: Path) -> list[bytes]:
         "queries": 1,
         "dropped": 0,
         "forwards": 2,
+        "seconds": 0.5,
         "projected_grads": [1.0],
     }
     return [b"".join(json.dumps(line | {"step": i}).encode() + b"\n" for i in range(3))]
@@ -277,7 +285,9 @@ def metrics(directory: Path) -> list[bytes]:
 
 def read_metric_lines(content: bytes, directory: Path) -> None:
     (directory / "metrics.jsonl").write_bytes(content)
+    (directory / "run.json").write_bytes(records(directory)[0])
     read_metrics(directory)
+    Watched(directory).look()
 
 
 # --- rows and options ---
@@ -327,6 +337,44 @@ def read_options(content: bytes, directory: Path) -> None:
     TrainConfig(**parsed).check()
 
 
+# --- a comparison's directory ---
+
+
+def comparisons(directory: Path) -> list[bytes]:
+    del directory
+    side = {"loss": 0.5, "accuracy": 0.8, "row_scores": [1.0, 0.0, 1.0], "row_weights": None, "rows": 3}
+    results = {
+        "before": side, "after": side, "metric": "accuracy", "lr": 0.1, "batch_size": 16, "trainable": 5, "trainable_end": 5,
+        "adapter_bytes": 20, "train_peak_memory": 1000, "steps": 3, "forwards": 6,
+    }  # fmt: skip
+    record = {"command": "zo-opt compare", "options": plain(CompareConfig()), "base": TrainConfig().to_dict()}
+    kinds = {"record": record, "outcome": {"state": "finished", "reason": ""}, "results": results}
+    return [kind.encode() + SEPARATOR + json.dumps(values).encode() for kind, values in kinds.items()]
+
+
+def read_comparison(content: bytes, directory: Path) -> None:
+    """One of its files changed, the others as they were; taken up again and summed up."""
+    files = dict(one.split(SEPARATOR, 1) for one in comparisons(directory))
+    kind, _, rest = content.partition(SEPARATOR)
+    files[kind] = rest
+    run = directory / "runs" / "mezo" / "seed-0"
+    run.mkdir(parents=True, exist_ok=True)
+    places = {
+        b"record": directory / "compare.json",
+        b"outcome": run.with_name("seed-0.json"),
+        b"results": run / "results.json",
+    }
+    for name, path in places.items():
+        path.write_bytes(files[name])
+    (run / "metrics.jsonl").write_bytes(metrics(directory)[0])
+    options, base, _ = resumed_options(CompareConfig(output_dir=directory, resume=True), TrainConfig(), ())
+    for method in options.check():
+        run_config(base, method).check()
+    runs = [OneRun("mezo", TrainConfig(output_dir=run, lr=0.1))]
+    summarise("mezo", runs, runs)
+    best_lr(runs)
+
+
 TARGETS = {
     "adapter": Target(own_adapters, read_adapter),
     "peft": Target(peft_adapters, read_adapter),
@@ -338,6 +386,7 @@ TARGETS = {
     "metrics": Target(metrics, read_metric_lines),
     "rows": Target(tables, read_table),
     "options": Target(option_files, read_options),
+    "comparison": Target(comparisons, read_comparison),
 }
 
 

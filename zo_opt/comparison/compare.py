@@ -23,7 +23,8 @@ from zo_opt.comparison.runs import Run, StoppedError, run_all
 from zo_opt.errors import ZOError
 from zo_opt.files import write_atomically
 from zo_opt.memory import parse_bytes
-from zo_opt.training.config import TrainConfig
+from zo_opt.plain_json import read_object
+from zo_opt.training.config import TrainConfig, from_plain
 from zo_opt.training.methods import Method
 from zo_opt.training.models import pick_device
 from zo_opt.training.output import output_directory
@@ -53,7 +54,7 @@ def compare(
         InterruptedRunError: SIGINT or SIGTERM; the runs under way left checkpoints.
     """
     if options.resume:
-        options, base, command = _resumed(options, base, given)
+        options, base, command = resumed_options(options, base, given)
     methods = options.check()
     for method in methods:
         try:
@@ -62,7 +63,7 @@ def compare(
             raise ZOError(f"method {method.name}: {error}") from error
     directory = options.output_dir or Path("runs") / f"compare-{datetime.now():%Y%m%d-%H%M%S}"
     with output_directory(directory, resume=options.resume, unique=options.output_dir is None) as directory:
-        record = {"command": command, "options": _plain(vars(options)), "base": base.to_dict()}
+        record = {"command": command, "options": plain(options), "base": base.to_dict()}
         if base.prefix_cache == TrainConfig.prefix_cache and pick_device(base.device).type == "cpu":
             base = replace(base, prefix_cache="disk")  # computed once for all runs, read as fast as from memory
         examples = load_examples(base, reporter)
@@ -207,19 +208,23 @@ class _Comparison:
         )  # fmt: skip
 
 
-def _resumed(
+def resumed_options(
     options: CompareConfig, base: TrainConfig, given: Collection[str]
 ) -> tuple[CompareConfig, TrainConfig, str]:
-    """What the comparison in output_dir was started with, save what can be told otherwise."""
+    """What the comparison in output_dir was started with, save what can be told otherwise; and its command line.
+
+    Raises:
+        ZOError: there is none, its record is damaged, or another value of an option is given now.
+    """
     if options.output_dir is None:
         raise ZOError("resume needs output_dir, the directory of the comparison to go on with.")
     path = options.output_dir / RECORD_NAME
+    record = read_object(path, "give the output_dir of a zo-opt compare")
     try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        saved, saved_base = CompareConfig(**record["options"]), TrainConfig.from_dict(record["base"])
+        saved, saved_base = from_plain(CompareConfig, record["options"]), from_plain(TrainConfig, record["base"])
         command = str(record["command"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ZOError(f"{path} is missing or damaged ({error}); give the output_dir of a zo-opt compare.") from error
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ZOError(f"{path} is damaged ({error}); give the output_dir of a zo-opt compare.") from error
     check_given(options, saved, given, ("output_dir", "resume", "jobs"))
     check_given(base, saved_base, given, ("output_dir", "resume", "trust_remote_code"))
     jobs = options.jobs if "jobs" in given else saved.jobs
@@ -227,5 +232,6 @@ def _resumed(
     return saved, replace(saved_base, trust_remote_code=base.trust_remote_code), command
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+def plain(options: CompareConfig) -> dict[str, Any]:
+    """Options as plain values, for compare.json."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}

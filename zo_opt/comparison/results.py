@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from zo_opt.comparison.runs import Run
+from zo_opt.errors import ZOError
 from zo_opt.training.task_metrics import perplexity
 
 CONFIDENCE = 0.95
@@ -56,7 +57,24 @@ class Row:
 
 
 def summarise(method: str, runs: Sequence[Run], trials: Sequence[Run]) -> Row:
-    """One row of the table from a method's runs, finished or not."""
+    """One row of the table from a method's runs, finished or not.
+
+    Raises:
+        ZOError: the files of one are damaged.
+    """
+    try:
+        return _summarise(method, runs, trials)
+    except ZOError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        places = ", ".join(str(run.directory) for run in runs)
+        raise ZOError(
+            f"what a run of {method} measured cannot be read ({type(error).__name__}: {error}): results.json or metrics.jsonl of {places} is "
+            "damaged; delete it with what is named after it, and resume."
+        ) from error
+
+
+def _summarise(method: str, runs: Sequence[Run], trials: Sequence[Run]) -> Row:
     outcomes = [run.outcome() for run in runs]
     worst = next((o for o in outcomes if o is not None and o.state != "finished"), None)
     state = worst.state if worst is not None else ("finished" if None not in outcomes else "running")
@@ -70,6 +88,8 @@ def summarise(method: str, runs: Sequence[Run], trials: Sequence[Run]) -> Row:
         return Row(method, state, reason, 0, search_forwards=search)
     results = [read_results(run) for run in done]
     curves = [run.steps_done() for run in done]
+    if not all(curves):
+        raise ValueError("no whole line in metrics.jsonl")
     first = results[0]
     tried = [trial.config.lr for trial in trials if trial.config.lr is not None]
     metric = first["metric"]

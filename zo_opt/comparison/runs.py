@@ -21,6 +21,7 @@ from typing import Any
 from zo_opt.comparison.options import given_options
 from zo_opt.errors import ZOError
 from zo_opt.files import write_atomically
+from zo_opt.plain_json import read_object
 from zo_opt.training import checkpoint, metrics
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.progress import Reporter
@@ -28,6 +29,7 @@ from zo_opt.training.progress import Reporter
 _DIVERGED = "training failed"  # what the command line says of losses that are not finite
 RISE = 2.0  # [choice] how far the training loss may rise above its start before a run counts as diverged
 _POLL_SECONDS = 0.2
+_AGAIN = "delete it and what is named after the same run beside it, and resume: the run is made again"
 _WEIGHTS = (
     "adapter_model.safetensors",
     "adapter_schedule.safetensors",
@@ -71,7 +73,10 @@ class Run:
         """How it ended; None if it has not."""
         if not self._status.is_file():
             return None
-        return Outcome(**json.loads(self._status.read_text(encoding="utf-8")))
+        values = read_object(self._status, _AGAIN)
+        if values.keys() != {"state", "reason"} or not all(isinstance(value, str) for value in values.values()):
+            raise ZOError(f"{self._status} is damaged (it says no state and reason); {_AGAIN}.")
+        return Outcome(**values)
 
     def _beside(self, kind: str) -> Path:
         return self.directory.with_name(f"{self.directory.name}.{kind}")  # a learning rate's name has dots in it
@@ -79,7 +84,13 @@ class Run:
     def results(self) -> dict[str, Any] | None:
         """What it measured; None if it did not come to its end."""
         path = self.directory / "results.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if not path.is_file():
+            return None
+        results = read_object(path, _AGAIN)
+        after = results.get("after")
+        if not isinstance(after, dict) or not isinstance(after.get("loss"), float | int | None):
+            raise ZOError(f"{path} is damaged (it says no loss after training); {_AGAIN}.")
+        return results
 
     def forget_failure(self) -> None:
         """Let it be tried again if it failed; one that diverged would do so again."""
@@ -117,9 +128,7 @@ class Run:
         if resume:  # with its own options; only where others may hold the cache that it had, it takes this one
             given = ["--output_dir", str(self.directory), "--resume"]
             given += ["--trust_remote_code"] * config.trust_remote_code
-            if config.prefix_cache_dir is None and "prefix_cache_dir" in json.loads(
-                options.read_text(encoding="utf-8")
-            ):
+            if config.prefix_cache_dir is None and "prefix_cache_dir" in read_object(options, _AGAIN):
                 given += ["--prefix_cache_dir", str(prefixes)]
         else:
             if config.prefix_cache == "disk" and config.prefix_cache_dir is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from zo_opt.adapters import ADAPTERS, AdapterConfig, make_config
 from zo_opt.adapters.tt_init import FEATURES
@@ -23,6 +23,7 @@ from zo_opt.training.trackers import check_trackers
 _ADAPTER_FIELDS = ("rank", "rank_pattern", "tt_rank", "scale", "bottleneck", "activation", "target_modules", "layers")
 # Option -> field of an adapter's configuration.
 ADAPTER_OPTIONS = {name: name for name in (*_ADAPTER_FIELDS, "modules_to_tensorize")} | {"lora_alpha": "alpha"}
+_Options = TypeVar("_Options")
 LR_SCHEDULES = ("linear", "cosine", "constant")
 
 
@@ -382,13 +383,22 @@ class TrainConfig:
         Raises:
             TypeError: an option that there is not, or a value of another type.
         """
-        hints = get_type_hints(cls)
-        for name, value in values.items():
-            if name in hints and not _is(value, hints[name]):
-                raise TypeError(f"{name} is {str(value)[:80]!r}")
-        paths = {f.name for f in fields(cls) if "Path" in str(f.type)}
-        options: dict[str, Any] = {k: Path(v) if k in paths and v is not None else v for k, v in values.items()}
-        return cls(**options)
+        return from_plain(cls, values)
+
+
+def from_plain(kind: type[_Options], values: dict[str, Any]) -> _Options:
+    """Options as a dataclass from plain values of JSON.
+
+    Raises:
+        TypeError: an option that there is not, or a value of another type.
+    """
+    declared: Any = kind
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        if name in hints and not _is(value, hints[name]):
+            raise TypeError(f"{name} is {str(value)[:80]!r}")
+    paths = {f.name for f in fields(declared) if "Path" in str(f.type)}
+    return kind(**{k: Path(v) if k in paths and v is not None else v for k, v in values.items()})
 
 
 def _is(value: Any, hint: Any) -> bool:

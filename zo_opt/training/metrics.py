@@ -115,9 +115,17 @@ def _verified(line: bytes) -> dict[str, Any] | None:
         if values.pop("crc32", checksum) != checksum:  # runs of earlier versions have none
             return None
         values["seconds"] = float(values["seconds"])
-        return _nan(values) if isinstance(values["step"], int) else None
+        counts = (values[name] for name in ("step", "epoch", "queries", "dropped", "forwards"))
+        numbers = (values["loss"], values["lr"], *values["projected_grads"], values["seconds"])
+        whole = all(type(count) is int and count >= 0 for count in counts)
+        return _nan(values) if whole and all(map(_is_number, numbers)) else None
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return None
+
+
+def _is_number(value: Any) -> bool:
+    """Finite, or the null that stands for what is not."""
+    return value is None or (type(value) in (int, float) and math.isfinite(value))
 
 
 def _finite(line: dict[str, Any]) -> dict[str, Any]:
