@@ -44,6 +44,12 @@ SEPARATOR = b"\n=====\n"
 Run = Callable[[bytes, Path], None]
 
 
+def empty(directory: Path) -> None:
+    """Take everything out of it."""
+    for path in directory.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 @dataclass(frozen=True)
 class Target:
     """One reader.
@@ -58,8 +64,7 @@ class Target:
 
     def run(self, content: bytes, directory: Path) -> bool:
         """Read one input; whether it was accepted. Raises only what is a bug."""
-        for path in directory.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        empty(directory)
         try:
             self.read(content, directory)
         except ZOError as error:

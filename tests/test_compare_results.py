@@ -96,7 +96,17 @@ def made_up(
     run = Run("lora", TrainConfig(output_dir=directory, lr=results.pop("lr", 0.1)))
     directory.mkdir(parents=True)
     lines = [
-        {"step": i, "loss": loss if math.isfinite(loss) else None, "forwards": 3 * (i + 1), "seconds": 0.5 * (i + 1)}
+        {
+            "step": i,
+            "epoch": 0,
+            "loss": loss if math.isfinite(loss) else None,
+            "lr": 0.1,
+            "queries": 0,
+            "dropped": 0,
+            "forwards": 3 * (i + 1),
+            "seconds": 0.5 * (i + 1),
+            "projected_grads": [],
+        }
         for i, loss in enumerate(losses)
     ]
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
