@@ -25,10 +25,12 @@ from zo_opt.plain_json import read_object
 from zo_opt.training import checkpoint, metrics
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.progress import Reporter
+from zo_opt.training.task_metrics import METRICS
 
 _DIVERGED = "training failed"  # what the command line says of losses that are not finite
 RISE = 2.0  # [choice] how far the training loss may rise above its start before a run counts as diverged
 _POLL_SECONDS = 0.2
+_LARGEST = 1e30
 _AGAIN = "delete it and what is named after the same run beside it, and resume: the run is made again"
 _WEIGHTS = (
     "adapter_model.safetensors",
@@ -87,9 +89,8 @@ class Run:
         if not path.is_file():
             return None
         results = read_object(path, _AGAIN)
-        after = results.get("after")
-        if not isinstance(after, dict) or not isinstance(after.get("loss"), float | int | None):
-            raise ZOError(f"{path} is damaged (it says no loss after training); {_AGAIN}.")
+        if not _is_whole(results):
+            raise ZOError(f"{path} is damaged (it lacks what a run measures); {_AGAIN}.")
         return results
 
     def forget_failure(self) -> None:
@@ -179,6 +180,35 @@ class Outcome:
 
     state: str
     reason: str = ""
+
+
+def _is_whole(results: dict[str, Any]) -> bool:
+    """Whether results.json has all that a comparison looks at, each of its kind."""
+    numbers = (
+        "lr",
+        "batch_size",
+        "trainable",
+        "trainable_end",
+        "adapter_bytes",
+        "train_peak_memory",
+        "steps",
+        "forwards",
+    )
+    metric, before, after = (results.get(name) for name in ("metric", "before", "after"))
+    if not (isinstance(metric, str) and metric in METRICS and isinstance(before, dict) and isinstance(after, dict)):
+        return False
+    scores, weights = after.get("row_scores"), after.get("row_weights")
+    return (
+        all(_is_number(results.get(name)) for name in numbers)
+        and all(name in side and _is_number(side[name], null=True) for side in (before, after) for name in ("loss", metric))
+        and isinstance(scores, list) and len(scores) > 0 and all(_is_number(score, null=True) for score in scores)
+        and (weights is None or (isinstance(weights, list) and len(weights) == len(scores) and all(_is_number(w) and w > 0 for w in weights)))
+    )  # fmt: skip
+
+
+def _is_number(value: Any, *, null: bool = False) -> bool:
+    """Of a size that can be computed with; ``null`` stands for what is not finite."""
+    return (null and value is None) or (type(value) in (int, float) and abs(value) < _LARGEST)
 
 
 def run_all(
