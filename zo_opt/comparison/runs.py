@@ -126,7 +126,7 @@ class Run:
         if not resume and self.directory.exists():  # it was stopped before its first checkpoint
             shutil.rmtree(self.directory)
         options, config = self._beside("yaml"), self.config
-        if resume:  # with its own options; only where others may hold the cache that it had, it takes this one
+        if resume:  # with its own options; but the cache on disk that it had may be another run's by now
             given = ["--output_dir", str(self.directory), "--resume"]
             given += ["--trust_remote_code"] * config.trust_remote_code
             if config.prefix_cache_dir is None and "prefix_cache_dir" in read_object(options, _AGAIN):
