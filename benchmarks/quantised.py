@@ -46,7 +46,7 @@ def tune(options: list[str]) -> dict[str, Any]:
             return {"options": " ".join(options), "failed": (done.stderr or done.stdout).strip().splitlines()[-3:]}
         results = json.loads((Path(directory) / "out" / "results.json").read_text())
     return {
-        "options": " ".join(options),
+        "options": " ".join(Path(option).name if option.endswith(".gguf") else option for option in options),
         "before": results["before"]["accuracy"],
         "after": results["after"]["accuracy"],
         "loss_after": results["after"]["loss"],

@@ -353,8 +353,15 @@ def comparisons(directory: Path) -> list[bytes]:
         "adapter_bytes": 20, "train_peak_memory": 1000, "steps": 3, "forwards": 6,
     }  # fmt: skip
     record = {"command": "zo-opt compare", "options": plain(CompareConfig()), "base": TrainConfig().to_dict()}
-    kinds = {"record": record, "outcome": {"state": "finished", "reason": ""}, "results": results}
-    return [kind.encode() + SEPARATOR + json.dumps(values).encode() for kind, values in kinds.items()]
+    text = side | {"perplexity": 1e90, "loss": 207.0, "row_scores": [206.0, None, 208.0], "row_weights": [1, 2, 3]}
+    language = results | {"before": text, "after": text, "metric": "perplexity"}
+    kinds = (
+        ("record", record),
+        ("outcome", {"state": "finished", "reason": ""}),
+        ("results", results),
+        ("results", language),
+    )
+    return [kind.encode() + SEPARATOR + json.dumps(values).encode() for kind, values in kinds]
 
 
 def read_comparison(content: bytes, directory: Path) -> None:

@@ -91,7 +91,13 @@ def test_a_grid_holds_the_methods_own_rate(trials: int) -> None:
 
 
 def made_up(
-    directory: Path, losses: list[float], *, after: float | None = 0.5, metric: str = "accuracy", **results: Any
+    directory: Path,
+    losses: list[float],
+    *,
+    after: float | None = 0.5,
+    metric: str = "accuracy",
+    after_side: Any = None,
+    **results: Any,
 ) -> Run:
     run = Run("lora", TrainConfig(output_dir=directory, lr=results.pop("lr", 0.1)))
     directory.mkdir(parents=True)
@@ -114,7 +120,7 @@ def made_up(
         "metric": metric, "lr": 0.1, "batch_size": 4, "trainable": 10, "trainable_end": 10, "adapter_bytes": 40,
         "train_peak_memory": 1 << 20, "steps": len(losses), "forwards": 3 * len(losses),
         "before": {metric: 0.5, "loss": 0.7},
-        "after": {metric: 0.75, "loss": after, "row_scores": [1.0, 1.0, 0.0, 1.0]},
+        "after": after_side or {metric: 0.75, "loss": after, "row_scores": [1.0, 1.0, 0.0, 1.0]},
     } | results  # fmt: skip
     (directory / "results.json").write_text(json.dumps(measured))
     run.log.write_text("the last line\n")
@@ -134,6 +140,26 @@ def test_verdicts(tmp_path: Path) -> None:
     assert (killed.state, "SIGKILL" in killed.reason) == ("failed", True)
     failed = made_up(tmp_path / "g", [0.7]).ended(2, keep_models=True)
     assert (failed.state, failed.reason) == ("failed", "the last line")
+
+
+def test_a_loss_that_is_large_is_no_damage(tmp_path: Path) -> None:
+    side = {"perplexity": math.exp(100), "loss": 100.0, "row_scores": [99.0, 101.0]}
+    run = made_up(tmp_path / "a", [3.0, 2.0], metric="perplexity", before=side | {"loss": 3.0}, after_side=side)
+    run.ended(0, keep_models=True)
+    assert summarise("lora", [run], []).score == pytest.approx(math.exp(100))
+
+
+def test_results_that_are_lost_or_damaged(tmp_path: Path) -> None:
+    """A run without its results is one that has not ended."""
+    run = made_up(tmp_path / "a", [0.7, 0.6])
+    assert run.ended(0, keep_models=True).state == "finished"
+    for damaged in ('{"metric": "accuracy"}', "{", '{"metric": "accuracy", "before": {"loss": "x"}, "after": 3}'):
+        (tmp_path / "a" / "results.json").write_text(damaged)
+        with pytest.raises(ZOError, match=r"results\.json is damaged .*; delete it and resume: the run is made again"):
+            summarise("lora", [run], [])
+    (tmp_path / "a" / "results.json").unlink()
+    assert run.outcome() is None
+    assert summarise("lora", [run], []).state == "running"
 
 
 def test_runs_named_by_numbers_keep_apart(tmp_path: Path) -> None:

@@ -350,6 +350,14 @@ def test_resuming_keeps_the_options_of_the_interrupted_run(
     same_run(broken, whole)
 
 
+def test_all_options_can_be_printed_and_given_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import yaml
+
+    assert run_main(["train", "--lr", "0.5", "--print_config"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert TrainConfig.from_dict(printed) == TrainConfig(lr=0.5)
+
+
 @pytest.mark.parametrize("begun", [True, False])
 def test_what_a_resumed_run_can_be_told(
     begun: bool, toy_options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

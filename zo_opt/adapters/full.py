@@ -62,9 +62,17 @@ def own_parameters(model: nn.Module, config: AdapterConfig) -> list[str]:
     """All parameters under each of their names, but of modules that are replaced (``modules_to_tensorize``).
 
     Raises:
-        ZOError: one cannot be trained in place, for it holds no floating-point numbers; or weights are kept in few bits.
+        ZOError: one cannot be trained in place, for it holds no floating-point numbers; or weights that are asked for are kept in few bits.
     """
-    quantised = next((name for name, module in model.named_modules() if is_quantised(module)), None)
+    wanted = config.target_modules
+    quantised = next(
+        (
+            name
+            for name, module in model.named_modules()
+            if is_quantised(module) and (wanted is None or any(within(f"{name}.weight", one) for one in wanted))
+        ),
+        None,
+    )
     if quantised is not None:
         raise ZOError(
             f"layer {quantised!r} is quantised and cannot be trained in place; load the model without quantisation."

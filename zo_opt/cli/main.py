@@ -27,8 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     who = f"zo-opt (rank {rank})" if rank else "zo-opt"
     try:
         chosen = next((a for a in arguments if not a.startswith("-")), None)
-        # What is left out is known from their dataclasses; what was given, from what there is.
-        defaults = chosen not in ("train", "compare")
+        # Of these two it matters what was given, and what was not is known from their dataclasses.
+        defaults = chosen not in ("train", "compare") or any(a.startswith("--print_config") for a in arguments)
         parsed = _parser(chosen).parse_args(arguments or ["--help"], defaults=defaults)
         return _run(parsed, shlex.join(["zo-opt", *arguments]))
     except ZOError as error:

@@ -41,7 +41,7 @@ def run(options: Namespace) -> None:
         adopt(base, torch.float32)
         if form == "model" and next(quantised_layers(base), None) is not None:
             raise ZOError(
-                f"model {config.model_name_or_path!r} is quantised, which would round most of the adapter away; keep the adapter as it is, or "
+                f"model {config.model_name_or_path!r} is quantised, and merging needs its weights in full; keep the adapter as it is, or "
                 "give --as lora."
             )
         model = load_adapter_model(base, options.run_dir)

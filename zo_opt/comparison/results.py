@@ -168,4 +168,5 @@ def step_seconds(curve: Sequence[dict[str, Any]]) -> np.ndarray[Any, Any]:
 
 def _mean(values: Sequence[float | None]) -> float:
     """nan where a number is null in JSON, which has no other way to say that it is not finite."""
-    return float(np.mean([math.nan if v is None else v for v in values])) if values else math.nan
+    with np.errstate(over="ignore"):  # of perplexities
+        return float(np.mean([math.nan if v is None else v for v in values])) if values else math.nan

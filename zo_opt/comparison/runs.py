@@ -30,8 +30,7 @@ from zo_opt.training.task_metrics import METRICS
 _DIVERGED = "training failed"  # what the command line says of losses that are not finite
 RISE = 2.0  # [choice] how far the training loss may rise above its start before a run counts as diverged
 _POLL_SECONDS = 0.2
-_LARGEST = 1e30
-_AGAIN = "delete it and what is named after the same run beside it, and resume: the run is made again"
+_AGAIN = "delete it and resume: the run is made again"
 _WEIGHTS = (
     "adapter_model.safetensors",
     "adapter_schedule.safetensors",
@@ -78,7 +77,9 @@ class Run:
         values = read_object(self._status, _AGAIN)
         if values.keys() != {"state", "reason"} or not all(isinstance(value, str) for value in values.values()):
             raise ZOError(f"{self._status} is damaged (it says no state and reason); {_AGAIN}.")
-        return Outcome(**values)
+        outcome = Outcome(**values)
+        lost = outcome.state == "finished" and not (self.directory / "results.json").is_file()
+        return None if lost else outcome
 
     def _beside(self, kind: str) -> Path:
         return self.directory.with_name(f"{self.directory.name}.{kind}")  # a learning rate's name has dots in it
@@ -129,7 +130,8 @@ class Run:
         if resume:  # with its own options; but the cache on disk that it had may be another run's by now
             given = ["--output_dir", str(self.directory), "--resume"]
             given += ["--trust_remote_code"] * config.trust_remote_code
-            if config.prefix_cache_dir is None and "prefix_cache_dir" in read_object(options, _AGAIN):
+            known = read_object(options, _AGAIN) if options.is_file() else {}
+            if config.prefix_cache_dir is None and "prefix_cache_dir" in known:
                 given += ["--prefix_cache_dir", str(prefixes)]
         else:
             if config.prefix_cache == "disk" and config.prefix_cache_dir is None:
@@ -200,15 +202,16 @@ def _is_whole(results: dict[str, Any]) -> bool:
     scores, weights = after.get("row_scores"), after.get("row_weights")
     return (
         all(_is_number(results.get(name)) for name in numbers)
-        and all(name in side and _is_number(side[name], null=True) for side in (before, after) for name in ("loss", metric))
+        and all({"loss", metric} <= side.keys() and _is_number(side["loss"], null=True) for side in (before, after))
+        and all(_is_number(side[metric], null=True, most=math.inf) for side in (before, after))  # a perplexity may be huge
         and isinstance(scores, list) and len(scores) > 0 and all(_is_number(score, null=True) for score in scores)
         and (weights is None or (isinstance(weights, list) and len(weights) == len(scores) and all(_is_number(w) and w > 0 for w in weights)))
     )  # fmt: skip
 
 
-def _is_number(value: Any, *, null: bool = False) -> bool:
-    """Of a size that can be computed with; ``null`` stands for what is not finite."""
-    return (null and value is None) or (type(value) in (int, float) and abs(value) < _LARGEST)
+def _is_number(value: Any, *, null: bool = False, most: float = 1e150) -> bool:
+    """Finite, and of a size that can be squared unless told otherwise; ``null`` stands for what is not finite."""
+    return (null and value is None) or (type(value) in (int, float) and abs(value) < most)
 
 
 def run_all(

@@ -95,7 +95,7 @@ def load_model(
             f"model {name_or_path!r} could not be loaded ({reason}); give {builtin.DEFAULT_MODEL!r}, a local directory or a Hugging Face id."
         ) from error
     for name, parameter in model.named_parameters():
-        if not all(part.isfinite().all() for _, part in plain_parts(name, parameter) if part.is_floating_point()):
+        if not all(_is_finite(part) for _, part in plain_parts(name, parameter)):
             raise ZOError(f"model {name_or_path!r} holds NaN or infinity in {name!r}; load sound weights.")
     if head == "classification" and model.config.pad_token_id is None:
         model.config.pad_token_id = (
@@ -110,6 +110,16 @@ def _forget_gguf(model: Any, path: str) -> None:
     for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "is_quantized")):
         if name in vars(owner):
             delattr(owner, name)
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all entries are numbers; those of eight bits, which torch cannot be asked about, are widened.
+
+    >>> _is_finite(torch.ones(2).to(torch.float8_e4m3fn)), _is_finite(torch.tensor([1.0, float("nan")]).to(torch.float8_e5m2))
+    (True, False)
+    """
+    narrow = tensor.is_floating_point() and tensor.element_size() == 1
+    return bool((tensor.float() if narrow else tensor).isfinite().all())
 
 
 def classification_heads(model: Any) -> list[str]:
