@@ -157,6 +157,9 @@ def test_results_that_are_lost_or_damaged(tmp_path: Path) -> None:
         (tmp_path / "a" / "results.json").write_text(damaged)
         with pytest.raises(ZOError, match=r"results\.json is damaged .*; delete it and resume: the run is made again"):
             summarise("lora", [run], [])
+        assert run.ended(0, keep_models=True).state == "failed"
+        run.forget_failure()
+        (tmp_path / "a.json").write_text('{"state": "finished", "reason": ""}')
     (tmp_path / "a" / "results.json").unlink()
     assert run.outcome() is None
     assert summarise("lora", [run], []).state == "running"

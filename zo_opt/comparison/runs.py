@@ -166,7 +166,11 @@ class Run:
             state = "diverged" if code == 1 and _DIVERGED in last else "failed"
             return Outcome(state, last.removeprefix("zo-opt: ").removeprefix("error: "))
         # A dropped step alone is no divergence.
-        results, curve = self.results(), [s["loss"] for s in self.steps_done() if math.isfinite(s["loss"])]
+        try:
+            results = self.results()
+        except ZOError as error:  # which ends no other run
+            return Outcome("failed", str(error))
+        curve = [s["loss"] for s in self.steps_done() if math.isfinite(s["loss"])]
         if results is None or results["after"]["loss"] is None or not curve:
             return Outcome("diverged", "the held-out loss is not finite after training")
         tenth = math.ceil(len(curve) / 10)
