@@ -398,7 +398,7 @@ def test_a_run_of_several_processes_survives_death_and_resumes_with_other_number
     codes, logs = launch(2, line)
     assert codes == [1, -signal.SIGKILL], logs
     assert "zo-opt: training failed: rank 1 is gone at step 2: its process ended" in logs[0]
-    codes, logs = launch(3, [*line, "--resume"])
+    codes, logs = launch(3, [*line, "--resume", "--rank_check_every", "1"])
     assert codes == [128 + signal.SIGTERM] * 3, logs
     assert "stopped after step 5" in logs[0]
     assert logs[1:] == [""] * 2  # one rank talks
@@ -406,6 +406,13 @@ def test_a_run_of_several_processes_survives_death_and_resumes_with_other_number
     assert run_main(toy_options(output_dir=tmp_path / "alone", **options)) == 0
     adapters = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("out", "alone")]
     assert adapters[0] == adapters[1]
+
+
+def test_options_of_ranks_reach_them():
+    from zo_opt.training import TrainConfig
+
+    config = TrainConfig(share="2x2", query_mode="distributed", rank_timeout=7.5, rank_check_every=3)
+    assert config.make_distributed() == Distributed("2x2", "sequential", check_every=3, timeout=7.5)
 
 
 @pytest.mark.parametrize(("changes", "sentence"), [

@@ -18,7 +18,7 @@ from torch import nn
 from zo_opt.adapters import ADAPTERS
 from zo_opt.errors import ZOError
 from zo_opt.memory import LiveBytes, parse_bytes
-from zo_opt.optim import OPTIMIZERS
+from zo_opt.optim import OPTIMIZERS, ZerothOrderOptimizer
 from zo_opt.training import plan as planning
 from zo_opt.training.dry_run import dry_run
 from zo_opt.training.methods import METHODS, get_method
@@ -56,6 +56,10 @@ def measured(skeleton, method, setting):
         t.untyped_storage()._cdata: t.untyped_storage().nbytes()
         for t in [*step.model.parameters(), *step.model.buffers()]
     }
+    if isinstance(step.optimizer, ZerothOrderOptimizer):
+        step.optimizer._step_directions = (
+            None  # what it kept of the step before goes now: the record misses what is freed at its very start
+        )
     return sum(held.values()) + state + measured_peak(step)
 
 

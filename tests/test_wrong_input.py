@@ -363,6 +363,8 @@ CASES: dict[str, Case] = {
     "resume with another seed": (lambda p: resume(p, lambda r: None) | {"seed": 5}, "seed=5 was given with --resume.*was started with 0"),
     "save nowhere": (lambda p: {"report_to": "nowhere"}, "'nowhere' is not known.*tensorboard"),
     "a tracker that is not installed": (lambda p: {"report_to": "tensorboard,aim"}, "'aim' needs a package"),
+    "no time for ranks": (lambda p: {"rank_timeout": 0}, "rank_timeout=0"),
+    "ranks that are never compared": (lambda p: {"rank_check_every": 0}, "rank_check_every=0"),
     "no failed step at all": (lambda p: {"max_failed_steps": 0}, "max_failed_steps=0"),
     # the command line itself
     "unknown option": (lambda p: {"bogus": 3}, "bogus"),

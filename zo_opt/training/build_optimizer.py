@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from zo_opt.adapters import lora_plus_groups, trainable_parameters
-from zo_opt.distributed import Distributed, world_size
+from zo_opt.distributed import world_size
 from zo_opt.optim import OPTIMIZERS, ZerothOrderOptimizer
 from zo_opt.privacy import GaussianPrivacy
 from zo_opt.training import first_order
@@ -43,7 +43,7 @@ def make_optimizer(
         )  # fmt: skip
     kind = OPTIMIZERS[config.optimizer]
     together = world_size() > 1 or config.query_mode == "distributed"
-    distributed = Distributed(share=config.share, within=config.mode) if together else None
+    distributed = config.make_distributed() if together else None
     directions = config.directions
     if directions is None and not kind.own_directions:
         directions = "rademacher"

@@ -96,6 +96,8 @@ class TrainConfig:
             exact_match and rewards, and where processes share the data. "distributed" is sequential in each of several processes.
         share: what several processes share (torchrun, docs/scaling.md): queries, data, or both as a grid such as 2x4 (query groups x
             data ranks); query_mode then says how each evaluates its part.
+        rank_timeout: of several processes, seconds to wait for the slowest beyond the first one's own part of a step.
+        rank_check_every: of several processes, steps between comparisons of all trainables by SHA-256.
         query_schedule: adazeta (paper), constant, linear, cosine, stepwise, budget or variance; the optimizer's own if not given.
         alpha: AdaZeta's alpha, between 0 and 1.
         beta: AdaZeta's beta, between 0 and 1, or "derived" from the number of epochs as in the released code.
@@ -125,8 +127,8 @@ class TrainConfig:
         max_failed_steps: so many steps in a row without any finite loss end the run.
         report_to: none, or where to send what metrics.jsonl has as well: tensorboard, wandb, mlflow and others that accelerate knows;
             several with commas between.
-        resume: continue the run in output_dir, with its options; save_steps, max_failed_steps, report_to, share and
-            prefix_cache_dir may be given anew, other values of other options are refused.
+        resume: continue the run in output_dir, with its options; save_steps, max_failed_steps, report_to, share, rank_timeout,
+            rank_check_every and prefix_cache_dir may be given anew, other values of other options are refused.
     """
 
     model_name_or_path: str = builtin.DEFAULT_MODEL
@@ -183,6 +185,8 @@ class TrainConfig:
     directions: str | None = None
     query_mode: str | None = None
     share: str = "queries"
+    rank_timeout: float = 300.0
+    rank_check_every: int = 100
     query_schedule: str | None = None
     alpha: float = 0.85
     beta: float | str = 0.4
@@ -269,8 +273,11 @@ class TrainConfig:
             raise ZOError(f"loraplus_lr_ratio={self.loraplus_lr_ratio} is not possible; give a positive number.")
         if self.max_grad_norm < 0 or self.loraplus_lr_embedding < 0:
             raise ZOError("max_grad_norm and loraplus_lr_embedding cannot be negative; give 0 or more.")
+        for name in ("rank_timeout", "rank_check_every"):
+            if not 0 < getattr(self, name) < 1e9:
+                raise ZOError(f"{name}={getattr(self, name)} is not possible; give a positive number.")
         if self.share != "queries":
-            Distributed(share=self.share, within=self.mode)
+            self.make_distributed()
             if self.objective == "f1":
                 raise ZOError("the F1 of a batch is no mean over its rows; with objective='f1' give --share queries.")
         self.make_query_schedule()
@@ -335,6 +342,12 @@ class TrainConfig:
         alone = self.private or self.share != "queries" or self.optimizer in ("forward-gradient", first_order.NAME)
         # F1 of a few rows says little, and copies cannot write together.
         return "sequential" if alone or self.objective not in (objectives.LOSS, "accuracy") else "split"
+
+    def make_distributed(self) -> Distributed:
+        """What several processes share, and how they are watched."""
+        return Distributed(
+            share=self.share, within=self.mode, timeout=self.rank_timeout, check_every=self.rank_check_every
+        )
 
     @property
     def eps(self) -> float:

@@ -23,7 +23,9 @@ from zo_opt.training.output import RUN_NAME, never_begun
 from zo_opt.training.progress import Reporter
 
 # What a resumed run can be told otherwise.
-_ANEW = ("save_steps", "max_failed_steps", "report_to", "share", "trust_remote_code", "prefix_cache_dir")
+_ANEW = (
+    "save_steps", "max_failed_steps", "report_to", "share", "rank_timeout", "rank_check_every", "prefix_cache_dir", "trust_remote_code",
+)  # fmt: skip
 
 
 def resumed_config(
