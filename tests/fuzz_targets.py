@@ -24,7 +24,7 @@ from zo_opt.adapters import ADAPTERS, load_adapter_model, make_config
 from zo_opt.adapters.adapted import AdaptedModule
 from zo_opt.adapters.storage import CONFIG_NAME, SCHEDULE_NAME, WEIGHTS_NAME
 from zo_opt.cli.main import _parser
-from zo_opt.comparison.compare import plain, resumed_options
+from zo_opt.comparison.compare import resumed_options
 from zo_opt.comparison.lr_search import best_lr
 from zo_opt.comparison.options import CompareConfig, run_config
 from zo_opt.comparison.results import summarise
@@ -33,7 +33,7 @@ from zo_opt.journal import Journal, read_journal, replay
 from zo_opt.journal_format import _checksum, make_line
 from zo_opt.optim import OPTIMIZERS
 from zo_opt.training import checkpoint
-from zo_opt.training.config import TrainConfig
+from zo_opt.training.config import TrainConfig, to_plain
 from zo_opt.training.data import column_values, hold_out, make_examples, read_rows
 from zo_opt.training.evaluate_run import read_config
 from zo_opt.training.metrics import read_metrics
@@ -352,7 +352,7 @@ def comparisons(directory: Path) -> list[bytes]:
         "before": side, "after": side, "metric": "accuracy", "lr": 0.1, "batch_size": 16, "trainable": 5, "trainable_end": 5,
         "adapter_bytes": 20, "train_peak_memory": 1000, "steps": 3, "forwards": 6,
     }  # fmt: skip
-    record = {"command": "zo-opt compare", "options": plain(CompareConfig()), "base": TrainConfig().to_dict()}
+    record = {"command": "zo-opt compare", "options": to_plain(CompareConfig()), "base": TrainConfig().to_dict()}
     text = side | {"perplexity": 1e90, "loss": 207.0, "row_scores": [206.0, None, 208.0], "row_weights": [1, 2, 3]}
     language = results | {"before": text, "after": text, "metric": "perplexity"}
     kinds = (

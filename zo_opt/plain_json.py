@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
@@ -58,6 +59,15 @@ def parse(text: str | bytes) -> Any:
     except UnicodeEncodeError:
         raise ValueError("half of a character (a lone surrogate)") from None
     return values
+
+
+def is_number(value: Any, *, null: bool = False, most: float = sys.float_info.max) -> bool:
+    """Whether a value of JSON is a finite number, of this size at most; ``null``: or the null that stands for what is not finite.
+
+    >>> is_number(2), is_number(True), is_number(10**400), is_number(None), is_number(None, null=True)
+    (True, False, False, False, True)
+    """
+    return (null and value is None) or (type(value) in (int, float) and abs(value) <= most)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

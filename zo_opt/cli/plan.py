@@ -18,6 +18,7 @@ from zo_opt.errors import ZOError
 from zo_opt.files import write_atomically
 from zo_opt.memory import parse_bytes, readable
 from zo_opt.training import builtin
+from zo_opt.training.config import to_plain
 from zo_opt.training.methods import METHODS, get_method
 from zo_opt.training.plan import Footprint, plan_method
 from zo_opt.training.plan_step import Setting
@@ -151,9 +152,7 @@ def rendered(rows: Sequence[Row], config: PlanConfig) -> str:
     """The file's content, by its ending."""
     assert config.out is not None
     if config.out.suffix == ".json":
-        plain = {
-            k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items() if k not in ("out", "overwrite")
-        }
+        plain = {k: v for k, v in to_plain(config).items() if k not in ("out", "overwrite")}
         return json.dumps({"config": plain, "methods": [row.values for row in rows]}, indent=2) + "\n"
     if config.out.suffix == ".csv":
         text = io.StringIO()

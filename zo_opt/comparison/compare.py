@@ -9,7 +9,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -24,7 +23,7 @@ from zo_opt.errors import ZOError
 from zo_opt.files import write_atomically
 from zo_opt.memory import parse_bytes
 from zo_opt.plain_json import read_object
-from zo_opt.training.config import TrainConfig, from_plain
+from zo_opt.training.config import TrainConfig, from_plain, to_plain
 from zo_opt.training.methods import Method
 from zo_opt.training.models import pick_device
 from zo_opt.training.output import output_directory
@@ -63,7 +62,7 @@ def compare(
             raise ZOError(f"method {method.name}: {error}") from error
     directory = options.output_dir or Path("runs") / f"compare-{datetime.now():%Y%m%d-%H%M%S}"
     with output_directory(directory, resume=options.resume, unique=options.output_dir is None) as directory:
-        record = {"command": command, "options": plain(options), "base": base.to_dict()}
+        record = {"command": command, "options": to_plain(options), "base": base.to_dict()}
         if base.prefix_cache == TrainConfig.prefix_cache and pick_device(base.device).type == "cpu":
             base = replace(base, prefix_cache="disk")  # computed once for all runs, read as fast as from memory
         examples = load_examples(base, reporter)
@@ -230,8 +229,3 @@ def resumed_options(
     jobs = options.jobs if "jobs" in given else saved.jobs
     saved = replace(saved, output_dir=options.output_dir, resume=True, jobs=jobs)
     return saved, replace(saved_base, trust_remote_code=base.trust_remote_code), command
-
-
-def plain(options: CompareConfig) -> dict[str, Any]:
-    """Options as plain values, for compare.json."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}

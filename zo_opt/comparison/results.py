@@ -62,19 +62,6 @@ def summarise(method: str, runs: Sequence[Run], trials: Sequence[Run]) -> Row:
     Raises:
         ZOError: the files of one are damaged.
     """
-    try:
-        return _summarise(method, runs, trials)
-    except ZOError:
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        places = ", ".join(str(run.directory) for run in runs)
-        raise ZOError(
-            f"what a run of {method} measured cannot be read ({type(error).__name__}: {error}): results.json or metrics.jsonl of {places} is "
-            "damaged; delete it with what is named after it, and resume."
-        ) from error
-
-
-def _summarise(method: str, runs: Sequence[Run], trials: Sequence[Run]) -> Row:
     outcomes = [run.outcome() for run in runs]
     worst = next((o for o in outcomes if o is not None and o.state != "finished"), None)
     state = worst.state if worst is not None else ("finished" if None not in outcomes else "running")
@@ -88,9 +75,14 @@ def _summarise(method: str, runs: Sequence[Run], trials: Sequence[Run]) -> Row:
         return Row(method, state, reason, 0, search_forwards=search)
     results = [read_results(run) for run in done]
     curves = [run.steps_done() for run in done]
-    if not all(curves):
-        raise ValueError("no whole line in metrics.jsonl")
     first = results[0]
+    for run, result, curve in zip(done, results, curves, strict=True):
+        measured = [(r["metric"], len(r["after"]["row_scores"])) for r in (result, first)]
+        if not curve or measured[0] != measured[1]:
+            raise ZOError(
+                f"{run.directory} is damaged (metrics.jsonl has no whole line, or results.json is of other rows than another seed's); delete "
+                "its results.json and resume: the run is made again."
+            )
     tried = [trial.config.lr for trial in trials if trial.config.lr is not None]
     metric = first["metric"]
     scores_SR = np.array([r["after"]["row_scores"] for r in results], dtype=float)

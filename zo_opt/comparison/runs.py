@@ -21,7 +21,7 @@ from typing import Any
 from zo_opt.comparison.options import given_options
 from zo_opt.errors import ZOError
 from zo_opt.files import write_atomically
-from zo_opt.plain_json import read_object
+from zo_opt.plain_json import is_number, read_object
 from zo_opt.training import checkpoint, metrics
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.progress import Reporter
@@ -30,6 +30,7 @@ from zo_opt.training.task_metrics import METRICS
 _DIVERGED = "training failed"  # what the command line says of losses that are not finite
 RISE = 2.0  # [choice] how far the training loss may rise above its start before a run counts as diverged
 _POLL_SECONDS = 0.2
+_LARGEST = 1e150  # number in results.json that is computed with, which squares it
 _AGAIN = "delete it and resume: the run is made again"
 _WEIGHTS = (
     "adapter_model.safetensors",
@@ -205,17 +206,18 @@ def _is_whole(results: dict[str, Any]) -> bool:
         return False
     scores, weights = after.get("row_scores"), after.get("row_weights")
     return (
-        all(_is_number(results.get(name)) for name in numbers)
-        and all({"loss", metric} <= side.keys() and _is_number(side["loss"], null=True) for side in (before, after))
-        and all(_is_number(side[metric], null=True, most=math.inf) for side in (before, after))  # a perplexity may be huge
-        and isinstance(scores, list) and len(scores) > 0 and all(_is_number(score, null=True) for score in scores)
-        and (weights is None or (isinstance(weights, list) and len(weights) == len(scores) and all(_is_number(w) and w > 0 for w in weights)))
+        all(is_number(results.get(name), most=_LARGEST) for name in numbers)
+        and all({"loss", metric} <= side.keys() for side in (before, after))
+        and all(is_number(side["loss"], null=True, most=_LARGEST) and is_number(side[metric], null=True) for side in (before, after))
+        and isinstance(scores, list) and len(scores) > 0 and all(is_number(score, null=True, most=_LARGEST) for score in scores)
+        and (weights is None or _are_weights(weights, len(scores)))
     )  # fmt: skip
 
 
-def _is_number(value: Any, *, null: bool = False, most: float = 1e150) -> bool:
-    """Finite, and of a size that can be squared unless told otherwise; ``null`` stands for what is not finite."""
-    return (null and value is None) or (type(value) in (int, float) and abs(value) < most)
+def _are_weights(values: Any, count: int) -> bool:
+    return (
+        isinstance(values, list) and len(values) == count and all(is_number(w, most=_LARGEST) and w > 0 for w in values)
+    )
 
 
 def run_all(

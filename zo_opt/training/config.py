@@ -387,7 +387,7 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for run.json."""
-        return {k: str(v) if isinstance(v, Path) else v for k, v in vars(self).items()}
+        return to_plain(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
@@ -399,8 +399,13 @@ class TrainConfig:
         return from_plain(cls, values)
 
 
+def to_plain(options: Any) -> dict[str, Any]:
+    """Options in a dataclass as plain values of JSON."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
+
+
 def from_plain(kind: type[_Options], values: dict[str, Any]) -> _Options:
-    """Options as a dataclass from plain values of JSON.
+    """What ``to_plain`` gave, as the dataclass.
 
     Raises:
         TypeError: an option that there is not, or a value of another type.

@@ -11,6 +11,7 @@ from typing import Any
 
 from zo_opt.files import GrowingFile
 from zo_opt.optim import StepRecord
+from zo_opt.plain_json import is_number
 from zo_opt.schedules import History
 
 NAME = "metrics.jsonl"
@@ -118,14 +119,9 @@ def _verified(line: bytes) -> dict[str, Any] | None:
         counts = (values[name] for name in ("step", "epoch", "queries", "dropped", "forwards"))
         numbers = (values["loss"], values["lr"], *values["projected_grads"], values["seconds"])
         whole = all(type(count) is int and count >= 0 for count in counts)
-        return _nan(values) if whole and all(map(_is_number, numbers)) else None
+        return _nan(values) if whole and all(is_number(number, null=True) for number in numbers) else None
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return None
-
-
-def _is_number(value: Any) -> bool:
-    """Finite, or the null that stands for what is not."""
-    return value is None or (type(value) in (int, float) and math.isfinite(value))
 
 
 def _finite(line: dict[str, Any]) -> dict[str, Any]:

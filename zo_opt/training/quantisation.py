@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zo_opt.adapters.weights import is_quantised
 from zo_opt.errors import ZOError
 from zo_opt.layers import layer_of
 from zo_opt.provenance import plain_parts
@@ -149,7 +150,7 @@ def quiet(*, stderr: bool = False) -> Iterator[None]:
 
 def quantised_layers(model: nn.Module) -> Iterator[nn.Module]:
     """Layers whose weights are kept in few bits."""
-    return (m for m in model.modules() if isinstance(m, QuantisedEmbedding) or hasattr(m, "dequantised"))
+    return (m for m in model.modules() if isinstance(m, QuantisedEmbedding) or is_quantised(m))
 
 
 def _torchao(kind: str, dtype: torch.dtype) -> Callable[[nn.Linear], nn.Module]:

@@ -49,6 +49,7 @@ class Stepper:
         scheduled = self.optimizer.adamw if isinstance(self.optimizer, FirstOrder) else self.optimizer
         self.lr_scheduler = get_scheduler(config.lr_schedule, scheduled, config.warmup_steps, config.steps)
         self.journal: Journal | None = None
+        self._ranks = None if isinstance(self.optimizer, FirstOrder) else self.optimizer.ranks
 
     @property
     def lr(self) -> float:
@@ -59,14 +60,13 @@ class Stepper:
         """Take the next step, and tell the other processes if a signal asked this one to end."""
         optimizer, model, rows = self.optimizer, self._model, self._rows
         indices = self._order.indices(optimizer.step_count)
-        ranks = None if isinstance(optimizer, FirstOrder) else optimizer.ranks
         if isinstance(self._order, PoissonOrder):
             assert isinstance(optimizer, ZerothOrderOptimizer)
             private_step(optimizer, model, rows, indices)
         else:
-            if ranks is not None:
-                ranks.stop_wanted = stop.signum or 0
-                indices = list(ranks.rows(indices))  # this rank's of them, where ranks share the data
+            if self._ranks is not None:
+                self._ranks.stop_wanted = stop.signum or 0
+                indices = list(self._ranks.rows(indices))  # this rank's of them, where ranks share the data
             batch = rows.batch(indices) if indices else torch.empty(0)
             optimizer.step(lambda b: training_loss(model, rows, b), batch)
         if self.journal is not None:
@@ -77,8 +77,7 @@ class Stepper:
 
     def ending(self, stop: StopSignals) -> int | None:
         """The signal for which the run is to end before its next step; of several processes, the one that the last step told them all."""
-        ranks = None if isinstance(self.optimizer, FirstOrder) else self.optimizer.ranks
-        return stop.signum if ranks is None else ranks.stop or None
+        return stop.signum if self._ranks is None else self._ranks.stop or None
 
 
 def training_loss(model: AdapterModel, rows: Prepared, batch: Any) -> Tensor:
