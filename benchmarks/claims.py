@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from zo_opt.comparison.results import interval
-from zo_opt.training.metrics import read_metrics
-from zo_opt.training.report import smooth
+from zo_opt.record.metrics import read_metrics
+from zo_opt.record.report import smooth
 
 
 class Comparison:

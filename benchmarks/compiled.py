@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zo_opt import MeZO, trainable_parameters
-from zo_opt.training.compilation import compile_layers, running_layers
+from zo_opt.models.compilation import compile_layers, running_layers
+from zo_opt.record.progress import Reporter
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.progress import Reporter
 from zo_opt.training.setup import build_tools, load_examples
 
 MULTIPLE, STATIC = 16, 64

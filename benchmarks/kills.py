@@ -31,9 +31,10 @@ from killed_runs import Tally, differences, finish, kill_until_done
 from rich.console import Console
 
 from zo_opt.cli import main as main_module
-from zo_opt.training import loop, report
+from zo_opt.record import report
+from zo_opt.record.progress import Reporter
+from zo_opt.training import loop
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.progress import Reporter
 
 STEPS = 60
 JOBS: dict[str, dict[str, Any]] = {

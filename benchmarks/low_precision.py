@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from zo_opt import MeZO
 from zo_opt.directions import Stream
+from zo_opt.models.models import load_model
 from zo_opt.optim import base
-from zo_opt.training.batches import BatchOrder
+from zo_opt.record.progress import Reporter
+from zo_opt.tasks.batches import BatchOrder
+from zo_opt.tasks.evaluation import Prepared, evaluate
+from zo_opt.tasks.scoring import make_scorer
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.evaluation import Prepared, evaluate
-from zo_opt.training.models import load_model
-from zo_opt.training.progress import Reporter
-from zo_opt.training.scoring import make_scorer
 from zo_opt.training.setup import load_examples
 
 

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from zo_opt.training.builtin import task_rows
+from zo_opt.tasks.builtin import task_rows
 
 COMMON = ["--batch_size", "16", "--eval_batch_size", "16", "--steps", "30"]
 

@@ -21,12 +21,12 @@ import torch
 
 from zo_opt.adapters import load_adapter_model, trainable_parameters
 from zo_opt.optim import MeZO
+from zo_opt.record.progress import Reporter
 from zo_opt.schedules import constant_queries
+from zo_opt.tasks.evaluation import Prepared
+from zo_opt.tasks.objectives import ExactMatch
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.evaluation import Prepared
 from zo_opt.training.loop import train
-from zo_opt.training.objectives import ExactMatch
-from zo_opt.training.progress import Reporter
 from zo_opt.training.setup import build_tools, load_base, load_examples
 
 RESULTS = Path(__file__).parent / "results" / "objectives.json"

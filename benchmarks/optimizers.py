@@ -23,11 +23,11 @@ import torch
 from rich.console import Console
 
 from zo_opt.errors import ZOError
-from zo_opt.training.batches import BatchOrder
+from zo_opt.record.progress import Reporter
+from zo_opt.tasks.batches import BatchOrder
+from zo_opt.tasks.evaluation import Evaluation, evaluate
 from zo_opt.training.build_optimizer import make_optimizer, make_param_groups
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.evaluation import Evaluation, evaluate
-from zo_opt.training.progress import Reporter
 from zo_opt.training.setup import Tools, build_tools, load_examples
 
 GRADIENTS = (3e-4, 1e-3, 3e-3)  # lr times a gradient

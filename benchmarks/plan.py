@@ -22,12 +22,12 @@ import torch
 import transformers
 from measure import machine, peak_bytes
 
-from zo_opt.memory import current_memory, peak_memory, reset_peak_memory
-from zo_opt.training.first_order import FirstOrder
+from zo_opt.optim.first_order import FirstOrder
+from zo_opt.planning.plan import Footprint, plan_method
+from zo_opt.planning.plan_step import Setting, make_step
+from zo_opt.planning.skeleton import make_skeleton, read_config
+from zo_opt.system.memory import current_memory, peak_memory, reset_peak_memory
 from zo_opt.training.methods import get_method
-from zo_opt.training.plan import Footprint, plan_method
-from zo_opt.training.plan_step import Setting, make_step
-from zo_opt.training.skeleton import make_skeleton, read_config
 
 METHODS = (
     "full",

@@ -16,13 +16,13 @@ from rich.console import Console
 
 from zo_opt import MeZO
 from zo_opt.adapters import TTConfig, get_adapter_model, trainable_parameters
+from zo_opt.models.models import load_model
+from zo_opt.models.precision import set_precision
+from zo_opt.record.progress import Reporter
 from zo_opt.schedules import constant_queries
+from zo_opt.tasks.evaluation import Prepared
+from zo_opt.tasks.scoring import make_scorer
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.evaluation import Prepared
-from zo_opt.training.models import load_model
-from zo_opt.training.precision import set_precision
-from zo_opt.training.progress import Reporter
-from zo_opt.training.scoring import make_scorer
 from zo_opt.training.setup import load_examples
 
 EPS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)

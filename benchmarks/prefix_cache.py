@@ -22,10 +22,10 @@ import torch
 from rich.console import Console
 
 from zo_opt import MeZO, trainable_parameters
+from zo_opt.prompts.prefix_cache import PrefixCache
+from zo_opt.record.progress import Reporter
+from zo_opt.tasks.evaluation import Prepared
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.evaluation import Prepared
-from zo_opt.training.prefix_cache import PrefixCache
-from zo_opt.training.progress import Reporter
 from zo_opt.training.setup import build_tools, load_examples
 
 PLACES = ("device", "cpu", "disk")

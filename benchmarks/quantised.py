@@ -71,12 +71,12 @@ def _weigh(options: list[str]) -> dict[str, int]:
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401 (what loading imports is not its memory)
 
-    from zo_opt.memory import reset_peak_memory
+    from zo_opt.models.quantisation import KINDS, quiet, weight_bytes
+    from zo_opt.record.progress import Reporter
+    from zo_opt.system.memory import reset_peak_memory
+    from zo_opt.tasks.tasks import get_task
     from zo_opt.training.config import TrainConfig
-    from zo_opt.training.progress import Reporter
-    from zo_opt.training.quantisation import KINDS, quiet, weight_bytes
     from zo_opt.training.setup import load_base
-    from zo_opt.training.tasks import get_task
 
     given = dict(zip(options[::2], options[1::2], strict=True))
     values = {

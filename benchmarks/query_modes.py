@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from zo_opt import MeZO, TTConfig, get_adapter_model, trainable_parameters
-from zo_opt.perturbation import Perturbed, Point
-from zo_opt.query_modes import Evaluator
+from zo_opt.queries.modes import Evaluator
+from zo_opt.queries.perturbation import Perturbed, Point
 from zo_opt.schedules import constant_queries
 
 EPS = 1e-3

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from zo_opt.record.progress import Reporter
 from zo_opt.training import TrainConfig, train
-from zo_opt.training.progress import Reporter
 
 RANDOM = {"adapter_init": "random", "layers": 8}
 PLACED: dict[str, Any] = {}

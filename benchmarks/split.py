@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from optimizers import Bench, restore, selection
 
-from zo_opt.training.batches import BatchOrder
+from zo_opt.tasks.batches import BatchOrder
 from zo_opt.training.build_optimizer import make_optimizer, make_param_groups
 
 SIDES: dict[str, dict[str, Any]] = {

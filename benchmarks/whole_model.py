@@ -25,7 +25,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from zo_opt import MeZO
 from zo_opt.optim import Update
-from zo_opt.perturbation import Perturbed, Point
+from zo_opt.queries.perturbation import Perturbed, Point
 
 EPS = 1e-3
 

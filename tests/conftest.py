@@ -20,7 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from zo_opt.training import report
+from zo_opt.record import report
 
 hypothesis.settings.register_profile("no deadline", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("no deadline")

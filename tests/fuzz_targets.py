@@ -30,15 +30,15 @@ from zo_opt.comparison.options import CompareConfig, run_config
 from zo_opt.comparison.results import summarise
 from zo_opt.comparison.runs import Run as OneRun
 from zo_opt.journal import Journal, read_journal, replay
-from zo_opt.journal_format import _checksum, make_line
+from zo_opt.journal.format import _checksum, make_line
 from zo_opt.optim import OPTIMIZERS
-from zo_opt.training import checkpoint
+from zo_opt.record import checkpoint
+from zo_opt.record.metrics import read_metrics
+from zo_opt.record.watch import Watched
+from zo_opt.tasks.rows import column_values, hold_out, make_examples, read_rows
+from zo_opt.tasks.tasks import custom_task
 from zo_opt.training.config import TrainConfig, to_plain
-from zo_opt.training.data import column_values, hold_out, make_examples, read_rows
 from zo_opt.training.evaluate_run import read_config
-from zo_opt.training.metrics import read_metrics
-from zo_opt.training.tasks import custom_task
-from zo_opt.training.watch import Watched
 
 SEPARATOR = b"\n=====\n"
 Run = Callable[[bytes, Path], None]

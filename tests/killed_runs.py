@@ -16,10 +16,10 @@ from forked_runs import ForkedRun
 
 import zo_opt.cli.status
 import zo_opt.cli.train
-import zo_opt.training.report  # noqa: F401 (imported once, for all forks)
+import zo_opt.record.report  # noqa: F401 (imported once, for all forks)
 from zo_opt.errors import ZOError
 from zo_opt.journal import read_journal
-from zo_opt.training import checkpoint, metrics
+from zo_opt.record import checkpoint, metrics
 
 
 @dataclass

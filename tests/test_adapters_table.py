@@ -33,8 +33,8 @@ from zo_opt import (
     trainable_parameters,
 )
 from zo_opt.adapters import ADAPTERS, AdapterConfig
-from zo_opt.layers import layer_of
 from zo_opt.schedules import constant_queries
+from zo_opt.system.layers import layer_of
 
 TABLE = {
     "tt": TTConfig(rank=2, bottleneck=4),

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zo_opt import ZOError
-from zo_opt.training.batches import BatchOrder
+from zo_opt.tasks.batches import BatchOrder
 
 LABELS = st.lists(st.integers(0, 2), min_size=2, max_size=40)
 SIZES, SEEDS = st.integers(1, 9), st.integers(0, 1000)

@@ -19,9 +19,9 @@ import pytest
 from conftest import run_main
 
 from zo_opt import ZOError
-from zo_opt.training import builtin
-from zo_opt.training.data import make_examples
-from zo_opt.training.tasks import OWN_TEXT, TASKS
+from zo_opt.tasks import builtin
+from zo_opt.tasks.rows import make_examples
+from zo_opt.tasks.tasks import OWN_TEXT, TASKS
 
 TABLES: dict[str, dict[str, Any]] = {
     "glue/sst2": {"sentence": ["a charming film ", "boring"], "label": [1, 0]},

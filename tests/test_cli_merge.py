@@ -71,7 +71,7 @@ def batch(directory: Path) -> dict[str, torch.Tensor]:
 def tuned(run: Path, base_dir: Path) -> Any:
     config = json.loads((run / "run.json").read_text())["config"]
     if config["head"] == "classification":
-        from zo_opt.training.models import load_model
+        from zo_opt.models.models import load_model
 
         return load_adapter_model(load_model(str(base_dir), head="classification", labels=2)[0], run).eval()
     return load_adapter_model(transformers.AutoModelForCausalLM.from_pretrained(base_dir), run).eval()

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_wrong_input import assert_one_sentence, evil_code, tree
 
 from zo_opt.journal import read_journal
-from zo_opt.training.metrics import MetricsWriter
+from zo_opt.record.metrics import MetricsWriter
 
 Options = Callable[..., list[str]]
 STEPS = 12
@@ -252,7 +252,7 @@ def test_weights_that_come_out_otherwise_are_taken_if_asked(
     copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As on a device that rounds otherwise; here the seals were written by weights that nobody had."""
-    from zo_opt.journal_format import make_line
+    from zo_opt.journal.format import make_line
 
     previous, lines = "", []
     for line in (copied / "journal").read_bytes().splitlines():

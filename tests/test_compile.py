@@ -14,12 +14,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from zo_opt import MeZO, TTConfig, get_adapter_model, trainable_parameters
 from zo_opt.adapters import AdapterModel
-from zo_opt.training.compilation import compile_layers, running_layers, undo
-from zo_opt.training.data import Example
-from zo_opt.training.evaluation import Prepared
-from zo_opt.training.prefix_cache import PrefixCache
-from zo_opt.training.scoring import make_scorer
-from zo_opt.training.tasks import Task
+from zo_opt.models.compilation import compile_layers, running_layers, undo
+from zo_opt.prompts.prefix_cache import PrefixCache
+from zo_opt.tasks.evaluation import Prepared
+from zo_opt.tasks.rows import Example
+from zo_opt.tasks.scoring import make_scorer
+from zo_opt.tasks.tasks import Task
 
 TEXTS = ("a film", "the film is a charming story", "boring", "two friends and their long way home in winter")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")

@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 
 from zo_opt.cli.main import main
+from zo_opt.diagnosis.diagnose import Diagnosis, Form, _advice, _best, diagnose
 from zo_opt.errors import ZOError
+from zo_opt.record.progress import Reporter
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.diagnose import Diagnosis, Form, _advice, _best, diagnose
-from zo_opt.training.progress import Reporter
 
 Options = Callable[..., list[str]]
 QUIET = Reporter(Console(quiet=True))

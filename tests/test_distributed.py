@@ -20,9 +20,9 @@ from optimizer_table import NAMES, build
 
 from zo_opt import MeZO, ZOError
 from zo_opt.distributed import Distributed, RankError, part_of
+from zo_opt.distributed.ranks import HEADER, SLOTS
 from zo_opt.errors import NonFiniteLossError
 from zo_opt.optim import Adam, ClipProjectedGrads
-from zo_opt.ranks import HEADER, SLOTS
 from zo_opt.schedules import constant_queries
 
 PATIENCE = 120  # seconds for a test's ranks on a busy machine

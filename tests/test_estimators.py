@@ -15,10 +15,10 @@ from torch import nn
 from zo_opt import MeZO, ZOError
 from zo_opt.directions import DIRECTIONS, LowRank, StepDirections, Stream, get_directions
 from zo_opt.estimators import Estimate, combine, control_variate, forward_gradient, one_sided, two_sided
-from zo_opt.perturbation import Perturbed
-from zo_opt.query_modes import Evaluator, Losses
+from zo_opt.queries.modes import Evaluator, Losses
+from zo_opt.queries.perturbation import Perturbed
+from zo_opt.queries.trainables import Trainables
 from zo_opt.schedules import constant_queries
-from zo_opt.trainables import Trainables
 
 ESTIMATES = 1200
 CURVATURE = torch.diag(torch.tensor([3.0, 1.0, 0.5, 2.0, 0.1, 1.5], dtype=torch.float64)) + 0.2

@@ -10,9 +10,11 @@ import torch
 from optimizer_problem import BATCH, Model, bits, closure_of, flat, make, make_batch, same
 from optimizer_table import NAMES, ROWS, build, run
 
-from zo_opt import NonFiniteLossError, ZOError, query_modes, trainables
+from zo_opt import NonFiniteLossError, ZOError
 from zo_opt.directions import StepDirections, get_directions
 from zo_opt.optim import UPDATE_RULES
+from zo_opt.queries import modes as query_modes
+from zo_opt.queries import trainables
 from zo_opt.schedules import constant_queries
 
 every_optimizer = pytest.mark.parametrize("name", NAMES)

@@ -15,10 +15,10 @@ from conftest import run_main
 from torch import Tensor, nn
 
 from zo_opt.errors import NonFiniteLossError, ZOError
+from zo_opt.optim.first_order import FirstOrder
+from zo_opt.record.metrics import MetricsWriter
 from zo_opt.training.build_optimizer import make_optimizer, make_param_groups
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.first_order import FirstOrder
-from zo_opt.training.metrics import MetricsWriter
 
 Options = Callable[..., list[str]]
 

@@ -13,7 +13,7 @@ from torch.func import vmap
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zo_opt.folded_attention import folded_attention
+from zo_opt.queries.folded_attention import folded_attention
 
 COPIES, BATCH, HEADS, LENGTH, KEYS, WIDTH = 3, 2, 4, 5, 7, 6
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 2e-2}

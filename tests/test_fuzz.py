@@ -10,7 +10,7 @@ from fuzz_targets import TARGETS, empty, mutate
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from zo_opt.training.metrics import read_metrics
+from zo_opt.record.metrics import read_metrics
 
 EXAMPLES = {"options": 10, "adapter": 25, "peft": 25, "safetensors": 30, "checkpoint": 20}
 

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from zo_opt import MeZO, trainable_parameters
 from zo_opt.errors import ZOError
-from zo_opt.nesting import map_tensors
+from zo_opt.prompts.prefix_cache import PrefixCache
+from zo_opt.queries.nesting import map_tensors
 from zo_opt.schedules import constant_queries
-from zo_opt.training.data import Example
-from zo_opt.training.evaluation import Prepared, evaluate
-from zo_opt.training.prefix_cache import PrefixCache
-from zo_opt.training.scoring import Generator, Scorer, make_scorer, text
-from zo_opt.training.tasks import custom_generation_task
+from zo_opt.tasks.evaluation import Prepared, evaluate
+from zo_opt.tasks.rows import Example
+from zo_opt.tasks.scoring import Generator, Scorer, make_scorer, text
+from zo_opt.tasks.tasks import custom_generation_task
 
 ARCHITECTURES = ("llama", "gpt2", "opt", "t5")
 TASK = custom_generation_task(text_column="text", target_column="a", template="{text} It was")

@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 from zo_opt import LoRAConfig, TTConfig, VeRAConfig, ZOError, get_adapter_model, load_adapter_model
 from zo_opt.adapters.storage import CONFIG_NAME, WEIGHTS_NAME
 from zo_opt.journal import read_journal
-from zo_opt.journal_format import make_line
-from zo_opt.plain_json import MOST_BYTES
-from zo_opt.training import builtin
-from zo_opt.training.data import column_values, read_rows
+from zo_opt.journal.format import make_line
+from zo_opt.system.plain_json import MOST_BYTES
+from zo_opt.tasks import builtin
+from zo_opt.tasks.rows import column_values, read_rows
 
 ROOT = Path(__file__).parents[1]
 
@@ -263,7 +263,7 @@ def test_lines_that_no_run_writes(tmp_path: Path, line: str) -> None:
             "update_rule_settings": {}, "groups": [],
         },
     }  # fmt: skip
-    from zo_opt.journal_format import _checksum
+    from zo_opt.journal.format import _checksum
 
     first, start = make_line(header, "")
     assert read_journal(written(tmp_path / "journal", start)).steps == 0

@@ -23,7 +23,7 @@ from torch.optim import lr_scheduler
 from zo_opt import MeZO, ZOAdam, ZOError
 from zo_opt.directions import DIRECTIONS, Rademacher
 from zo_opt.journal import Journal, read_journal, replay
-from zo_opt.journal_format import make_line
+from zo_opt.journal.format import make_line
 from zo_opt.optim import OPTIMIZERS, UPDATE_RULES, ClipProjectedGrads, Update
 from zo_opt.schedules import constant_queries
 

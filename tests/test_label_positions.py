@@ -14,10 +14,10 @@ from torch.utils._pytree import tree_leaves
 
 from zo_opt import MeZO, TTConfig, get_adapter_model, trainable_parameters
 from zo_opt.schedules import constant_queries
-from zo_opt.training.data import Example
-from zo_opt.training.evaluation import Prepared
-from zo_opt.training.scoring import make_scorer
-from zo_opt.training.tasks import Task
+from zo_opt.tasks.evaluation import Prepared
+from zo_opt.tasks.rows import Example
+from zo_opt.tasks.scoring import make_scorer
+from zo_opt.tasks.tasks import Task
 
 SINGLE, SEVERAL = {"0": "terrible", "1": "great"}, {"0": "terrible", "1": "not that great"}
 TEXTS = ("the film is a charming story of two friends and their long way home in winter " * 3,) * 3 + ("a film",)

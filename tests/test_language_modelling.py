@@ -17,12 +17,12 @@ from text_tasks import CPU, adapted, assert_resumes_to_the_same_bits, command, r
 
 from zo_opt import MeZO, trainable_parameters
 from zo_opt.errors import ZOError
+from zo_opt.prompts.prefix_cache import PrefixCache
 from zo_opt.schedules import constant_queries
-from zo_opt.training.data import Example, hold_out, read_rows
-from zo_opt.training.evaluation import Prepared, evaluate
-from zo_opt.training.prefix_cache import PrefixCache
-from zo_opt.training.scoring import make_scorer
-from zo_opt.training.tasks import get_task
+from zo_opt.tasks.evaluation import Prepared, evaluate
+from zo_opt.tasks.rows import Example, hold_out, read_rows
+from zo_opt.tasks.scoring import make_scorer
+from zo_opt.tasks.tasks import get_task
 
 ARCHITECTURES = ("llama", "gpt2", "opt")  # the first and last begin a text with a token of their own
 LINES = ["the film is a story of two friends", "", "  and their long way home in winter", "boring " * 9]
@@ -186,7 +186,7 @@ def test_perplexity_beyond_all_numbers_is_reported(
     tiny_dir: Callable[[str], Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Infinite in words, null in JSON."""
-    monkeypatch.setattr("zo_opt.training.evaluation.perplexity", lambda _: math.inf)
+    monkeypatch.setattr("zo_opt.tasks.evaluation.perplexity", lambda _: math.inf)
     line = command(model_name_or_path=tiny_dir("gpt2"), train_file=text_file, task="lm", max_length=32, steps=1)
     assert run_main([*line, "--output_dir", str(tmp_path / "out")]) == 0
     assert results(tmp_path / "out")["after"]["perplexity"] is None

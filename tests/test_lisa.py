@@ -20,8 +20,8 @@ from zo_opt import (
     load_adapter_model,
     trainable_parameters,
 )
-from zo_opt.layers import layer_of
 from zo_opt.optim import Adam
+from zo_opt.system.layers import layer_of
 
 BATCH = padded_batch("llama")
 

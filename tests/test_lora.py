@@ -26,7 +26,7 @@ from zo_opt import (
     trainable_parameters,
 )
 from zo_opt.adapters.weights import matrix
-from zo_opt.training.precision import set_precision
+from zo_opt.models.precision import set_precision
 
 KINDS = {"lora": LoRAConfig, "lora-fa": LoRAFAConfig, "dora": DoRAConfig}
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -8,8 +8,8 @@ from optimizer_problem import BATCH, Model, Ones, bits, flat, make, same
 from optimizer_table import NAMES, build, run
 from torch import nn
 
-from zo_opt import trainables
 from zo_opt.optim import Adam
+from zo_opt.queries import trainables
 
 LOW = [torch.bfloat16, torch.float16]
 low = pytest.mark.parametrize("dtype", LOW)

@@ -12,11 +12,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from zo_opt import MeZO, TTLoRAConfig, get_adapter_model, memory, trainable_parameters
-from zo_opt import query_modes as modes
-from zo_opt.memory import predicted_peak, total_memory
-from zo_opt.perturbation import Point
+from zo_opt import MeZO, TTLoRAConfig, get_adapter_model, trainable_parameters
+from zo_opt.queries import modes
+from zo_opt.queries.perturbation import Point
 from zo_opt.schedules import constant_queries
+from zo_opt.system import memory
+from zo_opt.system.memory import predicted_peak, total_memory
 
 
 @pytest.fixture(autouse=True)

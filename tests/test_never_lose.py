@@ -20,12 +20,14 @@ from killed_runs import Tally, differences, finish, kill_until_done
 from test_journal import Model, make, run
 
 from zo_opt.errors import ZOError
-from zo_opt.files import write_atomically
 from zo_opt.optim import OPTIMIZERS, ClipProjectedGrads
+from zo_opt.record import checkpoint, report
+from zo_opt.record.metrics import MetricsWriter, read_lines
+from zo_opt.record.output import LOCK_NAME, output_directory
 from zo_opt.schedules import constant_queries, variance_queries
-from zo_opt.training import builtin, checkpoint, report, stepper
-from zo_opt.training.metrics import MetricsWriter, read_lines
-from zo_opt.training.output import LOCK_NAME, output_directory
+from zo_opt.system.files import write_atomically
+from zo_opt.tasks import builtin
+from zo_opt.training import stepper
 
 Options = Callable[..., list[str]]
 JOB: dict[str, Any] = {  # as much state as there is

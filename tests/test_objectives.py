@@ -18,13 +18,13 @@ from torch import nn
 from zo_opt import MeZO, TTConfig, get_adapter_model, trainable_parameters
 from zo_opt.errors import ZOError
 from zo_opt.schedules import constant_queries
-from zo_opt.training.data import Example
-from zo_opt.training.evaluation import Prepared, evaluate
-from zo_opt.training.objectives import F1, Accuracy, ExactMatch, Rewarded, f1, make_objective
-from zo_opt.training.reward import Reward
-from zo_opt.training.scoring import make_scorer
-from zo_opt.training.task_metrics import classification_metrics
-from zo_opt.training.tasks import Task, custom_generation_task
+from zo_opt.tasks.evaluation import Prepared, evaluate
+from zo_opt.tasks.metrics import classification_metrics
+from zo_opt.tasks.objectives import F1, Accuracy, ExactMatch, Rewarded, f1, make_objective
+from zo_opt.tasks.reward import Reward
+from zo_opt.tasks.rows import Example
+from zo_opt.tasks.scoring import make_scorer
+from zo_opt.tasks.tasks import Task, custom_generation_task
 
 Options = Callable[..., list[str]]
 

@@ -14,9 +14,11 @@ from optimizer_table import NAMES, ONE_QUERY, ROWS, build, run, setting
 from torch import nn
 from torch.optim import lr_scheduler
 
-from zo_opt import AdaZeta, MeZO, ZOError, perturbation, query_modes, trainables
+from zo_opt import AdaZeta, MeZO, ZOError
 from zo_opt.directions import DIRECTIONS, StepDirections, Stream, get_directions
 from zo_opt.optim import OPTIMIZERS, UPDATE_RULES, ClipProjectedGrads
+from zo_opt.queries import modes as query_modes
+from zo_opt.queries import perturbation, trainables
 from zo_opt.schedules import adazeta_queries, constant_queries
 
 every_optimizer = pytest.mark.parametrize("name", NAMES)

@@ -17,14 +17,14 @@ from torch import nn
 
 from zo_opt.adapters import ADAPTERS
 from zo_opt.errors import ZOError
-from zo_opt.memory import LiveBytes, parse_bytes
 from zo_opt.optim import OPTIMIZERS, ZerothOrderOptimizer
-from zo_opt.training import plan as planning
-from zo_opt.training.dry_run import dry_run
+from zo_opt.planning import plan as planning
+from zo_opt.planning.dry_run import dry_run
+from zo_opt.planning.plan import plan_method
+from zo_opt.planning.plan_step import Setting, make_step
+from zo_opt.planning.skeleton import make_skeleton, read_config
+from zo_opt.system.memory import LiveBytes, parse_bytes
 from zo_opt.training.methods import METHODS, get_method
-from zo_opt.training.plan import plan_method
-from zo_opt.training.plan_step import Setting, make_step
-from zo_opt.training.skeleton import make_skeleton, read_config
 
 SMALL = Setting(batch_size=4, length=24, precision="fp32", device="cpu")
 CPU = torch.device("cpu")

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from zo_opt import TTConfig, ZOError, get_adapter_model
-from zo_opt.layers import layer_of
-from zo_opt.training import precision
-from zo_opt.training.precision import set_precision
+from zo_opt.models import precision
+from zo_opt.models.precision import set_precision
+from zo_opt.system.layers import layer_of
 
 ALL = ("llama", "gpt2", "opt", "bert", "t5")
 CPU = torch.device("cpu")

@@ -19,14 +19,14 @@ from torch import nn
 
 from zo_opt import TTConfig, ZOError, get_adapter_model
 from zo_opt.adapters import AdapterModel
-from zo_opt.layers import layer_of
-from zo_opt.training.data import Example
-from zo_opt.training.evaluation import Prepared, evaluate
-from zo_opt.training.metrics import MetricsWriter
-from zo_opt.training.prefix_cache import PrefixCache, first_adapted_layer
-from zo_opt.training.prefix_store import FILE_NAME, FileStore, MemoryStore
-from zo_opt.training.scoring import make_scorer
-from zo_opt.training.tasks import Task
+from zo_opt.prompts.prefix_cache import PrefixCache, first_adapted_layer
+from zo_opt.prompts.prefix_store import FILE_NAME, FileStore, MemoryStore
+from zo_opt.record.metrics import MetricsWriter
+from zo_opt.system.layers import layer_of
+from zo_opt.tasks.evaluation import Prepared, evaluate
+from zo_opt.tasks.rows import Example
+from zo_opt.tasks.scoring import make_scorer
+from zo_opt.tasks.tasks import Task
 
 CACHED = ("llama", "gpt2", "bert", "opt")
 SINGLE, SEVERAL = {"0": "terrible", "1": "great"}, {"0": "terrible", "1": "not that great"}

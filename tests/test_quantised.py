@@ -17,10 +17,10 @@ from zo_opt import LoRAConfig, MeZO, get_adapter_model, trainable_parameters
 from zo_opt.adapters import ADAPTERS
 from zo_opt.adapters.weights import matrix, rows
 from zo_opt.errors import ZOError
-from zo_opt.provenance import fingerprint, frozen_state
-from zo_opt.training.models import load_model
-from zo_opt.training.precision import set_precision
-from zo_opt.training.quantisation import KINDS, weight_bytes
+from zo_opt.journal.provenance import fingerprint, frozen_state
+from zo_opt.models.models import load_model
+from zo_opt.models.precision import set_precision
+from zo_opt.models.quantisation import KINDS, weight_bytes
 
 Options = Callable[..., list[str]]
 CPU = torch.device("cpu")
@@ -208,7 +208,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("case", MISTAKES)
 def test_mistakes(case: str, toy_options: Options, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    monkeypatch.setattr("zo_opt.training.quantisation.find_spec", lambda name: object())
+    monkeypatch.setattr("zo_opt.models.quantisation.find_spec", lambda name: object())
     options, sentence = MISTAKES[case]
     assert run_main(toy_options(**options, output_dir=tmp_path / "out")) == 2
     assert sentence in capsys.readouterr().err.replace("\n", " ")
@@ -216,7 +216,7 @@ def test_mistakes(case: str, toy_options: Options, tmp_path: Path, monkeypatch: 
 
 
 def test_without_the_package(toy_options: Options, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    monkeypatch.setattr("zo_opt.training.quantisation.find_spec", lambda name: None)
+    monkeypatch.setattr("zo_opt.models.quantisation.find_spec", lambda name: None)
     assert run_main(toy_options(quantise="int4", output_dir=tmp_path / "out")) == 2
     assert (
         "needs the package torchao; install it with pip install 'zo-opt[quantised]'"

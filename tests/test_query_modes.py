@@ -13,12 +13,12 @@ from tiny_models import build, padded_batch, perturb
 from torch import nn
 
 from zo_opt import MeZO, TTConfig, ZOError, get_adapter_model, trainable_parameters
-from zo_opt import query_modes as modes
 from zo_opt.directions import DIRECTIONS, StepDirections, Stream, get_directions
-from zo_opt.perturbation import Perturbed, Point
-from zo_opt.query_modes import Evaluator
+from zo_opt.queries import modes
+from zo_opt.queries.modes import Evaluator
+from zo_opt.queries.perturbation import Perturbed, Point
+from zo_opt.queries.trainables import Trainables
 from zo_opt.schedules import constant_queries
-from zo_opt.trainables import Trainables
 
 MODELS = ["llama", "bert", "opt", "gpt2", "t5"]
 EPS = 5e-2

@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zo_opt import MeZO, TTConfig, TTLoRAConfig, get_adapter_model, trainable_parameters
-from zo_opt import query_modes as modes
-from zo_opt.query_modes import choose
+from zo_opt.queries import modes
+from zo_opt.queries.modes import choose
 from zo_opt.schedules import constant_queries
 
 MODELS = ["llama", "bert", "opt", "gpt2", "t5"]

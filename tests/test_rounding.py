@@ -18,8 +18,8 @@ from torch import nn
 from zo_opt import MeZO
 from zo_opt.directions import Directions, Stream
 from zo_opt.optim.base import Update
-from zo_opt.rounding import round_into
-from zo_opt.trainables import Trainables
+from zo_opt.optim.rounding import round_into
+from zo_opt.queries.trainables import Trainables
 
 NARROW = [torch.bfloat16, torch.float16]
 both = pytest.mark.parametrize("dtype", NARROW, ids=["bf16", "fp16"])

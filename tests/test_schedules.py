@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zo_opt.errors import ZOError
-from zo_opt.schedule_options import default_milestones, make_schedule, parse_milestones, resolve_beta
 from zo_opt.schedules import (
     SCHEDULES,
     SIGNAL_DECAY,
@@ -26,6 +25,7 @@ from zo_opt.schedules import (
     stepwise_queries,
     variance_queries,
 )
+from zo_opt.schedules.options import default_milestones, make_schedule, parse_milestones, resolve_beta
 
 OPEN = st.floats(0, 1, exclude_min=True, exclude_max=True)
 EPOCHS = st.integers(0, 10**6)

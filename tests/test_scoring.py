@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from zo_opt import ZOError
-from zo_opt.training.data import Example
-from zo_opt.training.evaluation import Prepared
-from zo_opt.training.scoring import Scorer, make_scorer
-from zo_opt.training.tasks import Task
+from zo_opt.tasks.evaluation import Prepared
+from zo_opt.tasks.rows import Example
+from zo_opt.tasks.scoring import Scorer, make_scorer
+from zo_opt.tasks.tasks import Task
 
 CAUSAL, ALL = ("llama", "gpt2", "opt"), ("llama", "gpt2", "opt", "bert", "t5")
 TEXTS = (

@@ -13,8 +13,8 @@ from torch import nn
 from zo_opt import MeZO, ZOError, trainable_parameters
 from zo_opt.optim import OPTIMIZERS
 from zo_opt.optim.line_search import LineSearch
+from zo_opt.prompts.shared_prefix import SharedPrefix
 from zo_opt.schedules import constant_queries
-from zo_opt.shared_prefix import SharedPrefix
 
 EPS = 1e-2
 

@@ -11,7 +11,7 @@ from test_shared_prefix import MODES, steps
 from tiny_models import CONFIGS, SEQ2SEQ, build, padded_batch, perturb
 
 from zo_opt import TTConfig, get_adapter_model, trainable_parameters
-from zo_opt.layers import layer_of
+from zo_opt.system.layers import layer_of
 
 
 def adapted(name, depth=4):

@@ -13,11 +13,12 @@ import pytest
 from conftest import run_main
 
 from zo_opt.cli.status import _time
-from zo_opt.training import checkpoint, stepper
-from zo_opt.training.metrics import MetricsWriter
-from zo_opt.training.output import LOCK_NAME, output_directory
-from zo_opt.training.trackers import Trackers, check_trackers
-from zo_opt.training.watch import Watched
+from zo_opt.record import checkpoint
+from zo_opt.record.metrics import MetricsWriter
+from zo_opt.record.output import LOCK_NAME, output_directory
+from zo_opt.record.trackers import Trackers, check_trackers
+from zo_opt.record.watch import Watched
+from zo_opt.training import stepper
 
 Options = Callable[..., list[str]]
 JOB: dict[str, Any] = {

@@ -18,11 +18,12 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from zo_opt import ZOError, perturbation, trainables
+from zo_opt import ZOError
 from zo_opt.directions import DIRECTIONS, StepDirections, get_directions
-from zo_opt.perturbation import Perturbed, Point
-from zo_opt.substitution import Substitution
-from zo_opt.trainables import Trainables
+from zo_opt.queries import perturbation, trainables
+from zo_opt.queries.perturbation import Perturbed, Point
+from zo_opt.queries.substitution import Substitution
+from zo_opt.queries.trainables import Trainables
 
 SCALES = (0.05, -0.05)
 POINTS = [Point(((q, s),)) for q in range(2) for s in SCALES]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zo_opt.training.task_metrics import (
+from zo_opt.tasks.metrics import (
     KINDS,
     METRICS,
     answer,
@@ -18,7 +18,7 @@ from zo_opt.training.task_metrics import (
     normalise,
     perplexity,
 )
-from zo_opt.training.tasks import TASKS
+from zo_opt.tasks.tasks import TASKS
 
 LABELS = st.integers(2, 4).flatmap(
     lambda classes: st.tuples(

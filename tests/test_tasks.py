@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from zo_opt import ZOError
-from zo_opt.training.data import make_examples
-from zo_opt.training.task_metrics import CLASSIFICATION, GENERATION
-from zo_opt.training.tasks import (
+from zo_opt.tasks.metrics import CLASSIFICATION, GENERATION
+from zo_opt.tasks.rows import make_examples
+from zo_opt.tasks.tasks import (
     TASKS,
     Task,
     custom_generation_task,

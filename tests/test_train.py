@@ -27,19 +27,19 @@ from zo_opt import load_adapter_model, trainable_parameters
 from zo_opt.adapters.tt_init import FEATURES
 from zo_opt.cli.main import main
 from zo_opt.directions import DIRECTIONS
+from zo_opt.models.precision import PRECISIONS
 from zo_opt.optim import OPTIMIZERS, UPDATE_RULES
-from zo_opt.query_modes import QUERY_MODES
+from zo_opt.queries.modes import QUERY_MODES
+from zo_opt.record.metrics import MetricsWriter
+from zo_opt.record.progress import Reporter
 from zo_opt.schedules import History, adazeta_queries
+from zo_opt.tasks.batches import ORDERS
+from zo_opt.tasks.evaluation import Prepared, evaluate
+from zo_opt.tasks.rows import make_examples, read_rows
+from zo_opt.tasks.scoring import make_scorer
+from zo_opt.tasks.tasks import custom_task
 from zo_opt.training import TrainConfig, loop, train
-from zo_opt.training.batches import ORDERS
 from zo_opt.training.config import LR_SCHEDULES
-from zo_opt.training.data import make_examples, read_rows
-from zo_opt.training.evaluation import Prepared, evaluate
-from zo_opt.training.metrics import MetricsWriter
-from zo_opt.training.precision import PRECISIONS
-from zo_opt.training.progress import Reporter
-from zo_opt.training.scoring import make_scorer
-from zo_opt.training.tasks import custom_task
 
 Options = Callable[..., list[str]]
 Pictures = Callable[[], AbstractContextManager[None]]

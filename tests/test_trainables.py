@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from tiny_models import build
 from torch import nn
 
-from zo_opt import MeZO, ZOError, trainables
-from zo_opt.trainables import Trainables
+from zo_opt import MeZO, ZOError
+from zo_opt.queries import trainables
+from zo_opt.queries.trainables import Trainables
 
 shapes_of_parameters = st.lists(st.lists(st.integers(0, 5), max_size=3).map(tuple), min_size=1, max_size=6)
 

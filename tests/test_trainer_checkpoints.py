@@ -12,7 +12,7 @@ from tiny_models import build
 from trainer_runs import Steps, adapted, equal, rows, weights, zo_trainer
 
 from zo_opt import AdaLoRAConfig, LISAConfig, TTConfig, ZOError, load_adapter_model
-from zo_opt.training.trainer.callback import unwrapped
+from zo_opt.trainer.callback import unwrapped
 
 ELEVEN = {
     "max_steps": 11,

@@ -10,9 +10,10 @@ import torch
 from optimizer_problem import BATCH, TOTAL, Model, Ones, bits, flat, make, same
 from torch import nn
 
-from zo_opt import ZOError, trainables
+from zo_opt import ZOError
 from zo_opt.directions import StepDirections, get_directions
 from zo_opt.optim import UPDATE_RULES, Adam, AMSGrad, Momentum
+from zo_opt.queries import trainables
 
 
 def sloped(slope):

@@ -12,12 +12,13 @@ from tiny_models import build, padded_batch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from zo_opt import MeZO, perturbation
+from zo_opt import MeZO
 from zo_opt.directions import DIRECTIONS, StepDirections
 from zo_opt.optim import OPTIMIZERS
+from zo_opt.queries import perturbation
+from zo_opt.queries.substitution import Substitution
+from zo_opt.queries.trainables import Trainables
 from zo_opt.schedules import constant_queries
-from zo_opt.substitution import Substitution
-from zo_opt.trainables import Trainables
 
 MIB = 2**20
 

@@ -10,7 +10,8 @@ import torch
 from optimizer_problem import BATCH, Model, bits, closure_of, examples_of, flat, make, relative_error, same
 from optimizer_table import NAMES, ROWS, build
 
-from zo_opt import NonFiniteLossError, ZOError, trainables
+from zo_opt import NonFiniteLossError, ZOError
+from zo_opt.queries import trainables
 from zo_opt.schedules import constant_queries
 
 LINEAR = [n for n in NAMES if n not in ("zo-sign", "zo-momentum", "zo-adam")]

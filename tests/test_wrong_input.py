@@ -19,8 +19,8 @@ import transformers
 from conftest import QUICK, Sentiment, run_main
 from safetensors.torch import load_file, save_file
 
-from zo_opt.training import checkpoint
-from zo_opt.training.metrics import MetricsWriter
+from zo_opt.record import checkpoint
+from zo_opt.record.metrics import MetricsWriter
 
 Options = Callable[..., list[str]]
 

@@ -14,7 +14,7 @@ from conftest import make_model, run_main
 from zo_opt import TTConfig, get_adapter_model
 from zo_opt.adapters import AdapterModel
 from zo_opt.optim import StepRecord
-from zo_opt.training.metrics import MetricsWriter
+from zo_opt.record.metrics import MetricsWriter
 
 CPU = torch.device("cpu")
 

@@ -11,8 +11,8 @@ from tiny_models import build, padded_batch
 from torch.utils.data import SequentialSampler
 
 from zo_opt import LoRAConfig, get_adapter_model, trainable_parameters
+from zo_opt.trainer.callback import unwrapped
 from zo_opt.training import ZOTrainer, ZOTrainingArguments
-from zo_opt.training.trainer.callback import unwrapped
 
 QUIET = {
     "use_cpu": True, "disable_tqdm": True, "report_to": "none", "save_strategy": "no", "logging_steps": 1,

@@ -14,7 +14,7 @@ from zo_opt.adapters.config import AdapterConfig, register
 from zo_opt.adapters.targets import Target, in_layers, matches
 from zo_opt.adapters.weights import is_conv1d
 from zo_opt.errors import ZOError
-from zo_opt.layers import layer_of
+from zo_opt.system.layers import layer_of
 
 
 @register

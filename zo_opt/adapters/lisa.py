@@ -18,7 +18,7 @@ from zo_opt.adapters.full import own_parameters
 from zo_opt.adapters.schedule import AdapterSchedule
 from zo_opt.adapters.targets import Target, in_layers
 from zo_opt.errors import ZOError
-from zo_opt.layers import layer_of
+from zo_opt.system.layers import layer_of
 
 if TYPE_CHECKING:
     from zo_opt.adapters.model import AdapterModel

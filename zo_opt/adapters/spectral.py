@@ -15,7 +15,7 @@ from zo_opt.adapters.parallel import Delta, ParallelAdapter
 from zo_opt.adapters.spectrum import leading_triplets
 from zo_opt.adapters.targets import Target, find_targets
 from zo_opt.adapters.weights import is_conv1d, matrix
-from zo_opt.layers import layer_of
+from zo_opt.system.layers import layer_of
 
 
 @register

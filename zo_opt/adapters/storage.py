@@ -13,8 +13,8 @@ from torch import Tensor
 
 from zo_opt.adapters.config import AdapterConfig, config_from_dict
 from zo_opt.errors import ZOError
-from zo_opt.files import write_atomically
-from zo_opt.plain_json import read_object
+from zo_opt.system.files import write_atomically
+from zo_opt.system.plain_json import read_object
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from zo_opt.adapters.adapted import AdaptedModule
 from zo_opt.adapters.tt_linear import TensorTrain
-from zo_opt.layers import layer_of
+from zo_opt.system.layers import layer_of
 
 _HEADER = ("where", "adapters", "method", "shapes", "ranks", "parameters", "bytes", "share")
 _NUMBERS = ("adapters", "parameters", "bytes", "share")

@@ -12,7 +12,7 @@ from torch import nn
 
 from zo_opt.adapters.weights import is_conv1d
 from zo_opt.errors import ZOError
-from zo_opt.layers import layer_of
+from zo_opt.system.layers import layer_of
 
 RESIDUAL = "residual"  # as a target name: the residual stream where it enters a layer
 

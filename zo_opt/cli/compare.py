@@ -10,8 +10,8 @@ from zo_opt.comparison import output
 from zo_opt.comparison.compare import compare
 from zo_opt.comparison.options import CompareConfig
 from zo_opt.errors import ZOError
+from zo_opt.record.progress import Reporter
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.progress import Reporter
 
 
 def run(options: Namespace, command: str) -> None:

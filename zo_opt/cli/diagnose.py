@@ -9,12 +9,12 @@ from jsonargparse import Namespace
 from rich import box
 from rich.table import Table
 
+from zo_opt.diagnosis.diagnose import Diagnosis, diagnose
+from zo_opt.diagnosis.plot import draw
 from zo_opt.errors import ZOError
-from zo_opt.files import write_atomically
+from zo_opt.record.progress import Reporter
+from zo_opt.system.files import write_atomically
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.diagnose import Diagnosis, diagnose
-from zo_opt.training.diagnose_plot import draw
-from zo_opt.training.progress import Reporter
 
 
 def run(options: Namespace) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from jsonargparse import Namespace
 
+from zo_opt.record.progress import Reporter
 from zo_opt.training.evaluate_run import evaluate_run
-from zo_opt.training.progress import Reporter
 
 
 def run(options: Namespace) -> None:

@@ -152,7 +152,7 @@ def _add_eval(parser: ArgumentParser) -> None:
 
 
 def _add_diagnose(parser: ArgumentParser) -> None:
-    from zo_opt.training.diagnose import EPS_GRID
+    from zo_opt.diagnosis.diagnose import EPS_GRID
 
     _add_train(parser)
     parser.add_argument("--queries", type=int, default=48, help="directions, each on an example of its own")

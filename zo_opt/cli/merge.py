@@ -8,11 +8,11 @@ from jsonargparse import Namespace
 from zo_opt.adapters import load_adapter_model
 from zo_opt.adapters.storage import load
 from zo_opt.errors import ZOError
+from zo_opt.models.models import load_model
+from zo_opt.models.quantisation import adopt, quantised_layers
+from zo_opt.record.output import output_directory
+from zo_opt.record.progress import Reporter
 from zo_opt.training.evaluate_run import read_config, read_record
-from zo_opt.training.models import load_model
-from zo_opt.training.output import output_directory
-from zo_opt.training.progress import Reporter
-from zo_opt.training.quantisation import adopt, quantised_layers
 
 FORMS = ("model", "lora")
 

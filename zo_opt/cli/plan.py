@@ -15,15 +15,15 @@ from rich.console import Console
 from rich.table import Table
 
 from zo_opt.errors import ZOError
-from zo_opt.files import write_atomically
-from zo_opt.memory import parse_bytes, readable
-from zo_opt.training import builtin
+from zo_opt.planning.plan import Footprint, plan_method
+from zo_opt.planning.plan_step import Setting
+from zo_opt.planning.skeleton import make_skeleton, read_config
+from zo_opt.record.progress import Reporter
+from zo_opt.system.files import write_atomically
+from zo_opt.system.memory import parse_bytes, readable
+from zo_opt.tasks import builtin
 from zo_opt.training.config import to_plain
 from zo_opt.training.methods import METHODS, get_method
-from zo_opt.training.plan import Footprint, plan_method
-from zo_opt.training.plan_step import Setting
-from zo_opt.training.progress import Reporter
-from zo_opt.training.skeleton import make_skeleton, read_config
 
 FORMATS = (".json", ".csv", ".md")
 ACCURACY = 0.15  # predictions are held to this (benchmarks/plan.py)

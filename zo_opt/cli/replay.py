@@ -9,11 +9,11 @@ from jsonargparse import Namespace
 from zo_opt.adapters import load_adapter_model
 from zo_opt.errors import ZOError
 from zo_opt.journal import NAME, read_journal, replay
+from zo_opt.models.models import load_model, pick_device
+from zo_opt.models.precision import set_precision
+from zo_opt.record.output import RUN_NAME, START_NAME, output_directory
+from zo_opt.record.progress import Reporter
 from zo_opt.training.evaluate_run import read_config, read_record
-from zo_opt.training.models import load_model, pick_device
-from zo_opt.training.output import RUN_NAME, START_NAME, output_directory
-from zo_opt.training.precision import set_precision
-from zo_opt.training.progress import Reporter
 
 
 def run(options: Namespace) -> None:
@@ -32,7 +32,7 @@ def run(options: Namespace) -> None:
     if not (run_dir / RUN_NAME).is_file():
         raise ZOError(
             f"{run_dir} holds no {RUN_NAME} beside the journal; give one of a run of zo-opt train, or call "
-            "zo_opt.journal.replay on the model it was written with."
+            "zo_opt.journal.replaying on the model it was written with."
         )
     config, resolved = read_config(run_dir), read_record(run_dir).get("resolved", {})
     if options.steps is None and (run_dir / "results.json").exists() and contents.steps < config.steps:

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from zo_opt.errors import ZOError
-from zo_opt.files import write_atomically
-from zo_opt.query_modes import QUERY_MODES
-from zo_opt.schedule_options import make_schedule, resolve_beta
-from zo_opt.schedule_plot import Course, picture, table
+from zo_opt.queries.modes import QUERY_MODES
 from zo_opt.schedules import QuerySchedule, simulate
+from zo_opt.schedules.options import make_schedule, resolve_beta
+from zo_opt.schedules.plot import Course, picture, table
+from zo_opt.system.files import write_atomically
 
 MAX_STEPS = 1_000_000
 

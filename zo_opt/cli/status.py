@@ -12,9 +12,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from zo_opt.errors import ZOError
-from zo_opt.memory import readable
-from zo_opt.training.output import writer
-from zo_opt.training.watch import FINISHED, RUNNING, STARTING, Status, Watched, runs_under
+from zo_opt.record.output import writer
+from zo_opt.record.watch import FINISHED, RUNNING, STARTING, Status, Watched, runs_under
+from zo_opt.system.memory import readable
 
 _SECONDS = 1.0  # between two looks
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from jsonargparse import Namespace
 
 from zo_opt.distributed import launched_rank, process_group
-from zo_opt.memory import readable
+from zo_opt.record.progress import Reporter
+from zo_opt.system.memory import readable
 from zo_opt.training.config import TrainConfig
+from zo_opt.training.followers import check_ranks, follow
 from zo_opt.training.loop import train
-from zo_opt.training.progress import Reporter
-from zo_opt.training.ranks import check_ranks, follow
 
 
 def run(options: Namespace, command: str) -> None:

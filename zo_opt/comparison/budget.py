@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from zo_opt.errors import ZOError
-from zo_opt.optim import ZerothOrderOptimizer
+from zo_opt.optim import ZerothOrderOptimizer, first_order
 from zo_opt.schedules import History
-from zo_opt.training import first_order
 from zo_opt.training.build_optimizer import make_optimizer
 from zo_opt.training.config import TrainConfig
 

@@ -20,18 +20,18 @@ from zo_opt.comparison.options import SECONDS_PROBE_STEPS, CompareConfig, run_co
 from zo_opt.comparison.results import Row, step_seconds, summarise
 from zo_opt.comparison.runs import Run, StoppedError, run_all
 from zo_opt.errors import ZOError
-from zo_opt.files import write_atomically
-from zo_opt.memory import parse_bytes
-from zo_opt.plain_json import read_object
+from zo_opt.models.models import pick_device
+from zo_opt.record.output import output_directory
+from zo_opt.record.progress import Reporter
+from zo_opt.system.files import write_atomically
+from zo_opt.system.memory import parse_bytes
+from zo_opt.system.plain_json import read_object
+from zo_opt.tasks.metrics import LANGUAGE_MODELLING
 from zo_opt.training.config import TrainConfig, from_plain, to_plain
 from zo_opt.training.methods import Method
-from zo_opt.training.models import pick_device
-from zo_opt.training.output import output_directory
-from zo_opt.training.progress import Reporter
 from zo_opt.training.resume import check_given
 from zo_opt.training.setup import load_examples
 from zo_opt.training.stop import InterruptedRunError
-from zo_opt.training.task_metrics import LANGUAGE_MODELLING
 
 RECORD_NAME = "compare.json"
 

@@ -10,18 +10,18 @@ from torch import nn
 
 from zo_opt.comparison.options import given_options
 from zo_opt.errors import ZOError
-from zo_opt.training import builtin
+from zo_opt.models.models import pick_device
+from zo_opt.planning.dry_run import dry_run
+from zo_opt.planning.plan import plan_method
+from zo_opt.planning.plan_step import Setting
+from zo_opt.planning.skeleton import make_skeleton, read_config
+from zo_opt.tasks import builtin
+from zo_opt.tasks.metrics import CLASSIFICATION
+from zo_opt.tasks.scoring import make_scorer
 from zo_opt.training.config import ADAPTER_OPTIONS, TrainConfig
-from zo_opt.training.dry_run import dry_run
 from zo_opt.training.methods import Method
-from zo_opt.training.models import pick_device
-from zo_opt.training.plan import plan_method
-from zo_opt.training.plan_step import Setting
 from zo_opt.training.recipe import depth
-from zo_opt.training.scoring import make_scorer
 from zo_opt.training.setup import Examples
-from zo_opt.training.skeleton import make_skeleton, read_config
-from zo_opt.training.task_metrics import CLASSIFICATION
 
 _OPTIONS = {
     *ADAPTER_OPTIONS, "adapter_options", "adapter_init", "output_scale", "query_mode", "directions", "query_schedule",

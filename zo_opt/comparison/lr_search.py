@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 
 from zo_opt.comparison.runs import Run
+from zo_opt.planning.skeleton import make_skeleton, read_config
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.recipe import may_place, own_lr
-from zo_opt.training.skeleton import make_skeleton, read_config
 
 RATIO = math.sqrt(10)
 

@@ -11,8 +11,8 @@ from typing import Any
 from zo_opt.adapters import ADAPTERS
 from zo_opt.adapters.tt_init import FEATURES
 from zo_opt.errors import ZOError
-from zo_opt.memory import parse_bytes
 from zo_opt.optim import OPTIMIZERS
+from zo_opt.system.memory import parse_bytes
 from zo_opt.training.config import ADAPTER_OPTIONS, TrainConfig
 from zo_opt.training.methods import Method, get_method
 

@@ -17,11 +17,11 @@ from rich.table import Table
 from zo_opt.comparison.plots import draw
 from zo_opt.comparison.results import CONFIDENCE, Row
 from zo_opt.comparison.runs import Run
-from zo_opt.files import write_atomically
-from zo_opt.memory import readable
+from zo_opt.system.files import write_atomically
+from zo_opt.system.memory import readable
+from zo_opt.tasks.metrics import METRICS
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.methods import get_method
-from zo_opt.training.task_metrics import METRICS
 
 NAME = "compare"
 _GONE = "-"

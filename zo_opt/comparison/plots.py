@@ -12,10 +12,10 @@ import numpy as np
 
 from zo_opt.comparison.results import Row
 from zo_opt.comparison.runs import Run
-from zo_opt.files import write_atomically
+from zo_opt.record.report import smooth
+from zo_opt.system.files import write_atomically
+from zo_opt.tasks.metrics import METRICS
 from zo_opt.training.methods import get_method
-from zo_opt.training.report import smooth
-from zo_opt.training.task_metrics import METRICS
 
 _MARKERS = "osD^vPX*<>hp8d"
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from zo_opt.comparison.runs import Run
 from zo_opt.errors import ZOError
-from zo_opt.training.task_metrics import perplexity
+from zo_opt.tasks.metrics import perplexity
 
 CONFIDENCE = 0.95
 _TRAIN_LOSS_STEPS = 0.1  # of a run's end, over which its training loss is averaged

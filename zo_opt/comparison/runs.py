@@ -20,12 +20,12 @@ from typing import Any
 
 from zo_opt.comparison.options import given_options
 from zo_opt.errors import ZOError
-from zo_opt.files import write_atomically
-from zo_opt.plain_json import is_number, read_object
-from zo_opt.training import checkpoint, metrics
+from zo_opt.record import checkpoint, metrics
+from zo_opt.record.progress import Reporter
+from zo_opt.system.files import write_atomically
+from zo_opt.system.plain_json import is_number, read_object
+from zo_opt.tasks.metrics import METRICS
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.progress import Reporter
-from zo_opt.training.task_metrics import METRICS
 
 _DIVERGED = "training failed"  # what the command line says of losses that are not finite
 RISE = 2.0  # [choice] how far the training loss may rise above its start before a run counts as diverged

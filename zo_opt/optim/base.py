@@ -11,24 +11,24 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from zo_opt import query_modes
 from zo_opt.directions import Directions, StepDirections, Stream, get_directions
 from zo_opt.distributed import Distributed
 from zo_opt.errors import NonFiniteLossError, ZOError
 from zo_opt.estimators import Estimate, combine, private_two_sided, two_sided
-from zo_opt.nesting import batch_size
 from zo_opt.optim.line_search import LineSearch
 from zo_opt.optim.records import StepRecord, Update
+from zo_opt.optim.rounding import round_into
 from zo_opt.optim.slots import Slots
 from zo_opt.optim.step_control import StepControl
 from zo_opt.optim.update_rules import SGD, UpdateRule
-from zo_opt.perturbation import Perturbed
 from zo_opt.privacy import GaussianPrivacy
-from zo_opt.query_modes import Evaluator
-from zo_opt.rounding import round_into
+from zo_opt.prompts.shared_prefix import SharedPrefix
+from zo_opt.queries import modes as query_modes
+from zo_opt.queries.modes import Evaluator
+from zo_opt.queries.nesting import batch_size
+from zo_opt.queries.perturbation import Perturbed
+from zo_opt.queries.trainables import Piece, Trainables
 from zo_opt.schedules import History, QuerySchedule, constant_queries
-from zo_opt.shared_prefix import SharedPrefix
-from zo_opt.trainables import Piece, Trainables
 
 
 class ZerothOrderOptimizer(Optimizer):
@@ -57,7 +57,7 @@ class ZerothOrderOptimizer(Optimizer):
         step_control: :class:`~zo_opt.optim.step_control.StepControl` objects applied in order to the projected gradients before the update.
         line_search: tries several lengths of the step before it is taken (SGD only); costs forwards.
         share_prefix: compute the frozen layers below the first trainable once for all evaluations of a step; needs ``module``, and a
-            closure that does not look into those layers (:class:`~zo_opt.shared_prefix.SharedPrefix`).
+            closure that does not look into those layers (:class:`~zo_opt.prompts.shared_prefix.SharedPrefix`).
         max_failed_steps: this many steps in a row without any finite loss raise :class:`~zo_opt.errors.NonFiniteLossError`.
         privacy: differential privacy of the examples (:class:`~zo_opt.privacy.GaussianPrivacy`); the closure then returns a loss for each
             example, and the losses that ``step`` and the records give are nan, for they are not private.
@@ -308,7 +308,7 @@ class ZerothOrderOptimizer(Optimizer):
         return two_sided(evaluator, queries, self.zo_eps)
 
     def _transform(self) -> Callable[[Tensor, int, int, Tensor], Tensor] | None:
-        """How directions depend on weights and state (see :class:`~zo_opt.perturbation.Perturbed`)."""
+        """How directions depend on weights and state (see :class:`~zo_opt.queries.perturbation.Perturbed`)."""
         return None
 
     def _update(self, estimate: Estimate, coefficients: tuple[float, ...]) -> Update:

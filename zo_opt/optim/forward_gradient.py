@@ -8,7 +8,7 @@ from typing import Any
 from zo_opt.errors import ZOError
 from zo_opt.estimators import Estimate, forward_gradient
 from zo_opt.optim.base import ZerothOrderOptimizer
-from zo_opt.query_modes import Evaluator
+from zo_opt.queries.modes import Evaluator
 
 
 class ForwardGradient(ZerothOrderOptimizer):

@@ -9,7 +9,7 @@ from zo_opt.directions import Directions
 from zo_opt.estimators import Estimate, one_sided
 from zo_opt.optim.base import ZerothOrderOptimizer
 from zo_opt.optim.step_control import DivideBySpread, StepControl
-from zo_opt.query_modes import Evaluator
+from zo_opt.queries.modes import Evaluator
 from zo_opt.schedules import QuerySchedule, constant_queries
 
 

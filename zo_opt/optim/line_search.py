@@ -9,8 +9,8 @@ from math import isfinite
 from torch import Tensor
 
 from zo_opt.errors import ZOError
-from zo_opt.perturbation import Point
-from zo_opt.query_modes import Evaluator
+from zo_opt.queries.modes import Evaluator
+from zo_opt.queries.perturbation import Point
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from zo_opt.errors import ZOError
 from zo_opt.estimators import Estimate, control_variate, two_sided
 from zo_opt.optim.base import ZerothOrderOptimizer
 from zo_opt.optim.records import Update
-from zo_opt.query_modes import Evaluator
-from zo_opt.trainables import Trainables
+from zo_opt.queries.modes import Evaluator
+from zo_opt.queries.trainables import Trainables
 
 
 class MeZOSVRG(ZerothOrderOptimizer):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zo_opt.trainables import Trainables
+from zo_opt.queries.trainables import Trainables
 
 
 class Slots:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zo_opt.errors import ZOError
 from zo_opt.optim.base import ZerothOrderOptimizer
-from zo_opt.trainables import Trainables
+from zo_opt.queries.trainables import Trainables
 
 
 class SparseMeZO(ZerothOrderOptimizer):

@@ -14,7 +14,7 @@ from zo_opt.errors import ZOError
 from zo_opt.estimators import Estimate
 from zo_opt.optim.base import ZerothOrderOptimizer
 from zo_opt.optim.records import Update
-from zo_opt.trainables import Piece
+from zo_opt.queries.trainables import Piece
 
 
 class ZOKalman(ZerothOrderOptimizer):

@@ -9,7 +9,7 @@ from zo_opt.training.config import TrainConfig
 from zo_opt.training.loop import train
 
 if TYPE_CHECKING:
-    from zo_opt.training.trainer import (
+    from zo_opt.trainer import (
         AdapterScheduleCallback,
         ZOArguments,
         ZOTrainer,
@@ -30,7 +30,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from zo_opt.training import trainer
+        from zo_opt import trainer
 
         return getattr(trainer, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from zo_opt.adapters import AdapterModel, TTConfig, weights
 from zo_opt.adapters.tt_init import class_mean_features, component_features, label_word_directions, place
-from zo_opt.training.data import Example
-from zo_opt.training.evaluation import Prepared, Progress
-from zo_opt.training.scoring import Scorer
-from zo_opt.training.tasks import Task, placeholders
+from zo_opt.tasks.evaluation import Prepared, Progress
+from zo_opt.tasks.rows import Example
+from zo_opt.tasks.scoring import Scorer
+from zo_opt.tasks.tasks import Task, placeholders
 
 
 def can_place(scorer: Scorer, task: Task, example: Example) -> bool:

@@ -8,11 +8,10 @@ from torch import nn
 
 from zo_opt.adapters import lora_plus_groups, trainable_parameters
 from zo_opt.distributed import world_size
-from zo_opt.optim import OPTIMIZERS, ZerothOrderOptimizer
+from zo_opt.optim import OPTIMIZERS, ZerothOrderOptimizer, first_order
+from zo_opt.optim.first_order import FirstOrder
 from zo_opt.privacy import GaussianPrivacy
-from zo_opt.training import first_order
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.first_order import FirstOrder
 
 
 def make_optimizer(

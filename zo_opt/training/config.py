@@ -11,14 +11,14 @@ from zo_opt.adapters import ADAPTERS, AdapterConfig, make_config
 from zo_opt.adapters.tt_init import FEATURES
 from zo_opt.distributed import Distributed
 from zo_opt.errors import ZOError
-from zo_opt.optim import OPTIMIZERS, UPDATE_RULES, Adam, ClipProjectedGrads, StepControl, UpdateRule
-from zo_opt.schedule_options import make_schedule
+from zo_opt.models.quantisation import check_kind
+from zo_opt.optim import OPTIMIZERS, UPDATE_RULES, Adam, ClipProjectedGrads, StepControl, UpdateRule, first_order
+from zo_opt.prompts.prefix_store import PLACES
+from zo_opt.record.trackers import check_trackers
 from zo_opt.schedules import QuerySchedule
-from zo_opt.training import builtin, first_order, objectives
-from zo_opt.training.batches import ORDERS
-from zo_opt.training.prefix_store import PLACES
-from zo_opt.training.quantisation import check_kind
-from zo_opt.training.trackers import check_trackers
+from zo_opt.schedules.options import make_schedule
+from zo_opt.tasks import builtin, objectives
+from zo_opt.tasks.batches import ORDERS
 
 _ADAPTER_FIELDS = ("rank", "rank_pattern", "tt_rank", "scale", "bottleneck", "activation", "target_modules", "layers")
 # Option -> field of an adapter's configuration.
@@ -282,7 +282,7 @@ class TrainConfig:
                 raise ZOError("the F1 of a batch is no mean over its rows; with objective='f1' give --share queries.")
         self.make_query_schedule()
         self.make_update_rule()
-        from zo_opt.training.private import check_privacy  # which knows the options
+        from zo_opt.privacy.rows import check_privacy  # which knows the options
 
         check_privacy(self)
         check_trackers(self.report_to)

@@ -8,11 +8,11 @@ from typing import Any
 
 from zo_opt.adapters import load_adapter_model
 from zo_opt.errors import ZOError
-from zo_opt.plain_json import read_object
+from zo_opt.record.output import RUN_NAME
+from zo_opt.record.progress import Reporter
+from zo_opt.system.plain_json import read_object
+from zo_opt.tasks.evaluation import Evaluation, Prepared, evaluate
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.evaluation import Evaluation, Prepared, evaluate
-from zo_opt.training.output import RUN_NAME
-from zo_opt.training.progress import Reporter
 from zo_opt.training.setup import load_base, load_examples
 
 

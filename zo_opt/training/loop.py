@@ -16,24 +16,24 @@ from typing import Any
 import torch
 
 from zo_opt.distributed import meet, world_size
-from zo_opt.files import write_atomically
 from zo_opt.journal import NAME as JOURNAL_NAME
 from zo_opt.journal import Journal
-from zo_opt.memory import current_memory, peak_memory, readable, reset_peak_memory
-from zo_opt.training import checkpoint, report
+from zo_opt.optim.first_order import FirstOrder
+from zo_opt.privacy.rows import make_privacy
+from zo_opt.record import checkpoint, report
+from zo_opt.record.metrics import MetricsWriter, step_values
+from zo_opt.record.output import RUN_NAME, START_NAME, output_directory
+from zo_opt.record.progress import Reporter
+from zo_opt.record.summary import Progress, summarise, versions
+from zo_opt.record.trackers import Trackers, check_trackers
+from zo_opt.system.files import write_atomically
+from zo_opt.system.memory import current_memory, peak_memory, readable, reset_peak_memory
+from zo_opt.tasks.evaluation import Evaluation, evaluate
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.evaluation import Evaluation, evaluate
-from zo_opt.training.first_order import FirstOrder
-from zo_opt.training.metrics import MetricsWriter, step_values
-from zo_opt.training.output import RUN_NAME, START_NAME, output_directory
-from zo_opt.training.private import make_privacy
-from zo_opt.training.progress import Reporter
 from zo_opt.training.resume import keeps_journal, resume, resumed_config
 from zo_opt.training.setup import Tools, build_tools, load_examples
 from zo_opt.training.stepper import Stepper
 from zo_opt.training.stop import InterruptedRunError, StopSignals
-from zo_opt.training.summary import Progress, summarise, versions
-from zo_opt.training.trackers import Trackers, check_trackers
 
 
 def train(

@@ -8,8 +8,7 @@ from typing import Any
 
 from zo_opt.adapters import ADAPTERS
 from zo_opt.errors import ZOError
-from zo_opt.optim import OPTIMIZERS
-from zo_opt.training import first_order
+from zo_opt.optim import OPTIMIZERS, first_order
 
 RANDOM_START = {"adapter_init": "random"}
 

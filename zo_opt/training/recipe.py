@@ -10,15 +10,14 @@ from torch import nn
 from zo_opt.adapters import AdapterConfig
 from zo_opt.adapters.tt_init import FEATURES
 from zo_opt.errors import ZOError
-from zo_opt.optim import OPTIMIZERS, Adam
-from zo_opt.training import first_order
+from zo_opt.models.models import classification_heads
+from zo_opt.optim import OPTIMIZERS, Adam, first_order
+from zo_opt.tasks.rows import Example
+from zo_opt.tasks.scoring import Scorer
+from zo_opt.tasks.tasks import Task
 from zo_opt.training.adapter_init import can_place
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.data import Example
 from zo_opt.training.methods import WHOLE_MODEL, default_lr
-from zo_opt.training.models import classification_heads
-from zo_opt.training.scoring import Scorer
-from zo_opt.training.tasks import Task
 
 LAYER_SHARE = (
     2 / 3

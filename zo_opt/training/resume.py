@@ -12,15 +12,15 @@ import torch
 from zo_opt.adapters import AdapterModel
 from zo_opt.errors import ZOError
 from zo_opt.journal import NAME, Contents, Journal, read_journal
+from zo_opt.journal.provenance import check_described, device_type, fingerprint, is_portable, tuned_names
 from zo_opt.optim import Update, ZerothOrderOptimizer
-from zo_opt.provenance import check_described, device_type, fingerprint, is_portable, tuned_names
-from zo_opt.training import checkpoint
+from zo_opt.optim.first_order import FirstOrder
+from zo_opt.record import checkpoint
+from zo_opt.record.metrics import Line, read_lines
+from zo_opt.record.output import RUN_NAME, never_begun
+from zo_opt.record.progress import Reporter
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.evaluate_run import read_config, read_record
-from zo_opt.training.first_order import FirstOrder
-from zo_opt.training.metrics import Line, read_lines
-from zo_opt.training.output import RUN_NAME, never_begun
-from zo_opt.training.progress import Reporter
 
 # What a resumed run can be told otherwise.
 _ANEW = (

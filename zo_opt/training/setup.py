@@ -12,23 +12,20 @@ import torch
 
 from zo_opt.adapters import AdapterModel, get_adapter_model
 from zo_opt.errors import ZOError
-from zo_opt.training import builtin, data
-from zo_opt.training.adapter_init import initialise
-from zo_opt.training.compilation import compile_layers, running_layers
-from zo_opt.training.config import TrainConfig
-from zo_opt.training.data import Example
-from zo_opt.training.evaluation import Prepared
-from zo_opt.training.methods import WHOLE_MODEL
-from zo_opt.training.models import load_model, pick_device
-from zo_opt.training.objectives import make_objective
-from zo_opt.training.precision import set_precision
-from zo_opt.training.prefix_cache import PrefixCache, first_adapted_layer
-from zo_opt.training.progress import Reporter
-from zo_opt.training.quantisation import quantised_layers
-from zo_opt.training.recipe import Recipe, resolve
-from zo_opt.training.scoring import Scorer, make_scorer
-from zo_opt.training.task_metrics import CLASSIFICATION, GENERATION, LANGUAGE_MODELLING
-from zo_opt.training.tasks import (
+from zo_opt.models.compilation import compile_layers, running_layers
+from zo_opt.models.models import load_model, pick_device
+from zo_opt.models.precision import set_precision
+from zo_opt.models.quantisation import quantised_layers
+from zo_opt.prompts.prefix_cache import PrefixCache, first_adapted_layer
+from zo_opt.record.progress import Reporter
+from zo_opt.tasks import builtin
+from zo_opt.tasks import rows as data
+from zo_opt.tasks.evaluation import Prepared
+from zo_opt.tasks.metrics import CLASSIFICATION, GENERATION, LANGUAGE_MODELLING
+from zo_opt.tasks.objectives import make_objective
+from zo_opt.tasks.rows import Example
+from zo_opt.tasks.scoring import Scorer, make_scorer
+from zo_opt.tasks.tasks import (
     OWN_TEXT,
     Task,
     check_template,
@@ -38,6 +35,10 @@ from zo_opt.training.tasks import (
     parse_verbalizers,
     placeholders,
 )
+from zo_opt.training.adapter_init import initialise
+from zo_opt.training.config import TrainConfig
+from zo_opt.training.methods import WHOLE_MODEL
+from zo_opt.training.recipe import Recipe, resolve
 
 
 @dataclass(frozen=True)

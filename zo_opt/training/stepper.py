@@ -10,13 +10,13 @@ from torch import Tensor
 from zo_opt.adapters import AdapterModel
 from zo_opt.journal import Journal
 from zo_opt.optim import ZerothOrderOptimizer
+from zo_opt.optim.first_order import FirstOrder
 from zo_opt.privacy import GaussianPrivacy
-from zo_opt.training.batches import BatchOrder
+from zo_opt.privacy.rows import PoissonOrder, private_step
+from zo_opt.tasks.batches import BatchOrder
+from zo_opt.tasks.evaluation import Prepared
 from zo_opt.training.build_optimizer import make_optimizer, make_param_groups
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.evaluation import Prepared
-from zo_opt.training.first_order import FirstOrder
-from zo_opt.training.private import PoissonOrder, private_step
 from zo_opt.training.setup import Tools
 from zo_opt.training.stop import StopSignals
 

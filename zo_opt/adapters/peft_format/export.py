@@ -18,7 +18,7 @@ from zo_opt.adapters.peft_format.methods import method_of
 from zo_opt.adapters.storage import CONFIG_NAME, WEIGHTS_NAME
 from zo_opt.adapters.weights import is_conv1d
 from zo_opt.errors import ZOError
-from zo_opt.files import write_atomically
+from zo_opt.system.files import write_atomically
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from zo_opt.adapters.storage import CONFIG_NAME, WEIGHTS_NAME, read_tensors
 from zo_opt.adapters.targets import matches
 from zo_opt.adapters.weights import is_conv1d, shared_parameters
 from zo_opt.errors import ZOError
-from zo_opt.plain_json import read_object
+from zo_opt.system.plain_json import read_object
 
 # Options that may have any value: they say where the adapters came from or how they were trained, or are read here.
 _KNOWN = frozenset(

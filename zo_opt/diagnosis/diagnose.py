@@ -1,0 +1,242 @@
+"""Which zo_eps, lr and precision a model, adapter and task can bear: measured, before any training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import isnan
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zo_opt.adapters import trainable_parameters
+from zo_opt.directions import StepDirections, get_directions
+from zo_opt.errors import ZOError
+from zo_opt.estimators import forward_gradient, two_sided
+from zo_opt.queries.modes import Evaluator
+from zo_opt.queries.nesting import map_tensors
+from zo_opt.queries.perturbation import Perturbed
+from zo_opt.queries.trainables import Trainables
+from zo_opt.record.progress import Reporter, Tracker
+from zo_opt.training.config import TrainConfig
+from zo_opt.training.setup import Examples, Tools, build_tools, load_examples
+
+EPS_GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What one precision gives at every zo_eps, along the same directions and examples.
+
+    Attributes:
+        precision: "fp32" or "mixed".
+        correlations: of the projected gradients with the exact ones.
+        errors: root mean square of the difference, relative to the exact ones.
+        ties: share of queries whose two losses were equal to the bit.
+        dropped: share of queries with a loss that was not finite.
+    """
+
+    precision: str
+    correlations: tuple[float, ...]
+    errors: tuple[float, ...]
+    ties: tuple[float, ...]
+    dropped: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was measured, and what follows.
+
+    Attributes:
+        eps_grid: the perturbation scales.
+        forms: the precision asked for, and fp32 beside it.
+        reference: where the exact projected gradients come from.
+        queries, trainables: how many.
+        slope: root mean square of the exact projected gradients.
+        curvature: mean second derivative z^T H z along the directions.
+        roughness: its mean absolute value, which takes its place where the mean is not positive.
+        zo_eps, lr, step: recommended; lr for SGD with one query a step, step for rules whose lr is in parameter units a step (Adam,
+            sign, fzoo, grzo).
+        advice: sentences.
+    """
+
+    eps_grid: tuple[float, ...]
+    forms: tuple[Form, ...]
+    reference: str
+    queries: int
+    trainables: int
+    slope: float
+    curvature: float
+    roughness: float
+    zo_eps: float
+    lr: float
+    step: float
+    advice: tuple[str, ...]
+
+    @property
+    def largest_lr(self) -> float:
+        """Beyond it a step of SGD with one query raises the loss on average: 2 / curvature."""
+        return 2 * self.lr
+
+
+def diagnose(
+    config: TrainConfig, reporter: Reporter, *, queries: int = 48, eps_grid: Sequence[float] = EPS_GRID
+) -> Diagnosis:
+    """Projected gradients over a grid of zo_eps against exact ones, and curvature, one direction an example.
+
+    Raises:
+        ZOError: a mistake in the options or files; or no finite loss anywhere.
+    """
+    config = replace(config, prefix_cache_mb=0)
+    config.check()
+    if queries < 2 or len(eps_grid) == 0 or min(eps_grid) <= 0:
+        raise ZOError("diagnose needs at least 2 queries and positive values in eps_grid.")
+    examples = load_examples(config, reporter)
+    exact = build_tools(replace(config, precision="fp32"), examples, reporter)
+    exact.place_adapters(config, reporter)
+    chosen = _same_adapters(config, examples, reporter, exact)
+    forms = [exact] if chosen is None else [chosen, exact]
+    probes = [_Probe(config, tools, queries) for tools in forms]
+    with reporter.track("measuring", queries * (1 + 2 * len(eps_grid) * len(forms)), "losses") as tracker:
+        reference, source = probes[-1].exact(tracker)
+        measured = [[probe.projected_grads(eps, tracker) for eps in eps_grid] for probe in probes]
+        found = tuple(_compare(t.precision, grads, reference) for t, grads in zip(forms, measured, strict=True))
+        zo_eps = _best(eps_grid, found[0].correlations)
+        curvature, roughness = probes[-1].curvature(max(zo_eps, 1e-2))
+    slope = float(reference[reference.isfinite()].square().mean().sqrt())
+    bend = curvature if curvature > 0 else max(roughness, 1e-12)
+    result = Diagnosis(
+        tuple(eps_grid),
+        found,
+        source,
+        queries,
+        probes[0].trainables.total,
+        slope,
+        curvature,
+        roughness,
+        zo_eps,
+        1 / bend,
+        slope / bend,
+        (),
+    )
+    return replace(result, advice=tuple(_advice(result)))
+
+
+class _Probe:
+    """One model in one precision, with fixed directions and examples."""
+
+    def __init__(self, config: TrainConfig, tools: Tools, queries: int) -> None:
+        self._tools, self._size = tools, min(config.batch_size, len(tools.train), queries)
+        self._kind, self._seed = get_directions(config.directions or "rademacher"), config.seed
+        self._batches = -(-queries // self._size)
+        self.trainables = Trainables(trainable_parameters(tools.model))
+
+    def _evaluators(self) -> list[Evaluator]:
+        tools = self._tools
+        found = []
+        for step in range(self._batches):
+            directions = StepDirections(self._kind, self._seed, step, self.trainables.parameters)
+            indices = [(step * self._size + i) % len(tools.train) for i in range(self._size)]
+            perturbed = Perturbed(self.trainables, directions)
+            found.append(Evaluator(perturbed, self._loss, tools.train.batch(indices), "split", tools.model))
+        return found
+
+    def _loss(self, batch: Any) -> Tensor:
+        return self._tools.train.loss(self._tools.model, batch)
+
+    @torch.no_grad()
+    def projected_grads(self, zo_eps: float, tracker: Tracker) -> Tensor:
+        """float64, (batches * size,); nan where a loss was not finite."""
+        grads = []
+        for evaluator in self._evaluators():
+            grads.append(two_sided(evaluator, self._size, zo_eps).projected_grads)
+            tracker.advance(2 * self._size)
+        return torch.cat(grads)
+
+    @torch.no_grad()
+    def exact(self, tracker: Tracker) -> tuple[Tensor, str]:
+        """By forward-mode differentiation; by differences at zo_eps 1e-2 where the model has none."""
+        try:
+            grads = []
+            for evaluator in self._evaluators():
+                for query in range(self._size):
+                    call = self._call(evaluator, query)
+                    grads.append(forward_gradient(evaluator.perturbed, call, [query]).projected_grads)
+                    tracker.advance(1)
+            return torch.cat(grads), "forward-mode derivatives in fp32"
+        except ZOError:
+            return self.projected_grads(1e-2, tracker), "differences in fp32 at zo_eps 0.01"
+
+    def _call(self, evaluator: Evaluator, query: int) -> Callable[[], Tensor]:
+        example = map_tensors(lambda x: x[query : query + 1], evaluator.batch)
+        return lambda: self._loss(example)
+
+    @torch.no_grad()
+    def curvature(self, zo_eps: float) -> tuple[float, float]:
+        """Mean and mean absolute value of z^T H z over directions and examples."""
+        found = [two_sided(e, self._size, zo_eps, curvature=True).curvatures for e in self._evaluators()]
+        curvatures = torch.cat([c for c in found if c is not None])
+        finite = curvatures[curvatures.isfinite()]
+        return float(finite.mean()), float(finite.abs().mean())
+
+
+def _same_adapters(config: TrainConfig, examples: Examples, reporter: Reporter, exact: Tools) -> Tools | None:
+    """The model in the precision asked for, with the fp32 model's adapters; None where that is fp32."""
+    tools = build_tools(config, examples, reporter)
+    if tools.precision == "fp32":
+        return None
+    theirs = exact.model.adapter_state()
+    for name, ours in tools.model.adapter_state().items():
+        ours.data.copy_(theirs[name].data)
+    return tools
+
+
+def _compare(precision: str, measured: Sequence[Tensor], reference: Tensor) -> Form:
+    columns: list[tuple[float, float, float, float]] = []
+    for grads in measured:
+        kept = grads.isfinite() & reference.isfinite()
+        a, b = grads[kept], reference[kept]
+        correlation = float(torch.corrcoef(torch.stack([a, b]))[0, 1]) if len(a) > 1 else float("nan")
+        error = float(((a - b).square().mean() / b.square().mean()).sqrt())
+        ties = float((a == 0).double().mean()) if len(a) else float("nan")
+        columns.append((correlation, error, ties, 1 - float(kept.double().mean())))
+    return Form(precision, *zip(*columns, strict=True))
+
+
+def _best(eps_grid: Sequence[float], correlations: Sequence[float]) -> float:
+    """The middle of the zo_eps within half a percent of the best correlation: far from rounding and from curvature."""
+    finite = [c for c in correlations if not isnan(c)]
+    if not finite:
+        raise ZOError(
+            "no projected gradient was finite, or all were zero, at any zo_eps; check the model and its dtype."
+        )
+    near = sorted(e for e, c in zip(eps_grid, correlations, strict=True) if c >= max(finite) - 0.005)
+    return near[len(near) // 2]
+
+
+def _advice(d: Diagnosis) -> list[str]:
+    form, at = d.forms[0], d.eps_grid.index(d.zo_eps)
+    best = form.correlations[at]
+    lines = [f"--zo_eps {d.zo_eps:g}: correlation with exact projected gradients {best:.3f} in {form.precision}."]
+    if best < 0.9:
+        lines.append("Every zo_eps loses much of the gradient to rounding or curvature: expect slow progress.")
+    if len(d.forms) > 1 and d.forms[1].correlations[at] - best > 0.02:
+        lines.append(f"--precision fp32 would give {max(d.forms[1].correlations):.3f}.")
+    if max(form.ties) > 0.1:
+        drowned = [f"{e:g}" for e, t in zip(d.eps_grid, form.ties, strict=True) if t > 0.1]
+        lines.append(
+            f"Differences drown in rounding (equal losses in over 10 % of queries) at zo_eps {', '.join(drowned)}."
+        )
+    if max(form.dropped) > 0:
+        lines.append(f"Up to {max(form.dropped):.0%} of the losses were not finite.")
+    if d.curvature <= 0:
+        lines.append(
+            "The loss is not convex along random directions here; what follows takes the curvature's absolute value."
+        )
+    lines.append(
+        f"SGD (mezo, lozo, subzero, ...): --lr {d.lr:.2g} for one query a step (unstable above {d.largest_lr:.2g}), in "
+        "proportion more for several averaged queries."
+    )
+    lines.append(f"Rules with lr in parameter units a step (adam, sign, fzoo, grzo): --lr up to {d.step:.2g}.")
+    return lines

@@ -1,0 +1,180 @@
+"""Loading a model and its tokenizer, checked."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from zo_opt.errors import ZOError
+from zo_opt.journal.provenance import plain_parts
+from zo_opt.models.quantisation import quiet
+from zo_opt.tasks import builtin
+
+HEADS = ("lm", "classification")
+
+
+def load_model(
+    name_or_path: str,
+    *,
+    head: str = "lm",
+    labels: int = 2,
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> tuple[Any, Any]:
+    """A model of transformers and its tokenizer, in evaluation mode, weights in the checkpoint's dtype.
+
+    Args:
+        name_or_path: the built-in name, a Hugging Face id, a local directory, or a GGUF file of a causal model, whose numbers are
+            dequantised.
+        head: "lm" (label words; causal, masked or encoder-decoder, by the checkpoint's architecture) or "classification".
+        labels: number of classes of a classification head.
+        trust_remote_code: let the checkpoint's own Python code run; never the default.
+        say: told what is fetched.
+
+    Raises:
+        ZOError: it cannot be found or loaded, has no head for the task, or holds NaN weights.
+    """
+    if head not in HEADS:
+        raise ZOError(f"head={head!r} is not known; choose one of {', '.join(HEADS)}.")
+    built_in = name_or_path == builtin.DEFAULT_MODEL
+    source = str(builtin.model_directory(say)) if built_in else name_or_path
+    import transformers
+
+    # Its own progress bars and load reports would tear ours.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    file: dict[str, Any] = {}
+    if Path(source).suffix == ".gguf":
+        if not Path(source).is_file():
+            raise ZOError(f"{source} does not exist or is no file; give the path of a GGUF file.")
+        source, file = str(Path(source).parent), {"gguf_file": Path(source).name}
+    elif Path(source).exists() and not (Path(source) / "config.json").is_file():
+        raise ZOError(
+            f"{source} holds no config.json; give a directory written by save_pretrained, a .gguf file, or a Hugging Face id."
+        )
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code} | file
+    try:
+        # Of GGUF files transformers draws a progress bar that it cannot be told to leave.
+        with quiet(stderr=bool(file)):
+            config = transformers.AutoConfig.from_pretrained(source, **options)
+            if file:  # which names no architecture
+                config.architectures = ["ForCausalLM"]
+            auto = auto_class(transformers, config, head, name_or_path)
+            if head == "classification":
+                options["num_labels"] = labels
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **file)
+            with torch.random.fork_rng():  # a new head is drawn from the global random state
+                model: Any
+                model, loaded = auto.from_pretrained(
+                    source,
+                    dtype=torch.float32 if file else "auto",
+                    use_safetensors=True,
+                    output_loading_info=True,
+                    **options,
+                )
+            if file:
+                _forget_gguf(model, name_or_path)
+            if head == "lm" and loaded["missing_keys"]:
+                raise ZOError(
+                    f"model {name_or_path!r} lacks the weights {', '.join(sorted(loaded['missing_keys'])[:3])}, which would be "
+                    "random; give a checkpoint with its language-model head, or --head classification to train a new one."
+                )
+            _draw_new_weights(model, sorted(loaded["missing_keys"]))
+    except ZOError:
+        raise
+    except (OSError, ValueError, LookupError, ImportError, RuntimeError, NotImplementedError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "trust_remote_code" in str(error):
+            reason = "it brings Python code of its own, which runs with --trust_remote_code alone"
+        raise ZOError(
+            f"model {name_or_path!r} could not be loaded ({reason}); give {builtin.DEFAULT_MODEL!r}, a local directory or a Hugging Face id."
+        ) from error
+    for name, parameter in model.named_parameters():
+        if not all(_is_finite(part) for _, part in plain_parts(name, parameter)):
+            raise ZOError(f"model {name_or_path!r} holds NaN or infinity in {name!r}; load sound weights.")
+    if head == "classification" and model.config.pad_token_id is None:
+        model.config.pad_token_id = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        )
+    return model.eval(), tokenizer
+
+
+def _forget_gguf(model: Any, path: str) -> None:
+    """The numbers are plain ones by now, which may be saved and cast."""
+    model.config._name_or_path = path
+    for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "is_quantized")):
+        if name in vars(owner):
+            delattr(owner, name)
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all entries are numbers; those of eight bits, which torch cannot be asked about, are widened.
+
+    >>> _is_finite(torch.ones(2).to(torch.float8_e4m3fn)), _is_finite(torch.tensor([1.0, float("nan")]).to(torch.float8_e5m2))
+    (True, False)
+    """
+    narrow = tensor.is_floating_point() and tensor.element_size() == 1
+    return bool((tensor.float() if narrow else tensor).isfinite().all())
+
+
+def classification_heads(model: Any) -> list[str]:
+    """New modules of a classification model (drawn, not loaded), trained and saved whole; BERT's are pooler and classifier."""
+    if getattr(model, "new_modules", None):
+        return list(model.new_modules)
+    return [
+        n
+        for n, child in model.named_children()
+        if child is not model.base_model and any(True for _ in child.parameters())
+    ]
+
+
+@torch.no_grad()
+def _draw_new_weights(model: Any, names: list[str]) -> None:
+    """The same start for a new head in every run: redrawn with a generator of its own."""
+    generator = torch.Generator().manual_seed(0)
+    for name in names:
+        parameter = model.get_parameter(name)
+        if parameter.ndim > 1:
+            parameter.normal_(std=getattr(model.config, "initializer_range", 0.02), generator=generator)
+    model.new_modules = sorted({name.rpartition(".")[0] for name in names})
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto": CUDA where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ZOError(
+            f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); give cpu, cuda or auto."
+        ) from error
+    return device
+
+
+def auto_class(transformers: Any, config: Any, head: str, name: str) -> Any:
+    """transformers' class for a config and a kind of head.
+
+    Raises:
+        ZOError: the config names no architecture with a language-model head.
+    """
+    if head == "classification":
+        return transformers.AutoModelForSequenceClassification
+    architectures = " ".join(getattr(config, "architectures", None) or ())
+    if getattr(config, "is_encoder_decoder", False):
+        return transformers.AutoModelForSeq2SeqLM
+    if "MaskedLM" in architectures:
+        return transformers.AutoModelForMaskedLM
+    if "CausalLM" in architectures or "LMHead" in architectures:
+        return transformers.AutoModelForCausalLM
+    given = architectures or "no architecture"
+    raise ZOError(
+        f"model {name!r} (its config says {given}) has no language-model head for label words; "
+        "give --head classification to train a new classification head."
+    )

@@ -1,0 +1,1 @@
+"""What a method needs in memory, before anything is downloaded."""

@@ -1,0 +1,145 @@
+"""Several copies of a module's trainables in one forward: ``vmap`` over ``functional_call``."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from zo_opt.errors import ZOError
+from zo_opt.queries.folded_attention import folded_attention
+from zo_opt.queries.nesting import Leaves
+from zo_opt.queries.perturbation import Perturbed, Point, as_scalar
+
+# Models on which vmap failed once: warned about, then run copy by copy.
+_UNMAPPABLE: WeakSet[nn.Module] = WeakSet()
+
+
+class Copies:
+    """Runs the closure on several copies of the trainables in one forward."""
+
+    def __init__(self, module: nn.Module, perturbed: Perturbed, closure: Callable[..., Any]) -> None:
+        names = _names(module)
+        missing = sum(id(p) not in names for p in perturbed.trainables.parameters)
+        if missing:
+            raise ZOError(
+                f"{missing} of the optimizer's parameters are not in the module given; pass the module that owns them."
+            )
+        self._names = [names[id(p)] for p in perturbed.trainables.parameters]
+        self._perturbed = perturbed
+        self._closure = _ClosureModule(module, closure)
+
+    def __call__(self, points: Sequence[Point], batch: Any, *, split: bool) -> Tensor:
+        """Losses at each point: float64, shape (len(points),)."""
+        return self.run(self._perturbed.stacked(points), batch, split=split)
+
+    def run(self, stacked: Sequence[Tensor], batch: Any, *, split: bool) -> Tensor:
+        """Losses with copies of the trainables, each of shape (P, *parameter.shape): float64, shape (P,)."""
+        copies = {name: copy for names, copy in zip(self._names, stacked, strict=True) for name in names}
+        tensors = Leaves(batch)
+
+        def loss(parameters: dict[str, Tensor], leaves: list[Tensor]) -> Tensor:
+            value = functional_call(self._closure, parameters, (tensors.rebuild(leaves),), tie_weights=False)
+            if isinstance(value, Tensor) and value.numel() == 1:
+                return value.reshape(())
+            return torch.tensor(as_scalar(value), dtype=torch.float64)
+
+        failure: Exception | None = None
+        if not self._closure.unmappable:
+            try:
+                with masks_without_branches(), folded_attention():
+                    run = vmap(loss, in_dims=(0, 0 if split and tensors.leaves else None), randomness="same")
+                    return run(copies, tensors.leaves).double().cpu()
+            except (RuntimeError, ValueError) as error:
+                if isinstance(error, ZOError) or out_of_memory(error):
+                    raise
+                failure = error
+        values = [
+            as_scalar(
+                loss({k: v[i] for k, v in copies.items()}, [x[i] for x in tensors.leaves] if split else tensors.leaves)
+            )
+            for i in range(len(stacked[0]))
+        ]
+        if failure is not None:  # one by one it works, so that vmap is to blame and not the closure
+            self._closure.give_up(failure)
+        return torch.tensor(values, dtype=torch.float64)
+
+
+def unmappable(module: nn.Module) -> bool:
+    """Whether copies of this model were found not to share a forward."""
+    return module in _UNMAPPABLE
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """torch's own error on accelerators, its allocator's sentence on CPUs, or Python's."""
+    said = str(error).lower()
+    return (
+        isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in said or "can't allocate" in said
+    )
+
+
+def _names(module: nn.Module) -> dict[int, list[str]]:
+    """Every place that holds a parameter, each module once.
+
+    functional_call's own tying restores a module that has two names with the copies instead of the parameters. A walk of our own,
+    for named_modules takes as long as a layer's forward.
+    """
+    found: dict[int, list[str]] = {}
+    seen, pending = {id(module)}, [("module", module)]
+    while pending:
+        prefix, owner = pending.pop()
+        for name, p in owner._parameters.items():
+            if p is not None:
+                found.setdefault(id(p), []).append(f"{prefix}.{name}")
+        for name, child in owner._modules.items():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                pending.append((f"{prefix}.{name}", child))
+    return found
+
+
+class _ClosureModule(nn.Module):
+    """A closure over a module as a module, so that ``functional_call`` can replace the module's parameters."""
+
+    def __init__(self, module: nn.Module, closure: Callable[..., Any]) -> None:
+        super().__init__()
+        self.module = module
+        self._closure = (closure,)  # in a tuple: a closure that is a module must not become a submodule
+
+    def forward(self, batch: Any) -> Any:
+        return self._closure[0](batch)
+
+    @property
+    def unmappable(self) -> bool:
+        return unmappable(self.module)
+
+    def give_up(self, error: Exception) -> None:
+        _UNMAPPABLE.add(self.module)
+        reason = str(error).strip().splitlines()[0]
+        warnings.warn(
+            f"copies of this model cannot share a forward ({reason}); evaluating them one by one.", stacklevel=6
+        )
+
+
+@contextmanager
+def masks_without_branches() -> Iterator[None]:
+    """Let transformers build attention masks as it does when traced: without reading the padding mask's values.
+
+    Its shortcut for batches without padding is a branch on data, which ``vmap`` cannot follow.
+    """
+    with ExitStack() as patches:
+        for name in ("transformers.masking_utils", "transformers.modeling_attn_mask_utils"):
+            masking = sys.modules.get(name)
+            for question in ("is_tracing", "is_torchdynamo_compiling"):  # in 5.x, in 4.57
+                if hasattr(masking, question):
+                    patches.enter_context(patch.object(masking, question, lambda tensor=None: True))
+                    break
+        yield

@@ -1,0 +1,178 @@
+"""What a run's files say of it, read while it goes on or afterwards; nothing is written or locked for longer than a look."""
+
+from __future__ import annotations
+
+import re
+import socket
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from zo_opt.errors import ZOError
+from zo_opt.journal import NAME as JOURNAL_NAME
+from zo_opt.journal import read_journal
+from zo_opt.record import checkpoint, metrics
+from zo_opt.record.output import LOCK_NAME, RUN_NAME, writer
+from zo_opt.training.evaluate_run import read_config
+
+RUNNING, FINISHED, STOPPED, KILLED, STARTING = "running", "finished", "stopped", "killed", "starting"
+_RECENT = 50  # [choice] steps whose pace the time left is reckoned from
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a run stands.
+
+    Attributes:
+        state: "starting" (no step yet), "running", "finished", "stopped" (in order, or by an error that was said) or "killed".
+        writer: the process that writes now, in words.
+        steps: done, of ``total``.
+        total: steps in all; None if the run's options cannot be read.
+        loss: running mean over the last steps, as on the progress bar.
+        queries: directions evaluated.
+        forwards: forward passes.
+        dropped: queries whose loss was not finite.
+        seconds: of training.
+        seconds_left: at the pace of the last steps; None before the second one, and at the end.
+        memory: resident bytes of the writing process, if it is on this machine.
+        checkpoint_step: steps in the newest checkpoint; None if there is none.
+        checkpoint_age: seconds since it was written.
+        journal: "verified up to step n", what is wrong with it, or None if there is none or it was not looked at.
+        sound: False if the journal or the checkpoint cannot be used.
+    """
+
+    state: str
+    writer: str | None
+    steps: int
+    total: int | None
+    loss: float | None
+    queries: int
+    forwards: int
+    dropped: int
+    seconds: float
+    seconds_left: float | None
+    memory: int | None
+    checkpoint_step: int | None
+    checkpoint_age: float | None
+    journal: str | None
+    sound: bool
+
+
+class Watched:
+    """A run's directory; each ``look`` reads only what is new in metrics.jsonl.
+
+    Raises:
+        ZOError: it is no run's directory.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        if not any((directory / name).exists() for name in (RUN_NAME, LOCK_NAME, checkpoint.NAME)):
+            raise ZOError(f"{directory} holds no run; give the output_dir of zo-opt train or zo-opt compare.")
+        self.directory = directory
+        self._forget()
+
+    def look(self, *, verify: bool = True) -> Status:
+        """Where the run stands now; ``verify``: read the whole journal and checkpoint as well."""
+        self._read_metrics()
+        held = writer(self.directory)
+        state, total, last = self._state(held), self._total(), self._last
+        steps = last["step"] + 1 if last else 0
+        saved, age, sound = self._checkpoint(verify)
+        journal, whole = self._journal() if verify else (None, True)
+        return Status(
+            state=state,
+            writer=held,
+            steps=steps,
+            total=total,
+            loss=self._loss,
+            queries=self._queries,
+            forwards=last["forwards"] if last else 0,
+            dropped=self._dropped,
+            seconds=last["seconds"] if last else 0.0,
+            seconds_left=self._left(steps, total) if state == RUNNING else None,
+            memory=_memory(held),
+            checkpoint_step=saved,
+            checkpoint_age=age,
+            journal=journal,
+            sound=sound and whole,
+        )
+
+    def _state(self, held: str | None) -> str:
+        if held is not None:
+            return RUNNING if self._last else STARTING
+        if (self.directory / "results.json").exists():
+            return FINISHED
+        return KILLED if (self.directory / LOCK_NAME).exists() else STOPPED  # who ends in order takes the lock away
+
+    def _forget(self) -> None:
+        self._read = self._queries = self._dropped = 0
+        self._last: dict[str, Any] | None = None
+        self._loss: float | None = None
+        self._recent: list[float] = []
+
+    def _read_metrics(self) -> None:
+        path = self.directory / metrics.NAME
+        size = path.stat().st_size if path.is_file() else 0
+        if size < self._read:  # resumed: lines were cut off
+            self._forget()
+        for line in metrics.read_lines(self.directory, self._read):
+            values, self._read = line.values, line.end
+            self._queries += values["queries"]
+            self._dropped += values["dropped"]
+            self._recent = [*self._recent[-_RECENT:], values["seconds"]]
+            if isfinite(values["loss"]):
+                self._loss = values["loss"] if self._loss is None else 0.9 * self._loss + 0.1 * values["loss"]
+            self._last = values
+
+    def _total(self) -> int | None:
+        with suppress(ZOError):
+            return read_config(self.directory).steps
+        return None
+
+    def _left(self, steps: int, total: int | None) -> float | None:
+        if total is None or len(self._recent) < 2:
+            return None
+        pace = (self._recent[-1] - self._recent[0]) / (len(self._recent) - 1)
+        return max(pace, 0.0) * (total - steps)
+
+    def _checkpoint(self, verify: bool) -> tuple[int | None, float | None, bool]:
+        for name in (checkpoint.NAME, checkpoint.PREVIOUS_NAME):
+            path = self.directory / name
+            with suppress(OSError, ZOError):
+                written = path.stat().st_mtime
+                if verify:
+                    checkpoint.verify(path)
+                return checkpoint.step_of(path), max(time.time() - written, 0.0), name == checkpoint.NAME
+        return None, None, not (self.directory / checkpoint.NAME).exists()
+
+    def _journal(self) -> tuple[str | None, bool]:
+        path = self.directory / JOURNAL_NAME
+        if not path.exists():
+            return None, True
+        try:
+            contents = read_journal(path)
+        except ZOError as error:
+            return str(error), False
+        return f"verified up to step {contents.steps}", True
+
+
+def _memory(held: str | None) -> int | None:
+    found = re.fullmatch(r"process (\d+) on (.*)", held or "")
+    if found is None or found[2] != socket.gethostname():
+        return None
+    with suppress(psutil.Error):
+        return int(psutil.Process(int(found[1])).memory_info().rss)
+    return None
+
+
+def runs_under(directory: Path) -> list[Path]:
+    """The directories of a comparison's runs; of a single run itself alone."""
+    if not (directory / "compare.json").is_file():
+        return [directory]
+    found = {path.parent for name in (RUN_NAME, LOCK_NAME) for path in directory.glob(f"*/*/*/{name}")}
+    return sorted(found)

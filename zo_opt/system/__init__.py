@@ -1,0 +1,1 @@
+"""What the package asks of the machine: whole files, locks, plain JSON of strangers, memory."""

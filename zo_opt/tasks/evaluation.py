@@ -1,0 +1,269 @@
+"""Examples ready for a model (tokenised, cached, batched), and how well it does on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zo_opt.errors import ZOError
+from zo_opt.prompts.prefix_cache import PrefixCache
+from zo_opt.tasks.metrics import (
+    CLASSIFICATION,
+    LANGUAGE_MODELLING,
+    METRICS,
+    answer,
+    classification_metrics,
+    describe,
+    generation_metrics,
+    perplexity,
+)
+from zo_opt.tasks.objectives import Objective
+from zo_opt.tasks.rows import Example
+from zo_opt.tasks.scoring import Batch, Encoded, Generator, LabelScorer, Measured, Scorer
+from zo_opt.tasks.tasks import Task
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model reaches on ``rows`` held-out rows (of running text: blocks).
+
+    Attributes:
+        metrics: name -> value, the task's primary metric first; shares are fractions.
+        loss: classification: mean cross entropy over label words; generation: mean over rows of the mean negative log-likelihood of
+            the target's tokens; language modelling: mean negative log-likelihood of a token, in nats.
+        rows: how many.
+        row_scores: one number a row, in the rows' order, whose mean is the primary metric: 1 where the label is right, or the text's
+            score. Of perplexity: the row's mean negative log-likelihood a token. Meant for intervals and paired comparisons.
+        row_weights: of perplexity, the tokens of each row: perplexity is exp of the weighted mean. Else empty.
+    """
+
+    metrics: Mapping[str, float]
+    loss: float
+    rows: int
+    row_scores: Sequence[float] = ()
+    row_weights: Sequence[int] = ()
+
+    @property
+    def primary(self) -> str:
+        """The name of the metric that counts."""
+        return next(iter(self.metrics))
+
+    @property
+    def value(self) -> float:
+        """The primary metric."""
+        return self.metrics[self.primary]
+
+    @property
+    def accuracy(self) -> float:
+        """The share of right labels; of classification alone."""
+        if "accuracy" not in self.metrics:
+            raise ZOError(f"there is no accuracy here; this task's metrics are {', '.join(self.metrics)}.")
+        return self.metrics["accuracy"]
+
+    @property
+    def standard_error(self) -> float:
+        """One standard error of the primary metric over the held-out rows (of perplexity: of the mean loss, times the perplexity)."""
+        weights = self.row_weights or [1] * len(self.row_scores)
+        total = sum(weights)
+        mean = sum(w * s for w, s in zip(weights, self.row_scores, strict=True)) / total
+        variance = sum((w * (s - mean)) ** 2 for w, s in zip(weights, self.row_scores, strict=True)) / total**2
+        return math.sqrt(variance) * (self.value if self.primary == "perplexity" else 1.0)
+
+    def describe(self) -> str:
+        """In words."""
+        return f"{describe(self.metrics)}, loss {self.loss:.3f} on {self.rows:,} held-out rows"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, the metrics by their names; null where a number is not finite."""
+        rows = {"row_scores": [_plain(s) for s in self.row_scores]}
+        weights = {"row_weights": list(self.row_weights)} if self.row_weights else {}
+        metrics = {name: _plain(value) for name, value in self.metrics.items()}
+        return metrics | {"loss": _plain(self.loss), "rows": self.rows} | rows | weights
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Evaluation:
+        """What :meth:`to_dict` gave; null becomes nan."""
+
+        def number(value: float | None) -> float:
+            return math.nan if value is None else value
+
+        return cls(
+            {name: number(plain[name]) for name in plain if name in METRICS},
+            number(plain["loss"]),
+            plain["rows"],
+            [number(s) for s in plain.get("row_scores", ())],
+            plain.get("row_weights", ()),
+        )
+
+
+class Prepared:
+    """A set of examples as batches for one model: encoded once, their frozen prefixes cached where that is on.
+
+    Args:
+        examples: what to prepare.
+        scorer: how the model learns this task.
+        device: where batches go.
+        cache: the prefix cache, shared by all sets of a run, or None.
+        objective: what is trained in place of the loss, or None.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        scorer: Scorer,
+        device: torch.device,
+        cache: PrefixCache | None,
+        objective: Objective | None = None,
+    ) -> None:
+        self.encoded = scorer.encode_all(examples)
+        self.scorer, self.device, self._cache, self.objective = scorer, device, cache, objective
+        self.labels = [e.label for e in self.encoded]
+        self.truncated = sum(e.truncated for e in self.encoded)
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    @property
+    def writes(self) -> bool:
+        """Whether the model writes for what is trained."""
+        return self.objective is not None and self.objective.writes(self.scorer)
+
+    def subset(self, indices: Sequence[int]) -> Prepared:
+        """Some of the examples, with the same cache."""
+        some = copy(self)
+        some.encoded = [self.encoded[i] for i in indices]
+        some.labels = [self.labels[i] for i in indices]
+        some.truncated = sum(e.truncated for e in some.encoded)
+        return some
+
+    def by_length(self, batch_size: int) -> list[list[int]]:
+        """All examples in batches of like length."""
+        order = sorted(range(len(self)), key=lambda i: max(map(len, self.encoded[i].prompts)))
+        return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+    def record(self, batch_size: int, progress: Progress) -> None:
+        """Fill the prefix cache with these examples."""
+        for indices in self.by_length(batch_size):
+            if self._cache is not None:
+                self._record(self._cache, self._plain(indices))
+            progress(len(indices))
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Tensors of these examples, with their cached prefix states under "prefix" if all of them are kept."""
+        plain, cache = self._plain(indices), self._cache
+        batch = self._on_device(plain)
+        if self.objective is not None and self.objective.reads_rows:
+            batch["rows"] = torch.tensor(list(indices))
+        if cache is None:
+            return batch
+        damaged = cache.store.damaged
+        states = cache.batch(plain)
+        if cache.store.damaged > damaged:  # computed anew, once
+            self._record(cache, plain)
+            states = cache.batch(plain)
+        return batch if states is None else batch | {"prefix": states}
+
+    def scores(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Scores of the labels, shape (B, C), by way of the cached prefix where the batch has it."""
+        assert isinstance(self.scorer, LabelScorer), "only labels are scored"
+        with self._prefix(batch):
+            return self.scorer.scores(model, batch)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """What is trained: the objective; else the task's loss, a mean over the batch: of labels the cross entropy, of texts the mean
+        over rows of a token's loss.
+        """
+        if self.objective is None:
+            with self._prefix(batch):
+                return self.scorer.loss(model, batch)
+        encoded = [self.encoded[i] for i in batch["rows"].tolist()] if self.objective.reads_rows else []
+        with self._prefix(batch) if not self.objective.writes(self.scorer) else nullcontext():
+            return torch.as_tensor(self.objective(model, self.scorer, batch, encoded))
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The task's loss of each row, (B,): what ``loss`` is the mean of."""
+        with self._prefix(batch):
+            return self.scorer.losses(model, batch)
+
+    def measure(self, model: nn.Module, indices: Sequence[int]) -> tuple[Measured, list[str]]:
+        """What an evaluation needs of these examples, and what the model writes where it is to write (never from a cached prefix)."""
+        batch, scorer = self.batch(indices), self.scorer
+        with self._prefix(batch):
+            measured = scorer.measure(model, batch)
+        if not isinstance(scorer, Generator):
+            return measured, []
+        return measured, scorer.generate(model, [self.encoded[i] for i in indices], self.device)
+
+    @contextmanager
+    def _prefix(self, batch: Batch) -> Iterator[None]:
+        """Within this context the model goes on from the batch's cached prefix, where it has one."""
+        prefix = batch.get("prefix")
+        if prefix is None or self._cache is None:
+            yield
+            return
+        with self._cache.replay(prefix.flatten(0, 1)):
+            yield
+
+    def _record(self, cache: PrefixCache, plain: Batch) -> None:
+        cache.record(plain, self.scorer.inputs(self._on_device(plain)))
+
+    def _plain(self, indices: Sequence[int]) -> Batch:
+        return self.scorer.collate([self.encoded[i] for i in indices])
+
+    def _on_device(self, batch: Batch) -> Batch:
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, prepared: Prepared, batch_size: int, progress: Progress = lambda _: None) -> Evaluation:
+    """The task's metrics and loss over a set of examples."""
+    loss, weight = 0.0, 0
+    values: dict[int, float] = {}
+    weights: dict[int, int] = {}
+    texts: dict[int, str] = {}
+    for indices in prepared.by_length(batch_size):
+        measured, written = prepared.measure(model, indices)
+        loss += measured.loss
+        weight += measured.weight
+        values |= zip(indices, measured.values, strict=True)
+        weights |= zip(indices, measured.weights, strict=False)
+        texts |= zip(indices, written, strict=False)
+        progress(len(indices))
+
+    def in_order(found: dict[int, Any]) -> list[Any]:
+        return [found[i] for i in sorted(found)]
+
+    task, loss = prepared.scorer.task, loss / weight
+    metrics, row_scores = _metrics(task, prepared.encoded, loss, in_order(values), in_order(texts))
+    ordered = {name: metrics[name] for name in task.metrics}
+    return Evaluation(ordered, loss, len(prepared), row_scores, in_order(weights))
+
+
+def _metrics(
+    task: Task, encoded: Sequence[Encoded], loss: float, values: list[Any], texts: list[str]
+) -> tuple[dict[str, float], list[float]]:
+    """All metrics of a task's kind, and the numbers of each row that the task's primary one is the mean of."""
+    if task.kind == CLASSIFICATION:
+        labels = [e.label for e in encoded]
+        right = [float(v == label) for v, label in zip(values, labels, strict=True)]
+        return classification_metrics(values, labels, len(task.labels)), right
+    if task.kind == LANGUAGE_MODELLING:
+        return {"perplexity": perplexity(loss)}, values
+    references = [e.references for e in encoded]
+    answers = [answer(text, right) for text, right in zip(texts, references, strict=True)]
+    scores = generation_metrics(answers, references)
+    return {name: sum(rows) / len(rows) for name, rows in scores.items()}, scores[task.metrics[0]]
+
+
+def _plain(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,156 @@
+"""What a run trains: the loss, or a number that has no gradient, such as 1 - exact match of what the model writes.
+
+Zeroth-order estimates need values alone, so that any number of a batch will do (MeZO tunes accuracy and F1: arXiv 2305.17333, section
+3.3). Such a number moves in steps: it takes a larger zo_eps, and batches on which some answers are about to turn.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from zo_opt.errors import ZOError
+from zo_opt.tasks.metrics import CLASSIFICATION, GENERATION, answer, normalise
+from zo_opt.tasks.reward import Reward
+from zo_opt.tasks.scoring import Batch, Encoded, LabelScorer, Scorer, Writer
+
+LOSS = "loss"
+OBJECTIVES = (LOSS, "accuracy", "f1", "exact_match")
+ZO_EPS = 0.1  # for objectives that move in steps: benchmarks/objectives.py
+
+
+@dataclass(frozen=True)
+class Objective(ABC):
+    """A number of a batch that is to become small."""
+
+    name: ClassVar[str]
+    trained: ClassVar[str]  # what the number is, in words
+    reads_rows: ClassVar[bool] = False  # looks at rows as Python values, which copies in one forward do not have
+
+    @abstractmethod
+    def __call__(self, model: Any, scorer: Any, batch: Batch, encoded: Sequence[Encoded]) -> Tensor | float:
+        """The number; ``encoded``: the batch's rows where ``reads_rows``, else empty."""
+
+    def writes(self, scorer: Scorer) -> bool:
+        """Whether the model is to write for it, which takes its first layers too."""
+        return False
+
+
+@dataclass(frozen=True)
+class Accuracy(Objective):
+    """The share of labels that are wrong."""
+
+    name = "accuracy"
+    trained = "1 - accuracy of each batch"
+
+    def __call__(self, model: Any, scorer: LabelScorer, batch: Batch, encoded: Sequence[Encoded]) -> Tensor:
+        return (scorer.scores(model, batch).argmax(dim=1) != batch["labels"]).float().mean()
+
+
+@dataclass(frozen=True)
+class F1(Objective):
+    """1 - F1: of two labels that of the last one, of more the mean over those that occur, as in an evaluation."""
+
+    name = "f1"
+    trained = "1 - F1 of each batch"
+
+    def __call__(self, model: Any, scorer: LabelScorer, batch: Batch, encoded: Sequence[Encoded]) -> Tensor:
+        scores_BC = scorer.scores(model, batch)
+        return 1 - f1(scores_BC.argmax(dim=1), batch["labels"], scores_BC.shape[1])
+
+
+@dataclass(frozen=True)
+class ExactMatch(Objective):
+    """The share of rows for which the model writes something else than a right text; of a task of labels: than its label words."""
+
+    name = "exact_match"
+    trained = "1 - exact match of what the model writes for each batch"
+    reads_rows = True
+
+    def writes(self, scorer: Scorer) -> bool:
+        return True
+
+    def __call__(self, model: Any, scorer: Any, batch: Batch, encoded: Sequence[Encoded]) -> float:
+        texts = scorer.generate(model, encoded, batch["labels"].device)
+        right = [e.references for e in encoded]
+        pairs = zip(texts, right, strict=True)
+        return 1 - sum(normalise(answer(t, r)) in map(normalise, r) for t, r in pairs) / len(encoded)
+
+
+@dataclass(frozen=True)
+class Rewarded(Objective):
+    """Minus the mean of the user's own rewards: of the texts that the model writes, or the names of the labels it chooses."""
+
+    reward: Reward
+    name = "reward"
+    trained = "minus the mean reward of each batch"
+    reads_rows = True
+
+    def writes(self, scorer: Scorer) -> bool:
+        return scorer.task.kind == GENERATION
+
+    def __call__(self, model: Any, scorer: Any, batch: Batch, encoded: Sequence[Encoded]) -> float:
+        if scorer.task.kind == GENERATION:
+            references = [list(e.references) for e in encoded]
+            texts = scorer.generate(model, encoded, batch["labels"].device)
+            predictions = [answer(t, r) for t, r in zip(texts, references, strict=True)]
+        else:
+            labels = scorer.task.labels
+            predictions = [labels[i] for i in scorer.scores(model, batch).argmax(dim=1).tolist()]
+            references = [[labels[e.label]] for e in encoded]
+        return -math.fsum(self.reward(predictions, references)) / len(encoded)
+
+
+def make_objective(name: str, scorer: Scorer) -> Objective | None:
+    """The objective of that name for a task; None stands for the loss.
+
+    Args:
+        name: "loss", "accuracy", "f1", "exact_match" or "module:function" (:class:`~zo_opt.tasks.reward.Reward`).
+        scorer: of the task's kind.
+
+    Raises:
+        ZOError: the task or the model has no such number, or the user's function cannot be had.
+    """
+    if name == LOSS:
+        return None
+    kind = scorer.task.kind
+    if kind not in (CLASSIFICATION, GENERATION):
+        raise ZOError(f"objective={name!r} needs answers that are right or wrong, which {kind} has not; leave it out.")
+    if name in ("accuracy", "f1") and kind == GENERATION:
+        raise ZOError(f"objective={name!r} counts labels, of which a generation task has none; give exact_match.")
+    if name == "exact_match" and not isinstance(scorer, Writer):
+        raise ZOError(
+            "objective='exact_match' is of what a model writes, and this kind of model writes nothing for a task of labels; "
+            "give --objective accuracy, or load a causal model."
+        )
+    known = {kind.name: kind for kind in (Accuracy, F1, ExactMatch)}
+    return known[name]() if name in known else Rewarded(Reward.load(name))
+
+
+def check_name(name: str) -> None:
+    """Whether a name is an objective's, or looks like module:function.
+
+    Raises:
+        ZOError: it is neither.
+    """
+    if name not in OBJECTIVES:
+        Reward.check_name(name, OBJECTIVES)
+
+
+def f1(predicted_B: Tensor, labels_B: Tensor, classes: int) -> Tensor:
+    """F1 of the last of two classes, 0 where it is neither predicted nor right; of more, the mean over classes that occur.
+
+    >>> import torch
+    >>> round(float(f1(torch.tensor([1, 1, 0, 1]), torch.tensor([1, 0, 0, 1]), 2)), 3)
+    0.8
+    """
+    predicted_BC, labels_BC = F.one_hot(predicted_B, classes).float(), F.one_hot(labels_B, classes).float()
+    right_C, seen_C = (predicted_BC * labels_BC).sum(0), (predicted_BC + labels_BC).sum(0)
+    f1_C = 2 * right_C / seen_C.clamp(min=1)
+    return f1_C[1] if classes == 2 else f1_C.sum() / (seen_C > 0).sum()

@@ -1,0 +1,59 @@
+"""How each kind of model learns each kind of task: one file for labels a kind of model, one for generation, one for running text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from zo_opt.errors import ZOError
+from zo_opt.tasks.metrics import CLASSIFICATION, GENERATION, LANGUAGE_MODELLING
+from zo_opt.tasks.scoring.base import Batch, Encoded, LabelScorer, Measured, Scorer
+from zo_opt.tasks.scoring.causal import CausalScorer
+from zo_opt.tasks.scoring.classification import ClassificationScorer
+from zo_opt.tasks.scoring.generation import CausalGenerator, Generator, Seq2SeqGenerator
+from zo_opt.tasks.scoring.language_modelling import LanguageModeller
+from zo_opt.tasks.scoring.masked import MaskedScorer
+from zo_opt.tasks.scoring.seq2seq import Seq2SeqScorer
+from zo_opt.tasks.scoring.writing import Writer
+from zo_opt.tasks.tasks import Task, placeholders
+
+# kind of task -> ending of the architecture's name -> scorer
+SCORERS: dict[str, dict[str, type[Scorer]]] = {
+    CLASSIFICATION: {
+        "ForSequenceClassification": ClassificationScorer,
+        "ForMaskedLM": MaskedScorer,
+        "ForConditionalGeneration": Seq2SeqScorer,
+        "ForCausalLM": CausalScorer,
+        "LMHeadModel": CausalScorer,
+    },
+    GENERATION: {
+        "ForConditionalGeneration": Seq2SeqGenerator,
+        "ForCausalLM": CausalGenerator,
+        "LMHeadModel": CausalGenerator,
+    },
+    LANGUAGE_MODELLING: {"ForCausalLM": LanguageModeller, "LMHeadModel": LanguageModeller},
+}
+_NEEDS = {
+    CLASSIFICATION: "has no output head that can score labels; load a causal, masked, encoder-decoder or sequence-classification model",
+    GENERATION: "cannot write text; for a generation task load a causal or encoder-decoder model",
+    LANGUAGE_MODELLING: "does not predict each token from those before it; for language modelling load a causal model",
+}
+
+
+def make_scorer(model: Any, tokenizer: Any, task: Task, max_length: int | None = None) -> Scorer:
+    """The scorer for a model of transformers, by the kind of its head and of the task.
+
+    Raises:
+        ZOError: the model has no head for this kind of task.
+    """
+    architecture = type(model).__name__
+    for ending, kind in SCORERS[task.kind].items():
+        if architecture.endswith(ending):
+            if "mask" in placeholders(task.template) and kind not in (MaskedScorer, ClassificationScorer):
+                raise ZOError(
+                    f"the template {task.template!r} has a {{mask}}, which {architecture} does not predict; leave it out."
+                )
+            return kind(model, tokenizer, task, max_length)
+    raise ZOError(f"{architecture} {_NEEDS[task.kind]}.")
+
+
+__all__ = ["Batch", "Encoded", "Generator", "LabelScorer", "Measured", "Scorer", "Writer", "make_scorer"]

@@ -1,0 +1,207 @@
+"""Tasks as data: one row a task. A task turns a table's row into a prompt, and what the row asks for into words.
+
+Of three kinds: "classification" has label words (verbalizers), "generation" a target text, "language-modelling" nothing but its
+text. Templates of the first follow MeZO's (arXiv 2305.17333, appendix E.2); SST-2's is the weak one on which zero-shot is near chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from string import Formatter
+from typing import Any
+
+from zo_opt.errors import ZOError
+from zo_opt.tasks.metrics import CLASSIFICATION, GENERATION, KINDS, LANGUAGE_MODELLING
+
+
+@dataclass(frozen=True)
+class Task:
+    """A prompt template, its label words and the columns it reads.
+
+    Attributes:
+        template: text with ``{column}`` placeholders; ``{mask}`` marks the label position for masked models.
+        verbalizers: label -> label words; may hold placeholders (COPA's candidates are columns). None but in classification.
+        label_column: the column of the label.
+        columns: placeholder -> column, where they differ.
+        substitutions: column -> value -> text to show instead.
+        kind: "classification", "generation" or "language-modelling".
+        target_column: generation: the column of the text to write, or of a list of texts that are all right (the first is learned).
+        max_new_tokens: generation: the most tokens that are written in an evaluation.
+        metrics: those it reports, the primary one first; all of its kind if empty.
+    """
+
+    name: str
+    template: str
+    verbalizers: Mapping[str, str] = field(default_factory=dict)
+    label_column: str = "label"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    substitutions: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    kind: str = CLASSIFICATION
+    target_column: str = "target"
+    max_new_tokens: int = 32
+    metrics: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.metrics:
+            object.__setattr__(self, "metrics", KINDS[self.kind])
+
+    @property
+    def labels(self) -> list[str]:
+        """Label names; a label's number is its position."""
+        return list(self.verbalizers)
+
+    def required_columns(self) -> list[str]:
+        """Columns that a row must have, that of the label or the target included."""
+        texts = [self.template, *self.verbalizers.values()]
+        names = dict.fromkeys(name for text in texts for name in placeholders(text) if name != "mask")
+        asked_for = {CLASSIFICATION: [self.label_column], GENERATION: [self.target_column], LANGUAGE_MODELLING: []}
+        return [self.columns.get(name, name) for name in names] + asked_for[self.kind]
+
+    def fields(self, row: Mapping[str, Any]) -> dict[str, str]:
+        """Placeholder -> text for one row."""
+        texts = [self.template, *self.verbalizers.values()]
+        values = {}
+        for name in dict.fromkeys(n for text in texts for n in placeholders(text) if n != "mask"):
+            value = str(row[self.columns.get(name, name)]).strip()
+            values[name] = self.substitutions.get(name, {}).get(value, value)
+        return values
+
+    def references_of(self, value: Any) -> tuple[str, ...]:
+        """The right texts that a target column's value stands for; those that are empty are left out."""
+        texts = [label_text(v) for v in (value if isinstance(value, list | tuple) else [value]) if v is not None]
+        return tuple(text for text in texts if text)
+
+    def label_of(self, value: Any) -> int | None:
+        """The number of a label given by name or by number; None where it is unknown."""
+        text = label_text(value)
+        if text in self.verbalizers:
+            return self.labels.index(text)
+        # A number counts positions only where labels have names: of labels 1 and 2, 0 is not the first.
+        named = not any(label.lstrip("-").isdecimal() for label in self.labels)
+        return int(text) if named and text.isdecimal() and int(text) < len(self.labels) else None
+
+
+def label_text(value: Any) -> str:
+    """A label as text: JSON's true and false in JSON's spelling."""
+    return str(value).lower() if isinstance(value, bool) else str(value).strip()
+
+
+def placeholders(template: str) -> list[str]:
+    """Names in a template's braces.
+
+    >>> placeholders("{premise} so {choice1}")
+    ['premise', 'choice1']
+    """
+    try:
+        return [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise ZOError(
+            f"template {template!r} is not well formed ({error}); write columns as {{name}} and a literal brace twice."
+        ) from error
+
+
+def _short_answer(name: str, template: str, *, max_new_tokens: int = 16) -> Task:
+    metrics = ("exact_match", "rougeL", "rouge1", "rouge2")
+    return Task(name, template, kind=GENERATION, target_column="answer", max_new_tokens=max_new_tokens, metrics=metrics)
+
+
+OWN_TEXT = "lm"  # language modelling on the user's own text
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("sst2", "{sentence} It was", {"0": "terrible", "1": "great"}),
+        Task(
+            "rte",
+            '{premise}\nDoes this mean that "{hypothesis}" is true? Yes or No?\n',
+            {"entailment": "Yes", "not_entailment": "No"},
+        ),
+        Task(
+            "cb",
+            'Suppose {premise} Can we infer that "{hypothesis}"? Yes, No, or Maybe?\n',
+            {"entailment": "Yes", "contradiction": "No", "neutral": "Maybe"},
+        ),
+        Task("boolq", "{passage} {question}?\n", {"false": "No", "true": "Yes"}, label_column="answer"),
+        Task(
+            "copa",
+            "{premise} {question}",
+            {"0": "{choice1}", "1": "{choice2}"},
+            substitutions={"question": {"cause": "because", "effect": "so"}},
+            metrics=("accuracy",),
+        ),
+        Task(
+            "mrpc",
+            "Do these two sentences mean the same?\n{sentence1}\n{sentence2}\nYes or No?\n",
+            {"not_equivalent": "No", "equivalent": "Yes"},
+        ),
+        Task("piqa", "Goal: {goal}\nAnswer:", {"0": "{sol1}", "1": "{sol2}"}, metrics=("accuracy",)),
+        _short_answer("arithmetic", "{question}", max_new_tokens=10),
+        _short_answer("nq_open", "Question: {question}?\nAnswer:"),
+        _short_answer("sciq", "{support}\nQuestion: {question}\nAnswer:"),
+        Task("sciq-text", "{text}", kind=LANGUAGE_MODELLING),
+        Task(OWN_TEXT, "{text}", kind=LANGUAGE_MODELLING),
+    )
+}
+
+
+def get_task(name: str) -> Task:
+    """The built-in task of that name."""
+    if name not in TASKS:
+        raise ZOError(
+            f"task {name!r} is not known; choose one of {', '.join(TASKS)}, or give --train_file with --template."
+        )
+    return TASKS[name]
+
+
+def custom_task(
+    labels: Sequence[str], *, text_column: str, label_column: str, template: str | None, verbalizers: str | None
+) -> Task:
+    """A task for the user's own table: ``{text}`` in the template is the text column, any other name a column."""
+    template = check_template(template if template is not None else "{text}\nLabel:")
+    words = parse_verbalizers(verbalizers, labels) if verbalizers is not None else {label: label for label in labels}
+    return Task("custom", template, words, label_column=label_column, columns={"text": text_column})
+
+
+def custom_generation_task(*, text_column: str, target_column: str, template: str | None) -> Task:
+    """A task that writes the target column of the user's own table; ``{text}`` in the template is the text column."""
+    template = check_template(template if template is not None else "{text}\nAnswer:")
+    return Task("custom", template, kind=GENERATION, target_column=target_column, columns={"text": text_column})
+
+
+def check_template(template: str) -> str:
+    """The template, if it is well formed and shows something of the row."""
+    shown = [name for name in placeholders(template) if name != "mask"]
+    try:
+        template.format(**dict.fromkeys(["mask", *shown], ""))
+    except (ValueError, LookupError, AttributeError) as error:
+        raise ZOError(f"template {template!r} is not well formed ({error}); write columns as {{name}}.") from error
+    if not shown:
+        raise ZOError(f"template {template!r} shows nothing of the row; put a column in braces, such as {{text}}.")
+    return template
+
+
+def parse_verbalizers(text: str, labels: Sequence[str]) -> dict[str, str]:
+    """Label words from ``label=word,label=word`` or, in the labels' sorted order, ``word,word``.
+
+    >>> parse_verbalizers("0=terrible,1=great", ["0", "1"])
+    {'0': 'terrible', '1': 'great'}
+    >>> parse_verbalizers("terrible,great", ["0", "1"])
+    {'0': 'terrible', '1': 'great'}
+    """
+    parts = [part.strip() for part in text.split(",")]
+    named = ["=" in part for part in parts]
+    if all(named):
+        pairs = [(label.strip(), word.strip()) for label, word in (part.split("=", 1) for part in parts)]
+        if sorted(label for label, _ in pairs) != sorted(labels):
+            raise ZOError(f"verbalizers {text!r} must name each of the labels {', '.join(labels)} once.")
+        words = dict(pairs)
+    elif len(parts) == len(labels) and not any(named):
+        words = dict(zip(labels, parts, strict=True))
+    else:
+        raise ZOError(
+            f"verbalizers {text!r} give {len(parts)} words for the labels {', '.join(labels)}; give one a label, as label=word,label=word."
+        )
+    if "" in words.values() or len(set(words.values())) < len(words):
+        raise ZOError(f"verbalizers {text!r} must be different words, none empty.")
+    return words
