@@ -78,8 +78,9 @@ class Table(Mapping[str, Any], Generic[T]):
         Raises:
             ZOError: the name or an option is not known, or a value is not possible.
         """
+        made: Any = choice
         if not isinstance(choice, str | Mapping):
-            return choice
+            return made  # type: ignore[no-any-return]
         name, options = split(self.part, choice)
         found = self.find(name)
         if not inspect.isclass(found):
