@@ -22,7 +22,7 @@ import torch
 import transformers
 from measure import machine, peak_bytes
 
-from zo_opt.optim.first_order import FirstOrder
+from zo_opt.optim import Backpropagation
 from zo_opt.planning.plan import Footprint, plan_method
 from zo_opt.planning.plan_step import Setting, make_step
 from zo_opt.planning.skeleton import make_skeleton, read_config
@@ -125,7 +125,7 @@ def measured(model: str, method: str, setting: Setting) -> dict[str, int]:
     if not on_cpu:
         before = torch.cuda.memory_allocated()
         return {"allocated": before + peak_bytes(step, "cuda"), "weights": weights}
-    states = step.optimizer.adamw.state if isinstance(step.optimizer, FirstOrder) else step.optimizer.state
+    states = step.optimizer.adamw.state if isinstance(step.optimizer, Backpropagation) else step.optimizer.state
     state = sum(t.nbytes for values in states.values() for t in values.values() if isinstance(t, torch.Tensor))
     trim()
     reset_peak_memory(device)

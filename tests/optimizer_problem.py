@@ -53,7 +53,7 @@ def closure_of(model, batch=BATCH):
 
 def make(model, name="mezo", params=None, **options):
     """An optimizer over the model with settings of these tests: a small seed, a large perturbation."""
-    options = {"lr": LR, "zo_eps": EPS, "seed": 5} | options
+    options = {"lr": LR, "seed": 5} | ({} if name == "forward-gradient" else {"zo_eps": EPS}) | options
     return OPTIMIZERS[name](params if params is not None else model.parameters(), module=model, **options)
 
 

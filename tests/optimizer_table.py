@@ -68,7 +68,7 @@ ROWS = {
         partial(twins.kalman, memory=0.9, noise=0.5), {"memory": 0.9, "noise": 0.5, "lr": 0.2}
     ),
 }  # fmt: skip
-NAMES = sorted(ROWS)
+NAMES = sorted(ROWS)  # backpropagation keeps another contract: tests/test_first_order.py
 ONE_QUERY = [name for name in NAMES if ROWS[name].queries(0) == 1]
 
 

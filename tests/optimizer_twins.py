@@ -13,7 +13,7 @@ from statistics import mean, stdev
 import torch
 from optimizer_problem import BATCH, COLUMNS, EPS, MATRIX, ROWS_, TOTAL, Model, examples_of, flat, loss_of
 
-from zo_opt.directions import Stream, get_directions
+from zo_opt.directions import DIRECTIONS, Stream
 
 RANGES = ((0, MATRIX), (MATRIX, TOTAL))  # the parameters
 
@@ -31,7 +31,7 @@ class Setting:
     batch: dict = None
 
     def __post_init__(self):
-        self.directions = get_directions(self.directions)
+        self.directions = DIRECTIONS.make(self.directions)
         self.batch = self.batch if self.batch is not None else BATCH
         self.start = flat(Model()).tolist()
         self.move = RULES[self.rule]()

@@ -20,7 +20,6 @@ from zo_opt.directions import (
     StepDirections,
     Stream,
     Subspace,
-    get_directions,
     low_rank,
     sphere,
 )
@@ -45,7 +44,7 @@ shapes_of_parameters = (
 
 def draw(kind, shapes=((N,),), stream=STREAM, start=0, stop=None):
     stop = sum(map(numel, shapes)) if stop is None else stop
-    return get_directions(kind).draw(stream, shapes, start, stop, CPU)
+    return DIRECTIONS.make(kind).draw(stream, shapes, start, stop, CPU)
 
 
 def forget():
@@ -108,7 +107,7 @@ def test_pieces_cover_a_range_once(shapes, data):
 @pytest.mark.parametrize("name", NAMES)
 def test_kept_directions_equal_redrawn_ones(name):
     parameters = [torch.zeros(3, 50), torch.zeros(170)]
-    kept, redrawn = (StepDirections(get_directions(name), 1, 2, parameters) for _ in range(2))
+    kept, redrawn = (StepDirections(DIRECTIONS.make(name), 1, 2, parameters) for _ in range(2))
     redrawn.KEPT = 0
     kept.KEPT = 3 * 320
     for query in (2, 0, 3, 1):  # the fourth is one too many
@@ -121,7 +120,7 @@ def test_kept_directions_equal_redrawn_ones(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_few_queries_kept_before_many(name):
     """A larger request must not change what was drawn for the first queries."""
-    directions = StepDirections(get_directions(name), 1, 2, [torch.zeros(40)])
+    directions = StepDirections(DIRECTIONS.make(name), 1, 2, [torch.zeros(40)])
     first = directions.range(0, 0, 40).clone()
     directions.range(5, 0, 40)
     assert torch.equal(directions.range(0, 0, 40), first)
@@ -131,14 +130,14 @@ def test_few_queries_kept_before_many(name):
 @pytest.mark.parametrize("kept", [0, 1 << 23])
 def test_the_empty_range_at_the_end(name, kept):
     """A last parameter without entries asks for it."""
-    directions = StepDirections(get_directions(name), 1, 2, [torch.zeros(256), torch.zeros(0)])
+    directions = StepDirections(DIRECTIONS.make(name), 1, 2, [torch.zeros(256), torch.zeros(0)])
     directions.KEPT = kept
     assert directions.range(0, 256, 256).shape == (0,)
 
 
 def test_directions_of_an_older_step():
     """Also of kept ones: nothing of this step is taken for them."""
-    directions = StepDirections(get_directions("gaussian"), 1, 5, [torch.zeros(40)])
+    directions = StepDirections(DIRECTIONS.make("gaussian"), 1, 5, [torch.zeros(40)])
     now = directions.range(0, 0, 40)
     older = directions.of_step(2)
     assert older.stream(3) == (1, 2, 3)
@@ -441,7 +440,7 @@ def test_global_random_state_is_left_alone(name):
     forget()
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     draw(name, ((40, 3), (5,)))
-    StepDirections(get_directions(name), 1, 2, [torch.zeros(40)]).range(1, 0, 40)
+    StepDirections(DIRECTIONS.make(name), 1, 2, [torch.zeros(40)]).range(1, 0, 40)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (np.random.get_state()[1] == before[1]).all()
     assert random.getstate() == before[2]
@@ -457,14 +456,10 @@ def test_global_seed_has_no_influence(name):
         assert torch.equal(draw(name, ((5, 8), (60,))), first)
 
 
-def test_get_directions():
-    kind = get_directions("rademacher")
+def test_directions_by_name():
+    kind = DIRECTIONS.make("rademacher")
     assert type(kind) is DIRECTIONS["rademacher"]
-    assert get_directions(kind) is kind
+    assert DIRECTIONS.make(kind) is kind
     with pytest.raises(ZOError, match="gaussian"):
-        get_directions("cauchy")
+        DIRECTIONS.make("cauchy")
 
-
-@pytest.mark.parametrize("name", NAMES)
-def test_names(name):
-    assert get_directions(name).name == name

@@ -13,8 +13,8 @@ from scipy.stats import f as f_distribution
 from torch import nn
 
 from zo_opt import MeZO, ZOError
-from zo_opt.directions import DIRECTIONS, LowRank, StepDirections, Stream, get_directions
-from zo_opt.estimators import Estimate, combine, control_variate, forward_gradient, one_sided, two_sided
+from zo_opt.directions import DIRECTIONS, LowRank, StepDirections, Stream
+from zo_opt.estimators import Estimate, ForwardMode, OneSided, TwoSided, TwoSidedWithCurvature, combine, control_variate
 from zo_opt.queries.modes import Evaluator, Losses
 from zo_opt.queries.perturbation import Perturbed
 from zo_opt.queries.trainables import Trainables
@@ -39,7 +39,7 @@ def hotelling_p(samples, error):
 
 
 def draws(name, streams, shape=(D,)):
-    kind = get_directions(name)
+    kind = DIRECTIONS.make(name)
     z = [kind.draw(s, (shape,), 0, torch.Size(shape).numel(), torch.device("cpu")) for s in streams]
     return torch.stack(z).double()
 
@@ -70,11 +70,11 @@ def single_estimates(name, loss, theta, zo_eps, queries=1, steps=ESTIMATES):
     """The gradient estimates of many steps, each of ``queries`` queries, at a matrix ``theta`` of float64."""
     parameter, rows = nn.Parameter(theta.clone()), []
     trainables = Trainables([parameter])
-    kind, streams = get_directions(name), [[Stream(11, step, q) for q in range(queries)] for step in range(steps)]
+    kind, streams = DIRECTIONS.make(name), [[Stream(11, step, q) for q in range(queries)] for step in range(steps)]
     with torch.no_grad():
         for step in range(steps):
             perturbed = Perturbed(trainables, StepDirections(kind, 11, step, [parameter]))
-            rows.append(two_sided(Evaluator(perturbed, lambda: loss(parameter)), queries, zo_eps).projected_grads)
+            rows.append(TwoSided()(Evaluator(perturbed, lambda: loss(parameter)), queries, zo_eps).projected_grads)
     z = draws(name, [s for row in streams for s in row], tuple(theta.shape))
     return (torch.stack(rows).flatten()[:, None] * z).view(steps, queries, -1).mean(1)
 
@@ -191,7 +191,7 @@ def test_two_sided_formula():
         asked.append((queries, tuple(scales)))
         return losses([3.0, 1.0], [0.5, 1.5])
 
-    estimate = two_sided(evaluate, 2, 0.25)
+    estimate = TwoSided()(evaluate, 2, 0.25)
     assert asked == [(2, (0.25, -0.25))]
     assert estimate.projected_grads.tolist() == [4.0, -2.0]  # (loss_pos - loss_neg) / (2 zo_eps)
     assert estimate.loss == pytest.approx(1.5)
@@ -205,14 +205,14 @@ def test_one_sided_formula():
         assert (queries, tuple(scales), base) == (2, (0.25,), True)
         return losses([3.0], [0.5], base=[1.0, 2.0])
 
-    estimate = one_sided(evaluate, 2, 0.25)
+    estimate = OneSided()(evaluate, 2, 0.25)
     assert estimate.projected_grads.tolist() == [8.0, -6.0]  # (loss_pos - loss) / zo_eps
     assert estimate.loss == 1.5
     assert estimate.seeds == ((1, 2, 0), (1, 2, 1))
 
 
 def test_a_weighted_mean_loss():
-    assert two_sided(lambda q, s: losses([3.0, 1.0], [1.0, 1.0], weights=[1.5, 0.5]), 2, 1.0).loss == 1.75
+    assert TwoSided()(lambda q, s: losses([3.0, 1.0], [1.0, 1.0], weights=[1.5, 0.5]), 2, 1.0).loss == 1.75
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -229,10 +229,10 @@ def test_a_query_without_finite_losses_is_dropped(bad, position, estimator):
     else:
         row[position] = bad
     if estimator == "one_sided":
-        estimate = one_sided(lambda q, s, base_=base, **_: losses([3.0], row[:1], base=base_), 2, 0.5)
+        estimate = OneSided()(lambda q, s, base_=base, **_: losses([3.0], row[:1], base=base_), 2, 0.5)
     else:
-        curvature = {"curvature": True} if estimator == "curvature" else {}
-        estimate = two_sided(lambda q, s, **_: losses([3.0, 1.0], row, base=base if curvature else None), 2, 0.5, **curvature)  # fmt: skip
+        kind = TwoSidedWithCurvature() if estimator == "curvature" else TwoSided()
+        estimate = kind(lambda q, s, **_: losses([3.0, 1.0], row, base=base if estimator == "curvature" else None), 2, 0.5)  # fmt: skip
     assert estimate.dropped == 1
     assert estimate.projected_grads[0] == 2.0
     assert math.isnan(estimate.projected_grads[1])
@@ -243,7 +243,7 @@ def test_a_query_without_finite_losses_is_dropped(bad, position, estimator):
         assert math.isnan(estimate.curvatures[1])
 
 
-@pytest.mark.parametrize("estimator", [two_sided, one_sided])
+@pytest.mark.parametrize("estimator", [TwoSided(), OneSided()])
 def test_no_finite_query(estimator):
     estimate = estimator(
         lambda q, s, **_: losses([math.inf, math.inf], [math.nan, 1.0], base=[math.nan, math.nan]), 2, 0.5
@@ -280,7 +280,7 @@ class Problem:
             for p, part in zip(self.net.parameters(), torch.linspace(-1, 2, 8).double().split([6, 2]), strict=True):
                 p.copy_(part.view_as(p))
         self.parameters = list(self.net.parameters())
-        self.directions = StepDirections(get_directions(name), 5, 1, self.parameters)
+        self.directions = StepDirections(DIRECTIONS.make(name), 5, 1, self.parameters)
         self.perturbed = Perturbed(Trainables(self.parameters), self.directions)
         self.loss = loss
         self.x = torch.linspace(-2, 1, 18).double().view(6, 3)
@@ -321,7 +321,7 @@ def test_curvature_is_exact_on_quadratics(mode):
     """z^T H z and g . z, whatever zo_eps; in split mode those of the query's slice. One forward more for l_0."""
     problem = Problem(quadratic, mode)
     with torch.no_grad():
-        estimate = two_sided(problem.evaluator, 3, 0.5, curvature=True)
+        estimate = TwoSidedWithCurvature()(problem.evaluator, 3, 0.5)
     for q, x in enumerate(problem.slices(mode, 3)):
         theta, z = problem.theta(), problem.z(q)
         gradient, hessian = derivatives(lambda t, x=x: problem.at(t, x), theta)
@@ -336,7 +336,7 @@ def test_one_sided_on_quadratics(mode):
     """g . z + zo_eps z^T H z / 2; the loss is that at the weights."""
     problem = Problem(quadratic, mode)
     with torch.no_grad():
-        estimate = one_sided(problem.evaluator, 3, 0.5)
+        estimate = OneSided()(problem.evaluator, 3, 0.5)
     for q, x in enumerate(problem.slices(mode, 3)):
         theta, z = problem.theta(), problem.z(q)
         gradient, hessian = derivatives(lambda t, x=x: problem.at(t, x), theta)
@@ -360,11 +360,11 @@ def test_control_variate(mode, small, monkeypatch):
         anchor = torch.linspace(1, -1, 8)
         away = control_variate(problem.evaluator, anchor, 3, 0.1)
         assert away.forwards == (4 if mode == "split" else 12)
-        assert away.loss == pytest.approx(two_sided(problem.evaluator, 3, 0.1).loss)
+        assert away.loss == pytest.approx(TwoSided()(problem.evaluator, 3, 0.1).loss)
         for q, x in enumerate(problem.slices(mode, 3)):
             g = [(problem.at(at + 0.1 * problem.z(q), x) - problem.at(at - 0.1 * problem.z(q), x)) / 0.2 for at in (problem.theta(), anchor.double())]  # fmt: skip
             assert away.projected_grads[q] == pytest.approx(float(g[0] - g[1]), rel=1e-4)
-        assert away.seeds == two_sided(problem.evaluator, 3, 0.1).seeds
+        assert away.seeds == TwoSided()(problem.evaluator, 3, 0.1).seeds
 
 
 class Sampler(nn.Module):
@@ -399,11 +399,11 @@ def test_forward_gradient_is_autograds(name, small, monkeypatch):
     net(ids).backward()
     parameters = list(net.parameters())
     gradient = torch.cat([p.grad.flatten() for p in parameters])
-    directions = StepDirections(get_directions(name), 5, 1, parameters)
+    directions = StepDirections(DIRECTIONS.make(name), 5, 1, parameters)
     perturbed = Perturbed(Trainables(parameters), directions)
     before = [p.detach().clone() for p in parameters]
     with torch.no_grad():
-        estimate = forward_gradient(perturbed, lambda: net(ids), range(3))
+        estimate = ForwardMode()(Evaluator(perturbed, lambda: net(ids)), 3, 1.0)
         loss = float(net(ids))
     expected = [float(gradient @ directions.range(q, 0, len(gradient)).double()) for q in range(3)]
     assert estimate.projected_grads.tolist() == pytest.approx(expected, rel=1e-9)
@@ -416,8 +416,8 @@ def test_forward_gradient_is_autograds(name, small, monkeypatch):
 def forward_gradient_of(parameters, loss):
     parameters = list(parameters)
     with torch.no_grad():
-        perturbed = Perturbed(Trainables(parameters), StepDirections(get_directions("gaussian"), 0, 0, parameters))
-        return forward_gradient(perturbed, loss, range(2))
+        perturbed = Perturbed(Trainables(parameters), StepDirections(DIRECTIONS.make("gaussian"), 0, 0, parameters))
+        return ForwardMode()(Evaluator(perturbed, loss), 2, 1.0)
 
 
 class NoTangent(torch.autograd.Function):

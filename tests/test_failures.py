@@ -11,7 +11,7 @@ from optimizer_problem import BATCH, Model, bits, closure_of, flat, make, make_b
 from optimizer_table import NAMES, ROWS, build, run
 
 from zo_opt import NonFiniteLossError, ZOError
-from zo_opt.directions import StepDirections, get_directions
+from zo_opt.directions import DIRECTIONS, StepDirections
 from zo_opt.optim import UPDATE_RULES
 from zo_opt.queries import modes as query_modes
 from zo_opt.queries import trainables
@@ -129,7 +129,7 @@ def test_a_query_with_a_bad_loss_is_dropped_and_counted(bad, calls):
     assert optimizer.failed_steps == 0
     assert math.isfinite(float(loss))
     kept, start = [0, 2, 3], flat(Model())
-    z = StepDirections(get_directions("gaussian"), 5, 0, list(model.parameters()))
+    z = StepDirections(DIRECTIONS.make("gaussian"), 5, 0, list(model.parameters()))
     mean = sum(record.projected_grads[q] * z.range(q, 0, len(start)) for q in kept) / 3
     torch.testing.assert_close(flat(model), start - 0.1 * mean, rtol=1e-5, atol=1e-6)
 

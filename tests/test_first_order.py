@@ -15,7 +15,7 @@ from conftest import run_main
 from torch import Tensor, nn
 
 from zo_opt.errors import NonFiniteLossError, ZOError
-from zo_opt.optim.first_order import FirstOrder
+from zo_opt.optim import Backpropagation
 from zo_opt.record.metrics import MetricsWriter
 from zo_opt.training.build_optimizer import make_optimizer, make_param_groups
 from zo_opt.training.config import TrainConfig
@@ -35,7 +35,7 @@ def problem() -> tuple[nn.Linear, Callable[[Any], Tensor], Tensor]:
 @pytest.mark.parametrize("clip", [0.0, 0.5])
 def test_the_same_bits_as_adamw_by_hand(clip: float) -> None:
     model, closure, batches = problem()
-    optimizer = FirstOrder(model.parameters(), lr=0.03, betas=(0.9, 0.99), weight_decay=0.1, max_grad_norm=clip)
+    optimizer = Backpropagation(model.parameters(), lr=0.03, betas=(0.9, 0.99), weight_decay=0.1, max_grad_norm=clip)
     twin, twin_closure, _ = problem()
     adamw = torch.optim.AdamW(twin.parameters(), lr=0.03, betas=(0.9, 0.99), weight_decay=0.1)
     for batch in batches:
@@ -57,7 +57,7 @@ def test_the_same_bits_as_adamw_by_hand(clip: float) -> None:
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_what_is_not_finite_never_reaches_the_weights(what: str) -> None:
     theta = nn.Parameter(torch.tensor([1.0, 0.0]))
-    optimizer = FirstOrder([theta], lr=0.1, weight_decay=0.1, max_grad_norm=1.0, max_failed_steps=3)
+    optimizer = Backpropagation([theta], lr=0.1, weight_decay=0.1, max_grad_norm=1.0, max_failed_steps=3)
     optimizer.step(lambda _: theta.square().sum(), None)
     before, moments = theta.detach().clone(), optimizer.adamw.state[theta]["exp_avg"].clone()
 
@@ -82,7 +82,7 @@ def test_what_is_not_finite_never_reaches_the_weights(what: str) -> None:
 
 def test_ten_steps_in_a_row_by_default() -> None:
     theta = nn.Parameter(torch.ones(2))
-    optimizer = FirstOrder([theta], lr=0.1)
+    optimizer = Backpropagation([theta], lr=0.1)
     for _ in range(9):
         optimizer.step(lambda _: theta.sum() * float("inf"), None)
     with pytest.raises(NonFiniteLossError):
@@ -92,7 +92,7 @@ def test_ten_steps_in_a_row_by_default() -> None:
 
 def test_a_dropped_first_step_does_not_upset_a_scheduler() -> None:
     theta = nn.Parameter(torch.ones(2))
-    optimizer = FirstOrder([theta], lr=0.1)
+    optimizer = Backpropagation([theta], lr=0.1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer.adamw, lambda step: 1 / (step + 1))
     optimizer.step(lambda _: theta.sum() * float("nan"), None)
     scheduler.step()  # warnings are errors here
@@ -100,17 +100,17 @@ def test_a_dropped_first_step_does_not_upset_a_scheduler() -> None:
 
 def test_unsound_weights_are_refused() -> None:
     with pytest.raises(ZOError, match="NaN"):
-        FirstOrder([nn.Parameter(torch.tensor([float("nan")]))], lr=0.1)
+        Backpropagation([nn.Parameter(torch.tensor([float("nan")]))], lr=0.1)
 
 
 def test_its_state_continues_to_the_same_bits() -> None:
     model, closure, batches = problem()
-    optimizer = FirstOrder(model.parameters(), lr=0.03, max_grad_norm=1.0, steps_per_epoch=4)
+    optimizer = Backpropagation(model.parameters(), lr=0.03, max_grad_norm=1.0, steps_per_epoch=4)
     for batch in batches[:7]:
         optimizer.step(closure, batch)
     twin, twin_closure, _ = problem()
     twin.load_state_dict(model.state_dict())
-    again = FirstOrder(twin.parameters(), lr=0.5, max_grad_norm=1.0, steps_per_epoch=4)
+    again = Backpropagation(twin.parameters(), lr=0.5, max_grad_norm=1.0, steps_per_epoch=4)
     again.load_state_dict(deepcopy(optimizer.state_dict()))
     for batch in batches[7:]:
         optimizer.step(closure, batch)
@@ -128,7 +128,7 @@ def test_lora_plus_reaches_the_optimizer() -> None:
     model = get_adapter_model(make_model("llama"), LoRAConfig(rank=2))
     config = TrainConfig(optimizer="adamw", adapter="lora", loraplus_lr_ratio=16.0)
     optimizer = make_optimizer(config, model, make_param_groups(config, model, 1e-3), 1e-3, 1)
-    assert isinstance(optimizer, FirstOrder)
+    assert isinstance(optimizer, Backpropagation)
     names = {id(p): n for n, p in model.named_parameters()}
     lrs = {names[id(p)]: group["lr"] for group in optimizer.adamw.param_groups for p in group["params"]}
     assert {lr for name, lr in lrs.items() if "lora_B" in name} == {1.6e-2}

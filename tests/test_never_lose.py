@@ -20,7 +20,7 @@ from killed_runs import Tally, differences, finish, kill_until_done
 from test_journal import Model, make, run
 
 from zo_opt.errors import ZOError
-from zo_opt.optim import OPTIMIZERS, ClipProjectedGrads
+from zo_opt.optim import OPTIMIZERS, ClipProjectedGrads, redo
 from zo_opt.record import checkpoint, report
 from zo_opt.record.metrics import MetricsWriter, read_lines
 from zo_opt.record.output import LOCK_NAME, output_directory
@@ -126,7 +126,7 @@ def test_a_redone_step_leaves_what_the_step_left(tmp_path: Path, name: str) -> N
             assert one.last_update is not None
             metrics.write(one.last_record, 0.1, one.history, 0.0)
             line = read_lines(tmp_path)[-1]
-            other.redo(one.last_update, line.record(other.history.forwards))
+            redo(other, one.last_update, line.record(other.history.forwards))
     for _ in range(3):
         assert repr(one.state_dict()) == repr(other.state_dict())
         assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))

@@ -19,7 +19,7 @@ from scipy.stats import kstest, norm
 
 from zo_opt import AdaZeta, GaussianPrivacy, MeZO, ZOError
 from zo_opt.adapters.storage import WEIGHTS_NAME
-from zo_opt.optim import FZOO, LineSearch
+from zo_opt.optim import FZOO, LineSearch, redo
 from zo_opt.privacy import GRID, epsilon_of, noise_for
 from zo_opt.privacy import rows as private
 from zo_opt.schedules import constant_queries
@@ -206,7 +206,7 @@ def test_redone_steps_are_accounted_for_once() -> None:
     assert optimizer.last_update is not None and optimizer.last_record is not None
     theta, other = torch.nn.Parameter(torch.zeros(3)), privacy()
     copy = MeZO([theta], lr=0.03, directions="rademacher", privacy=other)
-    copy.redo(optimizer.last_update, optimizer.last_record)
+    redo(copy, optimizer.last_update, optimizer.last_record)
     assert other.spent == hidden.spent == {1: 1}
     other.charge(0, 1)
     assert other.spent == {1: 1}

@@ -13,7 +13,7 @@ from tiny_models import build, padded_batch, perturb
 from torch import nn
 
 from zo_opt import MeZO, TTConfig, ZOError, get_adapter_model, trainable_parameters
-from zo_opt.directions import DIRECTIONS, StepDirections, Stream, get_directions
+from zo_opt.directions import DIRECTIONS, StepDirections, Stream
 from zo_opt.queries import modes
 from zo_opt.queries.modes import Evaluator
 from zo_opt.queries.perturbation import Perturbed, Point
@@ -37,7 +37,7 @@ def evaluator_of(mode, model, closure, batch, directions="gaussian"):
 
 
 def directions_of(model, name="gaussian"):
-    return StepDirections(get_directions(name), 0, 0, trainable_parameters(model))
+    return StepDirections(DIRECTIONS.make(name), 0, 0, trainable_parameters(model))
 
 
 @torch.no_grad()
@@ -49,7 +49,7 @@ def by_hand(model, closure, batches, queries, scales=SCALES, anchor=None, direct
     theta = torch.cat([p.flatten() for p in originals]) if anchor is None else anchor
     values = torch.empty(queries, len(scales), dtype=torch.float64)
     for q in range(queries):
-        z = get_directions(directions).draw(Stream(0, 0, q), shapes, 0, sum(sizes), theta.device)
+        z = DIRECTIONS.make(directions).draw(Stream(0, 0, q), shapes, 0, sum(sizes), theta.device)
         for s, scale in enumerate(scales):
             for p, part in zip(parameters, (theta + scale * z).split(sizes), strict=True):
                 p.copy_(part.view_as(p))
@@ -179,7 +179,7 @@ def test_perturbed_weights(dtype, directions):
     """The same bits however they are cut, with kept directions or redrawn ones; within half a spacing of the exact sum."""
     parameters = [nn.Parameter(torch.randn(1000, 300, generator=torch.Generator().manual_seed(0)))]
     origin, point = parameters[0].detach().to(dtype).flatten(), Point(((0, 1e-3),))
-    kept, redrawn = (StepDirections(get_directions(directions), 0, 0, parameters) for _ in range(2))
+    kept, redrawn = (StepDirections(DIRECTIONS.make(directions), 0, 0, parameters) for _ in range(2))
     redrawn.KEPT = 0
     whole = Perturbed(Trainables(parameters), kept).values(point, 0, 300_000, origin)
     assert whole.dtype == dtype

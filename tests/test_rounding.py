@@ -17,7 +17,7 @@ from torch import nn
 
 from zo_opt import MeZO
 from zo_opt.directions import Directions, Stream
-from zo_opt.optim.base import Update
+from zo_opt.optim import Update, apply
 from zo_opt.optim.rounding import round_into
 from zo_opt.queries.trainables import Trainables
 
@@ -162,7 +162,7 @@ def test_an_optimizers_tiny_updates_count(dtype, small, monkeypatch):
     lr = ULP[dtype] / 1000
     optimizer = MeZO([{"params": thetas[0]}, {"params": thetas[1]}], lr=lr, directions=Ones())
     for step in range(1000):
-        optimizer.apply(Update(step, (lr, lr / 2), (1.0,)))
+        apply(optimizer, Update(step, (lr, lr / 2), (1.0,)))
     for theta, expected in zip(thetas, (1, 0.5), strict=True):
         moved = (1.25 - theta.detach().double()) / ULP[dtype]
         assert abs(float(moved.mean()) - expected) < 5 * expected**0.5 / 300**0.5

@@ -13,19 +13,20 @@ from hypothesis import strategies as st
 from zo_opt.errors import ZOError
 from zo_opt.schedules import (
     SCHEDULES,
-    SIGNAL_DECAY,
     History,
+    RunLength,
     adazeta_queries,
     budget_queries,
     constant_queries,
     cosine_queries,
     derived_beta,
+    for_run,
     linear_queries,
     simulate,
     stepwise_queries,
     variance_queries,
 )
-from zo_opt.schedules.options import default_milestones, make_schedule, parse_milestones, resolve_beta
+from zo_opt.schedules.base import SIGNAL_DECAY
 
 OPEN = st.floats(0, 1, exclude_min=True, exclude_max=True)
 EPOCHS = st.integers(0, 10**6)
@@ -148,6 +149,7 @@ def variance_arguments(draw):
 
 
 ARGUMENTS = {
+    "every-example": st.just(({}, 1 << 30)),
     "constant": constant_arguments(),
     "adazeta": adazeta_arguments(),
     "linear": ramp_arguments(),
@@ -210,9 +212,11 @@ def test_a_schedule_remembers_nothing_and_changes_nothing(name, data, step, forw
 @given(data=st.data(), steps=st.integers(1, 60), steps_per_epoch=st.integers(1, 60))
 def test_every_name_makes_a_schedule_from_options(name, data, steps, steps_per_epoch):
     least, most = data.draw(floor_and_ceiling())
-    schedule = make_schedule(name, steps=steps, steps_per_epoch=steps_per_epoch, max_queries=most, min_queries=least)
+    bounds = {"min_queries": least, "max_queries": most, "start": least, "end": most}
+    schedule = for_run(SCHEDULES.make(name, **bounds), RunLength(steps, steps_per_epoch))
     queries = simulate(schedule, steps, steps_per_epoch)
-    if name != "constant":
+    assert SCHEDULES.make(json.loads(json.dumps(SCHEDULES.plain(schedule)))) == schedule
+    if name in ("adazeta", "linear", "cosine", "stepwise", "variance"):
         assert all(least <= q <= most for q in queries)
 
 
@@ -276,11 +280,11 @@ def test_derived_beta_says_how_many_epochs_it_takes():
     assert derived_beta(0.85, 24) == pytest.approx(math.log(20 / 0.85) / math.log(24))
 
 
-def test_resolve_beta():
-    assert resolve_beta("derived", 0.85, 100) == derived_beta(0.85, 100)
-    assert resolve_beta(0.3, 0.85, 1) == 0.3
-    with pytest.raises(ZOError, match="'much'"):
-        resolve_beta("much", 0.85, 100)
+def test_beta_is_derived_from_the_runs_epochs():
+    schedule = for_run(adazeta_queries(beta="derived"), RunLength(steps=200, steps_per_epoch=2))
+    assert schedule.beta == derived_beta(0.85, 100)
+    with pytest.raises(ZOError, match="beta"):
+        adazeta_queries(beta="derived")(0, 0, History())
 
 
 # Budgets
@@ -412,12 +416,12 @@ WRONG = {
     "a simulation of nothing": (lambda: simulate(constant_queries(), 0), "steps=0"),
     "epochs of nothing": (lambda: simulate(constant_queries(), 5, 0), "steps_per_epoch=0"),
     "too few signals": (lambda: simulate(constant_queries(), 5, signals=[1.0]), "1 signals"),
-    "an unknown name": (lambda: make_schedule("bogus", steps=5), "'bogus'.*constant, adazeta.*variance"),
-    "options of no run": (lambda: make_schedule("adazeta", steps=5, steps_per_epoch=0), "steps_per_epoch=0"),
-    "milestones of another form": (lambda: parse_milestones("0=1"), "'0=1'"),
-    "milestones with a fraction": (lambda: parse_milestones("0:1.5"), r"'0:1\.5'"),
-    "a milestone with too much": (lambda: parse_milestones("0:1:2"), "step:queries"),
-    "a milestone twice": (lambda: parse_milestones("0:1,0:2"), "twice"),
+    "an unknown name": (lambda: SCHEDULES.make("bogus"), "'bogus'.*constant, adazeta.*variance"),
+    "options of no run": (lambda: RunLength(5, 0), "steps_per_epoch=0"),
+    "milestones of another form": (lambda: stepwise_queries("0=1"), "'0=1'"),
+    "milestones with a fraction": (lambda: stepwise_queries("0:1.5"), r"'0:1\.5'"),
+    "a milestone with too much": (lambda: stepwise_queries("0:1:2"), "step:queries"),
+    "a milestone twice": (lambda: stepwise_queries("0:1,0:2"), "twice"),
 }
 
 
@@ -432,6 +436,6 @@ def test_mistakes_are_refused_with_one_sentence(name):
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 1000])
 def test_default_milestones_fit_any_run(steps):
-    milestones = default_milestones(1, 15, steps)
-    assert milestones[max(milestones)] == 15
-    assert simulate(stepwise_queries(milestones), steps)[-1] == 15
+    schedule = for_run(stepwise_queries(start=1, end=15), RunLength(steps))
+    assert schedule.milestones[max(schedule.milestones)] == 15
+    assert simulate(schedule, steps)[-1] == 15

@@ -10,8 +10,8 @@ from optimizer_problem import BATCH, EXAMPLES, TOTAL, Model, Ones, bits, example
 from optimizer_table import NAMES, build
 
 from zo_opt import ZOError
-from zo_opt.directions import StepDirections, get_directions
-from zo_opt.optim import ClipProjectedGrads, DivideBySpread, NormalizeProjectedGrads, TrustRegion
+from zo_opt.directions import DIRECTIONS, StepDirections
+from zo_opt.optim import ClipProjectedGrads, DivideBySpread, NormalizeProjectedGrads, StepState, TrustRegion
 from zo_opt.schedules import constant_queries
 
 
@@ -20,7 +20,7 @@ def numbers(*values):
 
 
 def z_of(model, step=0, query=0, directions="gaussian"):
-    return StepDirections(get_directions(directions), 5, step, list(model.parameters())).range(query, 0, TOTAL)
+    return StepDirections(DIRECTIONS.make(directions), 5, step, list(model.parameters())).range(query, 0, TOTAL)
 
 
 def test_clipped_projected_grads_are_those_applied():
@@ -39,17 +39,17 @@ def test_clipped_projected_grads_are_those_applied():
 
 
 def test_clipping_follows_the_running_rms():
-    clip = ClipProjectedGrads(factor=2.0, decay=0.75)
-    assert clip(numbers(3.0, -4.0)).tolist() == [3.0, -4.0]
+    clip, state = ClipProjectedGrads(factor=2.0, decay=0.75), StepState()
+    assert clip(numbers(3.0, -4.0), state).tolist() == [3.0, -4.0]
     limit = 2 * math.sqrt(12.5)
-    assert clip(numbers(-100.0)).tolist() == pytest.approx([-limit])
-    assert clip.state_dict()["mean_square"] == pytest.approx(0.75 * 12.5 + 0.25 * limit**2)
+    assert clip(numbers(-100.0), state).tolist() == pytest.approx([-limit])
+    assert state.memory["mean_square"] == pytest.approx(0.75 * 12.5 + 0.25 * limit**2)
 
 
 def test_clipping_begins_with_the_first_step_that_has_a_signal():
-    clip = ClipProjectedGrads(factor=2.0)
-    assert clip(numbers(0.0, 0.0)).tolist() == [0.0, 0.0]
-    assert clip(numbers(7.0)).tolist() == [7.0]
+    clip, state = ClipProjectedGrads(factor=2.0), StepState()
+    assert clip(numbers(0.0, 0.0), state).tolist() == [0.0, 0.0]
+    assert clip(numbers(7.0), state).tolist() == [7.0]
 
 
 @pytest.mark.parametrize("options", [{"factor": 0}, {"factor": -1}, {"decay": 1.0}, {"decay": -0.1}])
@@ -60,26 +60,26 @@ def test_impossible_clipping(options):
 
 def test_normalized_projected_grads_have_unit_rms():
     grads = numbers(3.0, -1.0, 2.0)
-    out = NormalizeProjectedGrads()(grads)
+    out = NormalizeProjectedGrads()(grads, StepState())
     assert float(out.square().mean()) == pytest.approx(1)
     torch.testing.assert_close(out / out[0], grads / grads[0])
-    assert NormalizeProjectedGrads()(numbers(0.0, 0.0)).tolist() == [0, 0]
+    assert NormalizeProjectedGrads()(numbers(0.0, 0.0), StepState()).tolist() == [0, 0]
 
 
 def test_divided_by_the_spread():
     """Which leaves their sample standard deviation at one."""
     grads = numbers(3.0, -1.0, 2.0, 7.0)
-    out = DivideBySpread()(grads)
+    out = DivideBySpread()(grads, StepState())
     assert float(out.std(correction=1)) == pytest.approx(1)
     torch.testing.assert_close(out / out[0], grads / grads[0])
-    assert DivideBySpread()(numbers(0.0, 0.0)).tolist() == [0, 0]
+    assert DivideBySpread()(numbers(0.0, 0.0), StepState()).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("value", [1.0, -0.1, 1e-8])
 @pytest.mark.parametrize("noise", [0.0, 1e-16])
 def test_the_spread_of_equal_projected_grads_is_no_unit(value, noise):
     """It is zero or a rounding error."""
-    out = DivideBySpread()(value * (1 + noise * torch.arange(7, dtype=torch.float64)))
+    out = DivideBySpread()(value * (1 + noise * torch.arange(7, dtype=torch.float64)), StepState())
     assert (out.abs() <= 10).all()
 
 

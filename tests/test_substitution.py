@@ -19,7 +19,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from zo_opt import ZOError
-from zo_opt.directions import DIRECTIONS, StepDirections, get_directions
+from zo_opt.directions import DIRECTIONS, StepDirections
 from zo_opt.queries import perturbation, trainables
 from zo_opt.queries.perturbation import Perturbed, Point
 from zo_opt.queries.substitution import Substitution
@@ -45,7 +45,7 @@ def losses(parameters, call, *, small, directions="gaussian", points=POINTS, fou
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainables, "SMALL", (1 << 23) * small)
         ours = Trainables(parameters)
-    perturbed = Perturbed(ours, StepDirections(get_directions(directions), 3, 1, parameters))
+    perturbed = Perturbed(ours, StepDirections(DIRECTIONS.make(directions), 3, 1, parameters))
     values = list(perturbed.losses(call, points))
     assert same(before, bits(parameters))
     if found is not None:

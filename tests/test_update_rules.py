@@ -11,7 +11,7 @@ from optimizer_problem import BATCH, TOTAL, Model, Ones, bits, flat, make, same
 from torch import nn
 
 from zo_opt import ZOError
-from zo_opt.directions import StepDirections, get_directions
+from zo_opt.directions import DIRECTIONS, StepDirections
 from zo_opt.optim import UPDATE_RULES, Adam, AMSGrad, Momentum
 from zo_opt.queries import trainables
 
@@ -51,7 +51,7 @@ def test_momentum_is_torchs():
     sgd = torch.optim.SGD(theirs.parameters(), lr=0.02, momentum=0.7)
     for step in range(5):
         optimizer.step(model, BATCH)
-        z = StepDirections(get_directions("gaussian"), 5, step, list(model.parameters())).range(0, 0, TOTAL)
+        z = StepDirections(DIRECTIONS.make("gaussian"), 5, step, list(model.parameters())).range(0, 0, TOTAL)
         nn.utils.vector_to_parameters(z * optimizer.last_record.projected_grads[0], grads := [torch.empty_like(p) for p in theirs.parameters()])  # fmt: skip
         for p, g in zip(theirs.parameters(), grads, strict=True):
             p.grad = g
@@ -107,7 +107,7 @@ def test_a_rademacher_step_of_one_query_rounds_once(small, monkeypatch):
         monkeypatch.setattr(trainables.Trainables, "SMALL", 0)
     model = Model()
     optimizer = make(model, lr=0.0123, directions="rademacher")
-    kind = get_directions("rademacher")
+    kind = DIRECTIONS.make("rademacher")
     for step in range(20):
         before = flat(model).double().numpy()
         optimizer.step(model, BATCH)

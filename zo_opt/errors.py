@@ -9,3 +9,7 @@ class ZOError(ValueError):
 
 class NonFiniteLossError(RuntimeError):
     """Too many steps in a row had no finite loss; the trainables hold their last good values."""
+
+
+class RankError(RuntimeError):
+    """Another rank failed, is gone, or no longer has the same weights; the trainables are what they were before the step."""

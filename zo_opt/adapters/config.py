@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from zo_opt.adapters.adapted import AdaptedModule
 from zo_opt.adapters.schedule import AdapterSchedule
 from zo_opt.adapters.targets import Target, find_targets, matches
+from zo_opt.choices import Table
 from zo_opt.errors import ZOError
 
 if TYPE_CHECKING:
@@ -195,12 +196,12 @@ def check_positive(name: str, value: Any) -> None:
         raise ZOError(f"{name}={value!r} is not possible; give a positive number.")
 
 
-ADAPTERS: dict[str, type[AdapterConfig]] = {}
+ADAPTERS: Table[AdapterConfig] = Table("adapter", AdapterConfig)
 
 
 def register(config: type[AdapterConfig]) -> type[AdapterConfig]:
     """Class decorator: enter a method into the table under its ``adapter_type``."""
-    ADAPTERS[config.adapter_type] = config
+    ADAPTERS.entries[config.adapter_type] = config
     return config
 
 
@@ -231,4 +232,5 @@ def make_config(adapter_type: Any, options: dict[str, Any]) -> AdapterConfig:
     unknown = [name for name in options if name not in known]
     if unknown:
         raise ZOError(f"adapter {adapter_type!r} has no option {unknown[0]!r}; it has {', '.join(known)}.")
-    return ADAPTERS[adapter_type](**options)
+    made: AdapterConfig = ADAPTERS[adapter_type](**options)
+    return made

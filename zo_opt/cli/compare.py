@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from dataclasses import fields
-
-from jsonargparse import Namespace
 
 from zo_opt.comparison import output
 from zo_opt.comparison.compare import compare
@@ -17,8 +16,7 @@ from zo_opt.training.config import TrainConfig
 def run(options: Namespace, command: str) -> None:
     """Run all methods at one budget and show the table."""
     reporter = Reporter()
-    values = options.as_dict()
-    values.pop("config", None)
+    values = vars(options)
     given = set(values)
     own = {f.name: values.pop(f.name) for f in fields(CompareConfig) if f.name in values}
     rows, directory = compare(CompareConfig(**own), TrainConfig(**values), reporter, command, given)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from dataclasses import asdict
 
-from jsonargparse import Namespace
 from rich import box
 from rich.table import Table
 
@@ -17,10 +17,10 @@ from zo_opt.system.files import write_atomically
 from zo_opt.training.config import TrainConfig
 
 
-def run(options: Namespace) -> None:
+def run(options: Namespace, command: str) -> None:
     """Measure, print the table and the advice, draw the picture."""
     reporter = Reporter()
-    values = options.as_dict()
+    values = vars(options)
     values.pop("config", None)
     queries, eps_grid, out = values.pop("queries"), values.pop("eps_grid"), values.pop("out")
     if out.suffix != ".png":

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from jsonargparse import Namespace
+from argparse import Namespace
 
 from zo_opt.record.progress import Reporter
 from zo_opt.training.evaluate_run import evaluate_run
 
 
-def run(options: Namespace) -> None:
+def run(options: Namespace, command: str) -> None:
     """Evaluate a run and say what came out."""
     reporter = Reporter()
     result = evaluate_run(

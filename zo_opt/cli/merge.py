@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
+
 import torch
-from jsonargparse import Namespace
 
 from zo_opt.adapters import load_adapter_model
 from zo_opt.adapters.storage import load
@@ -17,9 +18,9 @@ from zo_opt.training.evaluate_run import read_config, read_record
 FORMS = ("model", "lora")
 
 
-def run(options: Namespace) -> None:
+def run(options: Namespace, command: str) -> None:
     """Write what a run tuned as a plain model, or its adapter in PEFT's format."""
-    form = options["as"]
+    form = getattr(options, "as")
     if options.to is None:
         raise ZOError("merge needs --to, a new directory for the model.")
     if form not in FORMS:

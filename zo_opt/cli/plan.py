@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from jsonargparse import Namespace
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -87,7 +87,7 @@ class Row:
         return {"method": self.method, **found, "fits": self.fits, "note": self.note}
 
 
-def run(options: Namespace) -> None:
+def run(options: Namespace, command: str) -> None:
     """Plan all methods, print the table, write the file."""
     config = PlanConfig(**options.as_dict())
     memory = parse_bytes(config.memory) if config.memory is not None else None

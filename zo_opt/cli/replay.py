@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
-
-from jsonargparse import Namespace
 
 from zo_opt.adapters import load_adapter_model
 from zo_opt.errors import ZOError
@@ -16,7 +15,7 @@ from zo_opt.record.progress import Reporter
 from zo_opt.training.evaluate_run import read_config, read_record
 
 
-def run(options: Namespace) -> None:
+def run(options: Namespace, command: str) -> None:
     """Rebuild the adapter that a run tuned, from the base model, the adapter's start and the journal."""
     if options.to is None:
         raise ZOError("replay needs --to, a new directory for the adapter.")

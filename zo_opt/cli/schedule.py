@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from inspect import isclass
 from itertools import chain, count
 from pathlib import Path
+from typing import Any
 
-from jsonargparse import Namespace
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from zo_opt.choices import option_names
 from zo_opt.errors import ZOError
-from zo_opt.queries.modes import QUERY_MODES
-from zo_opt.schedules import QuerySchedule, simulate
-from zo_opt.schedules.options import make_schedule, resolve_beta
+from zo_opt.optim.choices import QueryMode
+from zo_opt.schedules import SCHEDULES, AdaZetaQueries, QuerySchedule, RunLength, for_run, simulate
 from zo_opt.schedules.plot import Course, picture, table
 from zo_opt.system.files import write_atomically
+from zo_opt.training.options import PositiveFloat, PositiveInt
 
 MAX_STEPS = 1_000_000
 
@@ -26,38 +30,29 @@ class ScheduleConfig:
     """Which schedules to show, over which run.
 
     Args:
-        query_schedule: one or several of constant, adazeta, linear, cosine, stepwise, budget and variance, with commas between.
-        alpha: AdaZeta's alpha, between 0 and 1.
-        beta: AdaZeta's beta, between 0 and 1, or "derived" from the number of epochs as in the released code.
-        max_queries: the most queries a step takes (15); the number of queries of the constant schedule (1).
-        min_queries: the fewest queries a step takes; where linear and cosine start.
+        query_schedule: one or several with commas between: constant, adazeta, linear, cosine, stepwise, budget, variance, or
+            module:function; their options are --schedule.alpha, --schedule.max_queries and so on.
         steps: optimizer steps of the run.
         steps_per_epoch: steps in an epoch, examples / batch_size rounded up.
-        budget_forwards: forward passes that the budget schedule spends; as many as adazeta would if not given.
-        milestones: step:queries pairs of the stepwise schedule, such as 0:1,250:4,500:8; four even levels if not given.
         signal_end: what is left of the mean square of projected gradients at the last step, assumed to fall geometrically;
             the variance schedule follows it (in a run, what was measured).
-        query_mode: sequential, batched, split, distributed or auto; split gets all queries of a step for two forward passes.
+        query_mode: split gets all queries of a step for two forward passes.
         batch_size: examples a step, which bounds the queries in split mode.
         out: the picture, a .png file; a .csv file of all steps goes beside it. If not given: schedule.png here, or
             schedule-2.png and so on where that is taken.
         overwrite: replace files that are there.
+        schedule: options of the schedules; each takes those that it has.
     """
 
     query_schedule: str = "adazeta"
-    alpha: float = 0.85
-    beta: float | str = 0.4
-    max_queries: int | None = None
-    min_queries: int = 1
-    steps: int = 1000
-    steps_per_epoch: int = 1
-    budget_forwards: int | None = None
-    milestones: str | None = None
-    signal_end: float = 0.1
-    query_mode: str = "sequential"
-    batch_size: int = 16
+    steps: PositiveInt = 1000
+    steps_per_epoch: PositiveInt = 1
+    signal_end: PositiveFloat = 0.1
+    query_mode: QueryMode = "sequential"
+    batch_size: PositiveInt = 16
     out: Path | None = None
     overwrite: bool = False
+    schedule: dict[str, Any] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -80,20 +75,10 @@ class ScheduleConfig:
         Raises:
             ZOError: with a sentence on the first mistake.
         """
-        for name in ("steps", "steps_per_epoch", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ZOError(f"{name}={getattr(self, name)} is not possible; give a whole number of at least 1.")
         if self.steps > MAX_STEPS:
             raise ZOError(f"steps={self.steps} is more than can be shown; give at most {MAX_STEPS}.")
-        if not 0 < self.signal_end <= 1:
+        if self.signal_end > 1:
             raise ZOError(f"signal_end={self.signal_end} is not possible; give a number above 0 and at most 1.")
-        if self.query_mode not in QUERY_MODES:
-            raise ZOError(f"query_mode={self.query_mode!r} is not known; choose one of {', '.join(QUERY_MODES)}.")
-        if self.query_mode == "split" and "budget" in self.names:
-            raise ZOError(
-                "query_schedule=budget has nothing to decide with query_mode=split, where a step costs two forward passes "
-                "whatever its queries; choose another query_mode or leave budget out."
-            )
 
     def courses(self) -> list[Course]:
         """What each schedule asks for over the whole run."""
@@ -107,18 +92,11 @@ class ScheduleConfig:
         return courses
 
     def _schedule(self, name: str) -> QuerySchedule:
-        schedule = make_schedule(
-            name,
-            steps=self.steps,
-            steps_per_epoch=self.steps_per_epoch,
-            alpha=self.alpha,
-            beta=self.beta,
-            max_queries=self.max_queries,
-            min_queries=self.min_queries,
-            budget_forwards=self.budget_forwards,
-            milestones=self.milestones,
-            forwards_per_query=self.forwards_per_query,
-            forwards_per_step=self.forwards_per_step,
+        kind = SCHEDULES.find(name)
+        has = option_names(kind) if isclass(kind) else []
+        length = RunLength(self.steps, self.steps_per_epoch, self.forwards_per_query, self.forwards_per_step)
+        schedule = for_run(
+            SCHEDULES.make({"name": name} | {k: v for k, v in self.schedule.items() if k in has}), length
         )
         if self.query_mode != "split":
             return schedule
@@ -134,9 +112,11 @@ class ScheduleConfig:
             ]
         else:
             notes = [f"an epoch is {epoch}; a query costs 2 forward passes"]
-        if "adazeta" in self.names and self.beta == "derived":
-            epochs = -(-self.steps // self.steps_per_epoch)
-            notes.append(f"beta {resolve_beta(self.beta, self.alpha, epochs):.4f}, derived for {epochs:,} epochs")
+        if "adazeta" in self.names and self.schedule.get("beta") == "derived":
+            adazeta: Any = self._schedule("adazeta")
+            if isinstance(adazeta, AdaZetaQueries):
+                epochs = -(-self.steps // self.steps_per_epoch)
+                notes.append(f"beta {adazeta.beta:.4f}, derived for {epochs:,} epochs")
         if "variance" in self.names:
             notes.append(
                 f"variance: for a mean square of projected gradients that falls to {self.signal_end:g} of its start"
@@ -164,9 +144,9 @@ class ScheduleConfig:
         return next(pair for pair in pairs if self.overwrite or not any(path.exists() for path in pair))
 
 
-def run(options: Namespace) -> None:
+def run(options: Namespace, command: str) -> None:
     """Print the table, draw the picture, write all steps beside it."""
-    values = options.as_dict()
+    values = vars(options)
     values.pop("config", None)
     config = ScheduleConfig(**values)
     config.check()
@@ -202,3 +182,9 @@ def summary(courses: list[Course], steps_per_epoch: int) -> Table:
     columns.add_row("queries", *epoch, *(f"{sum(course.queries):,}" for course in courses))
     columns.add_row("forwards", *epoch, *(f"{course.forwards[-1]:,}" for course in courses))
     return columns
+
+
+def kinds(values: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The schedules asked for, whose options the command line takes."""
+    asked = ScheduleConfig(query_schedule=values.get("query_schedule", ScheduleConfig.query_schedule)).names
+    return {"schedule": [SCHEDULES.find(name) for name in asked]}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
+from argparse import Namespace
 from pathlib import Path
 
-from jsonargparse import Namespace
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -19,7 +19,7 @@ from zo_opt.system.memory import readable
 _SECONDS = 1.0  # between two looks
 
 
-def run(options: Namespace) -> int:
+def run(options: Namespace, command: str) -> int:
     """Show where a run stands; returns 0 if it is running or finished and its files are sound, else 1."""
     directory: Path = options.run_dir
     console = Console(highlight=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jsonargparse import Namespace
+from argparse import Namespace
 
 from zo_opt.distributed import launched_rank, process_group
 from zo_opt.record.progress import Reporter
@@ -15,8 +15,7 @@ from zo_opt.training.loop import train
 def run(options: Namespace, command: str) -> None:
     """Train with the options that were given and say what came out; under torchrun, as one of several processes."""
     reporter = Reporter()
-    values = options.as_dict()
-    values.pop("config", None)
+    values = vars(options)
     config = TrainConfig(**values)
     check_ranks(config)
     with process_group():

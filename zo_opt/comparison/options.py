@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from zo_opt.adapters import ADAPTERS
 from zo_opt.adapters.tt_init import FEATURES
+from zo_opt.choices import option_names
 from zo_opt.errors import ZOError
 from zo_opt.optim import OPTIMIZERS
 from zo_opt.system.memory import parse_bytes
-from zo_opt.training.config import ADAPTER_OPTIONS, TrainConfig
+from zo_opt.training.config import TrainConfig
 from zo_opt.training.methods import Method, get_method
+from zo_opt.training.parts import own_options
 
-# Options of a run that the comparison sets itself.
-OWN = (
-    "optimizer", "adapter", "lr", "loraplus_lr_ratio", "loraplus_lr_embedding", "budget_forwards", "steps", "seed", "output_dir",
-    "save_steps", "resume", "validation",
-    "privacy_epsilon", "privacy_delta", "privacy_noise", "privacy_clip",  # of one run: the epsilons of several add up
-)  # fmt: skip
-# Options of a run that mean something to zeroth-order optimizers only.
-_ZEROTH_ORDER = ("directions", "query_mode", "query_schedule", "max_queries", "update_rule")
 DEFAULT_METHODS = "adazeta,mezo-lora,lora,lora+,adalora,lamda"
 SECONDS_PROBE_STEPS = 4
 
@@ -71,7 +65,7 @@ class CompareConfig:
         Raises:
             ZOError: with a sentence on the first mistake.
         """
-        methods = [get_method(name) for name in _listed(self.methods)]
+        methods = self.check_methods()
         for name, given in (("methods", _listed(self.methods)), ("seeds", self.seed_list)):
             if not given or len(set(given)) < len(given):
                 raise ZOError(f"{name}={given} is not possible; give one or more, each once.")
@@ -92,6 +86,14 @@ class CompareConfig:
         if self.budget_seconds is not None and self.lr_trials and self.lr_forwards is None:
             raise ZOError("lr_trials with budget_seconds needs lr_forwards, the forward passes of each trial.")
         return methods
+
+    def check_methods(self) -> list[Method]:
+        """The methods.
+
+        Raises:
+            ZOError: one is not known.
+        """
+        return [get_method(name) for name in _listed(self.methods)]
 
     @property
     def seed_list(self) -> list[int]:
@@ -117,39 +119,36 @@ def _listed(value: Any) -> list[Any]:
 
 def run_config(base: TrainConfig, method: Method, **changes: Any) -> TrainConfig:
     """The options of one run of a method: the user's, as far as they mean something to it, under its own."""
-    has = {f.name for f in fields(ADAPTERS[method.adapter])}
-    drop: dict[str, Any] = {option: None for option, name in ADAPTER_OPTIONS.items() if name not in has}
-    if base.adapter_options:
-        drop["adapter_options"] = {k: v for k, v in base.adapter_options.items() if k in has} or None
-    starts = ("auto", "random", *(FEATURES if method.adapter == "tt" else ()))
-    if base.adapter_init not in starts and (base.adapter_init in FEATURES or "init" not in has):
-        drop["adapter_init"] = "auto"
-    if not method.zeroth_order:
-        drop |= dict.fromkeys(_ZEROTH_ORDER)
-    else:
-        kind = OPTIMIZERS[method.optimizer]
-        drop |= dict.fromkeys(["directions"] * kind.own_directions + ["update_rule"] * kind.own_update_rule)
-    given = _with_rank(replace(base, **drop), method.adapter)
-    own = {name: value for name, value in method.options.items() if getattr(given, name) == DEFAULTS[name]}
-    return replace(given, **own, optimizer=method.optimizer, adapter=method.adapter, **changes)
+    given = base.given()
+    adapter, optimizer = ADAPTERS.find(method.adapter), OPTIMIZERS.find(method.optimizer)
+    has = {"adapter": option_names(adapter), "optimizer": own_options("optimizer", optimizer)}
+    chosen = {"adapter": method.adapter, "optimizer": method.optimizer}
+    for part, name in chosen.items():
+        options = given.pop(part, {})
+        kept = {k: v for k, v in options.items() if k in has[part]} if isinstance(options, Mapping) else {}
+        chosen[part] = {"name": name} | (_with_rank(kept, method.adapter) if part == "adapter" else kept)  # type: ignore[assignment]
+    fixed = {{"query_schedule": "schedule"}.get(n, n) for n in getattr(getattr(optimizer, "method", None), "fixes", ())}
+    given = {name: value for name, value in given.items() if name not in fixed}
+    if given.get("adapter_init") in FEATURES and method.adapter != "tt":
+        given.pop("adapter_init")
+    return TrainConfig.from_dict(dict(method.options) | given | chosen | changes)
 
 
-def _with_rank(config: TrainConfig, adapter: str) -> TrainConfig:
-    """One --rank for all methods: what AdaLoRA ends at (it begins with half as much again), and LaMDA++'s mean."""
-    rank, options = config.rank, dict(config.adapter_options or {})
+def _with_rank(options: dict[str, Any], adapter: str) -> dict[str, Any]:
+    """One rank for all methods: what AdaLoRA ends at (it begins with half as much again), and LaMDA++'s mean."""
+    rank = options.get("rank")
     if rank is None or {"target_rank", "ranks"} & options.keys():
-        return config
+        return options
     if adapter == "adalora":
-        return replace(config, rank=rank + (rank + 1) // 2, adapter_options=options | {"target_rank": rank})
+        return options | {"rank": rank + (rank + 1) // 2, "target_rank": rank}
     if adapter == "lamda++":
-        ranks = sorted({max(rank - rank // 2, 1), rank, rank + rank // 2})
-        return replace(config, adapter_options=options | {"ranks": ranks})
-    return config
+        return options | {"ranks": sorted({max(rank - rank // 2, 1), rank, rank + rank // 2})}
+    return options
 
 
-def given_options(config: TrainConfig) -> Mapping[str, Any]:
-    """The options that differ from the defaults, as plain values."""
-    return {name: value for name, value in config.to_dict().items() if getattr(config, name) != DEFAULTS[name]}
-
-
-DEFAULTS = vars(TrainConfig())
+def unions(methods: Sequence[Method]) -> dict[str, list[Any]]:
+    """The parts whose options are those of any of the methods."""
+    return {
+        "adapter": [ADAPTERS.find(method.adapter) for method in methods],
+        "optimizer": [OPTIMIZERS.find(method.optimizer) for method in methods],
+    }

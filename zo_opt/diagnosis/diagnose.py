@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from zo_opt.adapters import trainable_parameters
-from zo_opt.directions import StepDirections, get_directions
+from zo_opt.directions import DIRECTIONS, StepDirections
 from zo_opt.errors import ZOError
-from zo_opt.estimators import forward_gradient, two_sided
+from zo_opt.estimators import TwoSided, TwoSidedWithCurvature, directional_derivative
 from zo_opt.queries.modes import Evaluator
 from zo_opt.queries.nesting import map_tensors
 from zo_opt.queries.perturbation import Perturbed
@@ -128,7 +128,7 @@ class _Probe:
 
     def __init__(self, config: TrainConfig, tools: Tools, queries: int) -> None:
         self._tools, self._size = tools, min(config.batch_size, len(tools.train), queries)
-        self._kind, self._seed = get_directions(config.directions or "rademacher"), config.seed
+        self._kind, self._seed = DIRECTIONS.make(config.directions or "rademacher"), config.seed
         self._batches = -(-queries // self._size)
         self.trainables = Trainables(trainable_parameters(tools.model))
 
@@ -150,7 +150,7 @@ class _Probe:
         """float64, (batches * size,); nan where a loss was not finite."""
         grads = []
         for evaluator in self._evaluators():
-            grads.append(two_sided(evaluator, self._size, zo_eps).projected_grads)
+            grads.append(TwoSided()(evaluator, self._size, zo_eps).projected_grads)
             tracker.advance(2 * self._size)
         return torch.cat(grads)
 
@@ -162,9 +162,9 @@ class _Probe:
             for evaluator in self._evaluators():
                 for query in range(self._size):
                     call = self._call(evaluator, query)
-                    grads.append(forward_gradient(evaluator.perturbed, call, [query]).projected_grads)
+                    grads.append(directional_derivative(evaluator.perturbed, call, query)[1])
                     tracker.advance(1)
-            return torch.cat(grads), "forward-mode derivatives in fp32"
+            return torch.tensor(grads, dtype=torch.float64), "forward-mode derivatives in fp32"
         except ZOError:
             return self.projected_grads(1e-2, tracker), "differences in fp32 at zo_eps 0.01"
 
@@ -175,7 +175,7 @@ class _Probe:
     @torch.no_grad()
     def curvature(self, zo_eps: float) -> tuple[float, float]:
         """Mean and mean absolute value of z^T H z over directions and examples."""
-        found = [two_sided(e, self._size, zo_eps, curvature=True).curvatures for e in self._evaluators()]
+        found = [TwoSidedWithCurvature()(e, self._size, zo_eps).curvatures for e in self._evaluators()]
         curvatures = torch.cat([c for c in found if c is not None])
         finite = curvatures[curvatures.isfinite()]
         return float(finite.mean()), float(finite.abs().mean())

@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from copy import copy
 from itertools import accumulate
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,9 +29,7 @@ class Stream(NamedTuple):
 
 
 class Directions(ABC):
-    """A distribution of directions, with mean zero; ``name`` as in :data:`~zo_opt.directions.DIRECTIONS`."""
-
-    name: str
+    """A distribution of directions, with mean zero. Its options are the fields of a frozen dataclass."""
 
     @abstractmethod
     def draw(self, stream: Stream, shapes: Shapes, start: int, stop: int, device: torch.device) -> Tensor:
@@ -45,7 +43,7 @@ class MatrixDirections(Directions):
     bounds: a matrix product's last bits depend on its size, and a range must not depend on how it is cut.
     """
 
-    BLOCK = 1 << 16  # entries
+    BLOCK: ClassVar[int] = 1 << 16  # entries
 
     @abstractmethod
     def rows(self, stream: Stream, parameter: int, shape: tuple[int, int], first: int, last: int) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -11,26 +14,25 @@ from zo_opt.directions.philox import WORDS, mix, words
 BLOCK = 1 << 16
 
 
+@dataclass(frozen=True)
 class Gaussian(Directions):
     """z ~ N(0, I), drawn with torch's native generator: fast; the bits differ between CPU and CUDA, and between versions of torch.
 
     Entries come in blocks of 2^16, each with a seed of its own, so that a range costs at most its own blocks.
     """
 
-    name = "gaussian"
-
     def draw(self, stream: Stream, shapes: Shapes, start: int, stop: int, device: torch.device) -> Tensor:
         return normal(stream, start, stop, device)
 
 
+@dataclass(frozen=True)
 class PhiloxGaussian(Directions):
     """z ~ N(0, I) by Box and Muller's transform of Philox words: the same on every device, to the rounding of log and cos.
 
     Four times slower than the native generator. One 64-bit word gives two entries (the transform is evaluated in float64).
     """
 
-    name = "philox-gaussian"
-    _PER_BLOCK = 2 * WORDS
+    _PER_BLOCK: ClassVar[int] = 2 * WORDS
 
     def draw(self, stream: Stream, shapes: Shapes, start: int, stop: int, device: torch.device) -> Tensor:
         first, last = start // self._PER_BLOCK, -(-stop // self._PER_BLOCK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -15,16 +16,20 @@ _CPU = torch.device("cpu")
 _U, _V, _Z, _VECTOR = 11, 12, 13, 14  # which of a parameter's random sequences
 
 
+@dataclass(frozen=True)
 class _PlainVectors(MatrixDirections):
-    def __init__(self, rank: int, interval: int) -> None:
-        if rank < 1 or interval < 1:
-            raise ZOError(f"rank={rank} and interval={interval} are not possible; both must be at least 1.")
-        self.rank, self.interval = rank, interval
+    rank: int
+    interval: int
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.interval < 1:
+            raise ZOError(f"rank={self.rank} and interval={self.interval} are not possible; both must be at least 1.")
 
     def vector(self, stream: Stream, parameter: int, size: int) -> Tensor:
         return _normal(*stream, parameter, _VECTOR, rows=size, columns=1).flatten()
 
 
+@dataclass(frozen=True)
 class LowRank(_PlainVectors):
     """z_W = U V^T / r: U (m, r) fresh in every step and query, V (n, r) kept for ``interval`` steps; Gaussian entries.
 
@@ -35,10 +40,8 @@ class LowRank(_PlainVectors):
         interval: steps for which V is kept.
     """
 
-    name = "low-rank"
-
-    def __init__(self, rank: int = 2, interval: int = 50) -> None:
-        super().__init__(rank, interval)
+    rank: int = 2
+    interval: int = 50
 
     def rows(self, stream: Stream, parameter: int, shape: tuple[int, int], first: int, last: int) -> Tensor:
         epoch = stream.step // self.interval
@@ -47,6 +50,7 @@ class LowRank(_PlainVectors):
         return u[first:last] @ v.T / self.rank
 
 
+@dataclass(frozen=True)
 class Subspace(_PlainVectors):
     """z_W = U Z V^T: U (m, r) and V (n, r) with orthonormal columns, drawn every ``interval`` steps; Z (r, r) Gaussian, fresh.
 
@@ -57,10 +61,8 @@ class Subspace(_PlainVectors):
         interval: steps for which the subspaces are kept.
     """
 
-    name = "subspace"
-
-    def __init__(self, rank: int = 32, interval: int = 500) -> None:
-        super().__init__(rank, interval)
+    rank: int = 32
+    interval: int = 500
 
     def rows(self, stream: Stream, parameter: int, shape: tuple[int, int], first: int, last: int) -> Tensor:
         rank, epoch = min(self.rank, *shape), stream.step // self.interval

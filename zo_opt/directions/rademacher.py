@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -15,13 +16,12 @@ _PER_BLOCK = 256  # bits
 KIND = 0
 
 
+@dataclass(frozen=True)
 class Rademacher(Directions):
     """z = +1 or -1 with equal probability: bits of Philox-4x64-10.
 
     Entry i is bit i mod 256 of the block with counter (i // 256 + 1, query, step, 0) under the key (seed, 0).
     """
-
-    name = "rademacher"
 
     def draw(self, stream: Stream, shapes: Shapes, start: int, stop: int, device: torch.device) -> Tensor:
         return signs((stream.seed, 0), (stream.query, stream.step, KIND), start, stop, device)

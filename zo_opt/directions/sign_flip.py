@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -13,14 +15,13 @@ _CPU = torch.device("cpu")
 KIND = 3
 
 
+@dataclass(frozen=True)
 class SignFlip(MatrixDirections):
     """z_q = Z * (a_q b_q^T): Z ~ N(0, I) shared by the step's queries, a_q and b_q sign vectors of the query; Z * a_q for vectors.
 
     Source: GRZO, arXiv 2606.02857. Each z_q alone is N(0, I); those of two queries are uncorrelated. For a linear layer
     Z x-products of a whole batch with a direction an example cost one product (flip input, multiply, flip output).
     """
-
-    name = "sign-flip"
 
     def rows(self, stream: Stream, parameter: int, shape: tuple[int, int], first: int, last: int) -> Tensor:
         m, n = shape

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ _PER_BLOCK = 16  # 16-bit numbers in a Philox block
 KIND = 2
 
 
+@dataclass(frozen=True)
 class Sparse(Directions):
     """z = s m / sqrt(density): signs s, and a mask m that keeps each entry with probability ``density``, fresh for every query.
 
@@ -23,12 +26,13 @@ class Sparse(Directions):
         ZOError: the density is not in (0, 1].
     """
 
-    name = "sparse"
+    density: float = 0.1
 
-    def __init__(self, density: float = 0.1) -> None:
-        if not 0 < density <= 1:
-            raise ZOError(f"density={density} is not possible; give the share of entries to keep, above 0 and up to 1.")
-        self.density = density
+    def __post_init__(self) -> None:
+        if not 0 < self.density <= 1:
+            raise ZOError(
+                f"density={self.density} is not possible; give the share of entries to keep, above 0 and up to 1."
+            )
 
     def draw(self, stream: Stream, shapes: Shapes, start: int, stop: int, device: torch.device) -> Tensor:
         first, last = start // _PER_BLOCK, -(-stop // _PER_BLOCK)

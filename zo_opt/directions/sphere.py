@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -13,13 +14,12 @@ from zo_opt.directions.gaussian import normal
 _CHUNK = 1 << 18
 
 
+@dataclass(frozen=True)
 class Sphere(Directions):
     """z = sqrt(d) x / ||x||, x ~ N(0, I) over all d trainables, so that E[z z^T] = I and ||z||^2 = d exactly.
 
     Source: Flaxman et al., arXiv cs/0408007. The norm costs one more draw of the whole direction, remembered while it is in use.
     """
-
-    name = "sphere"
 
     def draw(self, stream: Stream, shapes: Shapes, start: int, stop: int, device: torch.device) -> Tensor:
         return normal((*stream, 2), start, stop, device) * _factor(stream, sum(map(numel, shapes)), device)

@@ -3,12 +3,12 @@
 from zo_opt.distributed.processes import (
     WITHIN,
     Distributed,
-    RankError,
     launched_rank,
     meet,
     part_of,
     process_group,
     world_size,
 )
+from zo_opt.errors import RankError
 
 __all__ = ["WITHIN", "Distributed", "RankError", "launched_rank", "meet", "part_of", "process_group", "world_size"]

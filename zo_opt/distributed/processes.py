@@ -16,13 +16,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from zo_opt.errors import ZOError
+from zo_opt.errors import RankError, ZOError
 
 WITHIN = ("sequential", "batched", "split", "auto")
-
-
-class RankError(RuntimeError):
-    """Another rank failed, is gone, or no longer has the same weights; the trainables are what they were before the step."""
 
 
 @dataclass(frozen=True)

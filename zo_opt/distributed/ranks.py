@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from zo_opt.distributed import Distributed, RankError, part_of, world_size
-from zo_opt.errors import ZOError
+from zo_opt.distributed.processes import Distributed, part_of, world_size
+from zo_opt.errors import RankError, ZOError
 from zo_opt.queries.nesting import batch_size, map_tensors
 from zo_opt.queries.trainables import Trainables
 

@@ -1,23 +1,34 @@
-"""Estimators: losses at perturbed points -> derivatives along directions. Pure functions; they know nothing of update rules."""
+"""Estimators: losses at perturbed points -> derivatives along directions. They know nothing of update rules.
 
-from zo_opt.estimators.spsa import (
-    Estimate,
-    Evaluate,
-    combine,
-    control_variate,
-    forward_gradient,
-    one_sided,
-    private_two_sided,
-    two_sided,
+One file a kind; add a line to ESTIMATORS for a new one.
+"""
+
+from zo_opt.choices import Table
+from zo_opt.estimators.base import Estimate, Estimator, combine, estimate_of
+from zo_opt.estimators.forward_mode import ForwardMode, directional_derivative
+from zo_opt.estimators.spsa import OneSided, TwoSided, TwoSidedWithCurvature, control_variate
+
+ESTIMATORS: Table[Estimator] = Table(
+    "estimator",
+    Estimator,
+    {
+        "two-sided": TwoSided,
+        "two-sided-curvature": TwoSidedWithCurvature,
+        "one-sided": OneSided,
+        "forward-mode": ForwardMode,
+    },
 )
 
 __all__ = [
+    "ESTIMATORS",
     "Estimate",
-    "Evaluate",
+    "Estimator",
+    "ForwardMode",
+    "OneSided",
+    "TwoSided",
+    "TwoSidedWithCurvature",
     "combine",
     "control_variate",
-    "forward_gradient",
-    "one_sided",
-    "private_two_sided",
-    "two_sided",
+    "directional_derivative",
+    "estimate_of",
 ]

@@ -3,7 +3,7 @@
 Format: lines of ``<JSON> <checksum>``, the checksum 12 hexadecimal digits of SHA-256 over the line and the checksum before it, so that
 no line can be changed, lost, repeated or moved unnoticed. The first line describes the optimizer (run seed included, from which with step
 and query every direction follows) and has fingerprints of the frozen and the tuned weights at the start. A step is a list, ``[step,
-learning rates, coefficients, curvatures, older]``, empty ends left out; ``older`` names earlier steps by number where their
+learning rates, coefficients, curvatures, older, lost]``, empty ends left out; ``older`` names earlier steps by number where their
 coefficients are those of their own lines. ``{"steps": n, "weights": ...}`` is a fingerprint of the tuned weights after n steps.
 """
 
@@ -20,8 +20,8 @@ from zo_opt.journal.header import check_header, numbers, text, whole
 from zo_opt.optim import Update
 from zo_opt.system.plain_json import parse
 
-FORMAT = "zo_opt.journal/1"
-COLUMNS = ("step", "lrs", "coefficients", "curvatures", "older")
+FORMAT = "zo_opt.journal/2"
+COLUMNS = ("step", "lrs", "coefficients", "curvatures", "older", "lost")
 _DIGITS = 12  # of a checksum
 
 
@@ -128,13 +128,16 @@ def _take(contents: Contents, content: Any, path: Path, number: int) -> None:
     step, lrs, coefficients, *rest = content
     if whole(step) != contents.steps:
         raise ZOError(f"{path} has a gap: line {number} is step {step}, expected {contents.steps}.")
-    curvatures, older = [*rest, (), ()][:2]
+    curvatures, older, lost = [*rest, (), (), ()][:3]
     named = [(o, contents.updates[o - contents.start].coefficients) if isinstance(o, int) else o for o in older]
     if any(not 0 <= whole(s) <= step for s, _ in named):
         raise ValueError("it refers to a step that is not before it")
     pairs = tuple((s, numbers(c)) for s, c in named)
     found = numbers(coefficients)
-    contents.updates.append(Update(step, numbers(lrs), found, numbers(curvatures, (0, len(found))), pairs))
+    if any(not 0 <= whole(query) < len(found) for query in lost):
+        raise ValueError("it has lost a query that there was not")
+    update = Update(step, numbers(lrs), found, numbers(curvatures, (0, len(found))), pairs, tuple(lost))
+    contents.updates.append(update)
 
 
 def make_line(content: Any, previous: str) -> tuple[str, bytes]:

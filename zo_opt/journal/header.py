@@ -18,12 +18,16 @@ def check_header(header: dict[str, Any]) -> None:
     optimizer, start = header["optimizer"], header["start"]
     for name in ("frozen", "tuned", "device", "torch"):
         text(header[name])
-    for name in ("name", "directions", "update_rule"):
+    for name in ("method", "machine"):
         text(optimizer[name])
+    for part in ("directions", "update_rule"):
+        text(optimizer[part]["name"])
+    if type(optimizer["portable"]) is not bool:
+        raise TypeError("no truth value")
     whole(optimizer["seed"])
     for name in ("step", "updates"):
         whole(start[name])
-    for settings in (optimizer["settings"], optimizer["directions_settings"], optimizer["update_rule_settings"]):
+    for settings in (optimizer["options"], optimizer["directions"], optimizer["update_rule"]):
         for name, value in settings.items():
             if type(value) is not bool and not isinstance(value, str):
                 number(value)

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import replace
 from hashlib import sha256
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zo_opt.directions import DIRECTIONS
+from zo_opt.choices import Table
+from zo_opt.directions import DIRECTIONS, Rademacher
 from zo_opt.errors import ZOError
 from zo_opt.optim import OPTIMIZERS, UPDATE_RULES, ZerothOrderOptimizer
 
 # What decides coefficients and not what they do: no part of a replay, where coefficients are given. The key to privacy's noise
 # is among it, which must never be in a journal.
-_DECIDING = ("seed", "zo_eps", "history", "failed_steps", "dropped_queries", "step_control", "privacy")
+_DECIDING = ("seed", "zo_eps", "history", "failed_steps", "dropped_queries", "step_control", "estimator")
+_TABLES: Mapping[str, Table[Any]] = {"directions": DIRECTIONS, "update_rule": UPDATE_RULES}
+_MACHINES: Table[Any] = Table(
+    "machine",
+    ZerothOrderOptimizer,
+    {"zeroth-order": ZerothOrderOptimizer}
+    | {
+        name: kind
+        for name, kind in OPTIMIZERS.items()
+        if isinstance(kind, type) and issubclass(kind, ZerothOrderOptimizer)
+    },
+)
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -72,17 +83,20 @@ def tuned_names(optimizer: ZerothOrderOptimizer, model: nn.Module) -> dict[str, 
 
 
 def describe(optimizer: ZerothOrderOptimizer, model: nn.Module) -> dict[str, Any]:
-    """All that ``optimizer.apply`` depends on besides weights, tensors of its state and the update itself, as plain values."""
+    """All that :func:`~zo_opt.optim.apply` depends on besides weights, tensors of its state and the update itself, as plain values."""
     names = {id(p): name for name, p in tuned_names(optimizer, model).items()}
-    directions, rule = optimizer.directions, optimizer.update_rule
+    choices, own = optimizer.choices, [name for name in optimizer.method.own if hasattr(optimizer, name)]
     description = {
-        "name": _name(optimizer, OPTIMIZERS),
-        "settings": _settings(optimizer),
-        "directions": _name(directions, DIRECTIONS),
-        "directions_settings": {k: v for k, v in vars(directions).items() if k[0] != "_" and _is_plain(v)},
-        "update_rule": _name(rule, UPDATE_RULES),
-        "update_rule_settings": asdict(rule) if is_dataclass(rule) else {},
-        "seed": optimizer.seed,
+        "method": optimizer.method.name,
+        "machine": _machine_name(optimizer),
+        "options": {name: value for name in own if _is_plain(value := getattr(optimizer, name))},
+        "directions": DIRECTIONS.plain(choices.directions),
+        "update_rule": UPDATE_RULES.plain(choices.update_rule),
+        # The same bits on every device: all products are with +-1 or 0, so that only sums round.
+        "portable": isinstance(choices.directions, Rademacher)
+        and choices.update_rule.exact_signs
+        and not optimizer.own_arithmetic,
+        "seed": optimizer.setting.seed,
         "groups": [
             {
                 "weight_decay": float(group["weight_decay"]),
@@ -119,22 +133,23 @@ def rebuild(description: Mapping[str, Any], start: Mapping[str, Any], model: nn.
 
 
 def _rebuild(description: Mapping[str, Any], start: Mapping[str, Any], model: nn.Module) -> ZerothOrderOptimizer:
-    for key, table in (("name", OPTIMIZERS), ("directions", DIRECTIONS), ("update_rule", UPDATE_RULES)):
-        if description[key] not in table:
+    for part, name in (("machine", description["machine"]), *((p, description[p]["name"]) for p in _TABLES)):
+        if ":" in name:  # a file does not decide what code is imported
             raise ZOError(
-                f"{description[key]} is none of zo_opt's own ({key}); build the optimizer as for training and pass it along."
+                f"{name} is none of zo_opt's own ({part}); build the optimizer as for training and pass it along."
             )
     parameters = dict(model.named_parameters())
     groups = [
         {"params": [parameters[n] for n in group["parameters"]], "weight_decay": group["weight_decay"]}
         for group in description["groups"]
     ]
-    kind: Any = OPTIMIZERS[description["name"]]
-    optimizer: ZerothOrderOptimizer = kind(groups, lr=0.0, module=model, **description["settings"])
+    kind: Any = _MACHINES.find(description["machine"])
+    optimizer: ZerothOrderOptimizer = kind(groups, lr=0.0, module=model, **description["options"])
+    parts = {part: table.make(description[part]) for part, table in _TABLES.items()}
     # Not as arguments: some methods fix theirs.
-    optimizer.directions = DIRECTIONS[description["directions"]](**description["directions_settings"])
-    optimizer.update_rule = UPDATE_RULES[description["update_rule"]](**description["update_rule_settings"])
-    optimizer.seed = description["seed"]
+    optimizer.choices = replace(optimizer.choices, **parts)
+    optimizer.setting = replace(optimizer.setting, seed=description["seed"])
+    optimizer.method = replace(optimizer.method, name=description["method"])
     fresh = optimizer.state_dict()
     optimizer.load_state_dict(fresh | {"zo": fresh["zo"] | start})
     return optimizer
@@ -151,20 +166,6 @@ def check_described(description: Mapping[str, Any], optimizer: ZerothOrderOptimi
         raise ZOError(
             f"the journal is of another optimizer than the one given ({found}); build it with the same options."
         )
-
-
-def is_portable(description: Mapping[str, Any]) -> bool:
-    """Whether updates give the same bits on every device: all products are with +-1 or 0, so that only sums round.
-
-    >>> is_portable({"name": "mezo", "directions": "rademacher", "update_rule": "adam"})
-    False
-    """
-    own_arithmetic = {"hizoo", "zo-kalman"}
-    return (
-        description["name"] in OPTIMIZERS.keys() - own_arithmetic
-        and description["directions"] == "rademacher"
-        and description["update_rule"] in ("sgd", "sign")
-    )
 
 
 def device_type(optimizer: ZerothOrderOptimizer) -> str:
@@ -188,18 +189,8 @@ def difference(recorded: Any, given: Any, where: str = "") -> str | None:
     return next((text for text in found if text is not None), None)
 
 
-def _name(thing: Any, table: Mapping[str, type]) -> str:
-    """The name in zo_opt's table; of others, subclasses included, the full name of the class."""
-    kind = type(thing)
-    return next((name for name, known in table.items() if known is kind), f"{kind.__module__}.{kind.__qualname__}")
-
-
-def _settings(optimizer: ZerothOrderOptimizer) -> dict[str, Any]:
-    """The plain arguments that a method has beyond those of all optimizers, where it keeps them under their names."""
-    shared = inspect.signature(ZerothOrderOptimizer).parameters
-    kinds = [kind for kind in type(optimizer).__mro__ if issubclass(kind, ZerothOrderOptimizer)]
-    own = {name for kind in kinds for name in inspect.signature(kind).parameters} - set(shared)
-    return {name: value for name in sorted(own) if _is_plain(value := getattr(optimizer, name, None))}
+def _machine_name(optimizer: ZerothOrderOptimizer) -> str:
+    return _MACHINES.name_of(optimizer)
 
 
 def _is_plain(value: Any) -> bool:

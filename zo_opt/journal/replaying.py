@@ -15,12 +15,11 @@ from zo_opt.journal.provenance import (
     difference,
     fingerprint,
     frozen_state,
-    is_portable,
     progress,
     rebuild,
     tuned_names,
 )
-from zo_opt.optim import Update, ZerothOrderOptimizer
+from zo_opt.optim import Update, ZerothOrderOptimizer, apply
 
 
 def replay(
@@ -61,7 +60,7 @@ def replay(
         f"{contents.header['device']} with torch {contents.header['torch']}",
         f"{device_type(optimizer)} with torch {torch.__version__}",
     )
-    if exact and not contents.weights and there != here and not is_portable(contents.header["optimizer"]):
+    if exact and not contents.weights and there != here and not contents.header["optimizer"]["portable"]:
         raise ZOError(
             f"the journal was written on {there} and has no fingerprint of later weights, so that a different outcome on {here} "
             "would go unnoticed; replay where it was trained, or pass exact=False to take what comes out."
@@ -81,7 +80,7 @@ def replay(
 
 def _apply(optimizer: ZerothOrderOptimizer, update: Update) -> None:
     try:
-        optimizer.apply(update)
+        apply(optimizer, update)
     except ZOError:
         raise
     except (TypeError, ValueError, RuntimeError, IndexError, OverflowError, ZeroDivisionError) as error:

@@ -92,7 +92,7 @@ class Journal:
         tuned = tuned_names(optimizer, model)
         if optimizer.state_dict()["state"]:
             raise ZOError(
-                f"{optimizer.name} has state from {optimizer.step_count} earlier steps that a new journal would lack; begin "
+                f"{optimizer.method.name} has state from {optimizer.step_count} earlier steps that a new journal would lack; begin "
                 "the journal with the run, or go on with the run's own by Journal.open."
             )
         header = {
@@ -171,7 +171,7 @@ class Journal:
             else [step, coefficients]
             for step, coefficients in update.older
         ]
-        row: list[Any] = [update.step, update.lrs, update.coefficients, update.curvatures, older]
+        row: list[Any] = [update.step, update.lrs, update.coefficients, update.curvatures, older, update.lost]
         while len(row) > 3 and not row[-1]:
             row.pop()
         self._write(row)

@@ -1,39 +1,67 @@
-"""Zeroth-order optimizers: one file each; add a row here for a new one."""
+"""Optimizers: choices (:mod:`~zo_opt.optim.choices`), the machine that runs them, and named methods. Add a line to OPTIMIZERS for a new one."""
 
-from zo_opt.optim.adazeta import AdaZeta
-from zo_opt.optim.base import ZerothOrderOptimizer
-from zo_opt.optim.forward_gradient import ForwardGradient
-from zo_opt.optim.fzoo import FZOO
-from zo_opt.optim.grzo import GRZO
+from typing import Any
+
+from zo_opt.choices import Table
+from zo_opt.optim.backpropagation import Backpropagation
+from zo_opt.optim.choices import Choices, Method, QueryMode, Setting
+from zo_opt.optim.counting import CountingOptimizer
 from zo_opt.optim.hizoo import HiZOO
 from zo_opt.optim.line_search import LineSearch
-from zo_opt.optim.lozo import LOZO
-from zo_opt.optim.mezo import MeZO
+from zo_opt.optim.machine import ZerothOrderOptimizer
 from zo_opt.optim.mezo_svrg import MeZOSVRG
+from zo_opt.optim.presets import (
+    FZOO,
+    GRZO,
+    LOZO,
+    AdaZeta,
+    ForwardGradient,
+    MeZO,
+    Preset,
+    SubZero,
+    ZOAdam,
+    ZOConservative,
+    ZOMomentum,
+    ZOSign,
+)
 from zo_opt.optim.records import StepRecord, Update
+from zo_opt.optim.redo import apply, redo
 from zo_opt.optim.sparse_mezo import SparseMeZO
 from zo_opt.optim.step_control import (
+    STEP_CONTROLS,
     ClipProjectedGrads,
     DivideBySpread,
     NormalizeProjectedGrads,
     StepControl,
+    StepState,
     TrustRegion,
 )
-from zo_opt.optim.subzero import SubZero
 from zo_opt.optim.update_rules import SGD, UPDATE_RULES, Adam, AMSGrad, Momentum, Sign, UpdateRule
-from zo_opt.optim.zo_adam import ZOAdam
-from zo_opt.optim.zo_conservative import ZOConservative
 from zo_opt.optim.zo_kalman import ZOKalman
-from zo_opt.optim.zo_momentum import ZOMomentum
-from zo_opt.optim.zo_sign import ZOSign
 
-OPTIMIZERS: dict[str, type[ZerothOrderOptimizer]] = {
-    o.name: o
-    for o in (
-        MeZO, AdaZeta, ZOSign, ZOMomentum, ZOAdam, ZOConservative, SparseMeZO, HiZOO, LOZO, SubZero, FZOO, GRZO, MeZOSVRG,
-        ForwardGradient, ZOKalman,
-    )
-}  # fmt: skip
+# Called with parameters and options, each makes an optimizer; ``.method`` says what it presets and fixes.
+OPTIMIZERS: Table[Any] = Table(
+    "optimizer",
+    None,
+    {
+        "mezo": MeZO,
+        "adazeta": AdaZeta,
+        "zo-sign": ZOSign,
+        "zo-momentum": ZOMomentum,
+        "zo-adam": ZOAdam,
+        "zo-conservative": ZOConservative,
+        "sparse-mezo": SparseMeZO,
+        "hizoo": HiZOO,
+        "lozo": LOZO,
+        "subzero": SubZero,
+        "fzoo": FZOO,
+        "grzo": GRZO,
+        "mezo-svrg": MeZOSVRG,
+        "forward-gradient": ForwardGradient,
+        "zo-kalman": ZOKalman,
+        "adamw": Backpropagation,
+    },
+)
 
 __all__ = [
     "FZOO",
@@ -41,23 +69,32 @@ __all__ = [
     "LOZO",
     "OPTIMIZERS",
     "SGD",
+    "STEP_CONTROLS",
     "UPDATE_RULES",
     "AMSGrad",
     "AdaZeta",
     "Adam",
+    "Backpropagation",
+    "Choices",
     "ClipProjectedGrads",
+    "CountingOptimizer",
     "DivideBySpread",
     "ForwardGradient",
     "HiZOO",
     "LineSearch",
     "MeZO",
     "MeZOSVRG",
+    "Method",
     "Momentum",
     "NormalizeProjectedGrads",
+    "Preset",
+    "QueryMode",
+    "Setting",
     "Sign",
     "SparseMeZO",
     "StepControl",
     "StepRecord",
+    "StepState",
     "SubZero",
     "TrustRegion",
     "Update",
@@ -68,4 +105,6 @@ __all__ = [
     "ZOMomentum",
     "ZOSign",
     "ZerothOrderOptimizer",
+    "apply",
+    "redo",
 ]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
-from torch import Tensor
-
-from zo_opt.directions import StepDirections
 from zo_opt.errors import ZOError
-from zo_opt.estimators import Estimate, two_sided
-from zo_opt.optim.base import ZerothOrderOptimizer
+from zo_opt.estimators import Estimate, TwoSidedWithCurvature
+from zo_opt.optim.axis import Directed
+from zo_opt.optim.choices import Method
+from zo_opt.optim.machine import ZerothOrderOptimizer
 from zo_opt.optim.records import Update
-from zo_opt.queries.modes import Evaluator
+from zo_opt.queries.perturbation import Transform
 from zo_opt.queries.trainables import Piece
 
 
@@ -36,42 +36,37 @@ class HiZOO(ZerothOrderOptimizer):
     True
     """
 
-    name = "hizoo"
-    searchable = False
-    FLOOR = 1e-8  # [choice] of H: where the loss looks straight, steps must not grow without bound
-    slot_values: ClassVar[dict[str, float]] = {"hessian": 1.0}
+    method = Method(
+        "hizoo",
+        {"lr": 1e-6, "estimator": TwoSidedWithCurvature()},
+        frozenset({"estimator", "line_search"}),
+        ("smoothing",),
+    )
+    own_estimates: ClassVar[bool] = True
+    own_gradient: ClassVar[bool] = True
+    own_arithmetic: ClassVar[bool] = True
+    FLOOR: ClassVar[float] = 1e-8  # [choice] of H: where the loss looks straight, steps must not grow without bound
+    slot_values: ClassVar[Mapping[str, float]] = {"hessian": 1.0}
 
-    def __init__(self, params: Iterable[Any], *, lr: float = 1e-6, smoothing: float = 1e-6, **options: Any) -> None:
+    def __init__(self, params: Iterable[Any], *, smoothing: float = 1e-6, **options: Any) -> None:
         if not 0 < smoothing <= 1:
             raise ZOError(f"smoothing={smoothing} is not possible; give a share of the new curvature, such as 1e-6.")
-        super().__init__(params, lr=lr, **options)
+        super().__init__(params, **options)
         self.smoothing = smoothing
 
-    def _estimate(self, evaluator: Evaluator, queries: int) -> Estimate:
-        return two_sided(evaluator, queries, self.zo_eps, curvature=True)
-
-    def _transform(self) -> Callable[[Tensor, int, int, Tensor], Tensor]:
+    def transform(self) -> Transform:
         slots = self.slots()
         return lambda z, start, stop, weights: z / slots.range("hessian", start, stop).sqrt()
 
-    def _update(self, estimate: Estimate, coefficients: tuple[float, ...]) -> Update:
+    def update_from(self, estimate: Estimate, update: Update) -> Update:
         assert estimate.curvatures is not None
-        curvatures = tuple(estimate.curvatures.nan_to_num(0.0).tolist())
-        return Update(self.step_count, self._lrs(), coefficients, curvatures)
+        return replace(update, curvatures=tuple(estimate.curvatures.nan_to_num(0.0).tolist()))
 
-    def _gradient(
-        self, piece: Piece, update: Update, directions: dict[int, StepDirections], scale: float
-    ) -> tuple[Tensor, float]:
+    def absorb(self, piece: Piece, update: Update, directions: Directed) -> None:
+        """H <- (1-s) H + s * mean_q |c_q| H z_q^2 / 2, before the step uses it."""
         hessian = self.slots().range("hessian", piece.start, piece.stop)
-        kept = [(q, abs(c)) for q, c in enumerate(update.curvatures) if (update.coefficients[q], c) != (0, 0)]
         mean = hessian.new_zeros(len(hessian))
-        for query, curvature in kept:
+        for query in update.kept:
             z = directions[update.step].range(query, piece.start, piece.stop)
-            mean.add_(z.square(), alpha=curvature / (2 * len(kept)))
+            mean.add_(z.square(), alpha=abs(update.curvatures[query]) / (2 * len(update.kept)))
         hessian.mul_(1 - self.smoothing + self.smoothing * mean).clamp_(min=self.FLOOR)
-        return super()._gradient(piece, update, directions, scale)
-
-    def _applied_gradient(
-        self, piece: Piece, update: Update, directions: dict[int, StepDirections], scale: float
-    ) -> tuple[Tensor, float]:
-        return super()._gradient(piece, update, directions, scale)  # H has taken the update's curvature in

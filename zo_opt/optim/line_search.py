@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 
 from torch import Tensor
 
 from zo_opt.errors import ZOError
+from zo_opt.optim.records import Update
 from zo_opt.queries.modes import Evaluator
 from zo_opt.queries.perturbation import Point
 
@@ -25,22 +26,27 @@ class LineSearch:
         ZOError: no multipliers.
     """
 
-    multipliers: Sequence[float] = (0.0, 1.0)
+    multipliers: tuple[float, ...] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         if len(self.multipliers) == 0:
             raise ZOError("a line search needs at least one multiplier, such as (0.0, 1.0).")
 
-    def __call__(
-        self, coefficients: Sequence[float], lrs: Tensor, evaluators: Sequence[Evaluator]
-    ) -> tuple[float, int]:
-        """The best multiplier (0 where no loss is finite) and the forwards spent; ``lrs``: one a parameter."""
+    def __call__(self, update: Update, parameter_lrs: Tensor, evaluators: Sequence[Evaluator]) -> tuple[Update, int]:
+        """The update at its best length (0 where no loss is finite), and the forwards spent.
+
+        Args:
+            update: the step as estimated.
+            parameter_lrs: a learning rate for every parameter.
+            evaluators: one for each micro-batch of the step.
+        """
         points = [
-            Point(tuple((q, -m * c) for q, c in enumerate(coefficients) if m * c != 0), factors=lrs)
+            Point(tuple((q, -m * c) for q, c in enumerate(update.coefficients) if m * c != 0), factors=parameter_lrs)
             for m in self.multipliers
         ]
         losses = sum(evaluator.at(points) for evaluator in evaluators)
         assert isinstance(losses, Tensor)
         finite = [(loss, i) for i, loss in enumerate(losses.tolist()) if isfinite(loss)]
-        best = self.multipliers[min(finite)[1]] if finite else 0.0
-        return best, len(points) * len(evaluators)
+        length = self.multipliers[min(finite)[1]] if finite else 0.0
+        scaled = replace(update, coefficients=tuple(length * c for c in update.coefficients))
+        return scaled, len(points) * len(evaluators)

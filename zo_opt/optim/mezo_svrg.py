@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from zo_opt.errors import ZOError
-from zo_opt.estimators import Estimate, control_variate, two_sided
-from zo_opt.optim.base import ZerothOrderOptimizer
+from zo_opt.estimators import Estimate, control_variate
+from zo_opt.optim.choices import Method
+from zo_opt.optim.machine import ZerothOrderOptimizer
 from zo_opt.optim.records import Update
 from zo_opt.queries.modes import Evaluator
 from zo_opt.queries.trainables import Trainables
@@ -22,7 +24,7 @@ class MeZOSVRG(ZerothOrderOptimizer):
     Every ``interval`` steps theta~ <- theta, and the step is G's own. Between, g_q(theta) and g_q(theta~) are taken on the same
     mini-batch along the same direction: four forwards a query. Source: arXiv 2404.08080, algorithm 1; [choice] one lr for both
     kinds of step. Keeps a float32 copy of the trainables. Other arguments as in
-    :class:`~zo_opt.optim.base.ZerothOrderOptimizer`; not in split mode with ``full_closure``.
+    :class:`~zo_opt.optim.machine.ZerothOrderOptimizer`; not in split mode with ``full_closure``.
 
     Args:
         interval: steps between snapshots.
@@ -37,23 +39,23 @@ class MeZOSVRG(ZerothOrderOptimizer):
     True
     """
 
-    name = "mezo-svrg"
-    searchable = False
-    slot_values: ClassVar[dict[str, float]] = {"snapshot": 0.0}
+    method = Method("mezo-svrg", {"lr": 1e-6}, frozenset({"estimator", "line_search"}), ("interval", "full_closure"))
+    own_estimates: ClassVar[bool] = True
+    own_gradient: ClassVar[bool] = True
+    slot_values: ClassVar[Mapping[str, float]] = {"snapshot": 0.0}
 
     def __init__(
         self,
         params: Iterable[Any],
         *,
-        lr: float = 1e-6,
         interval: int = 2,
         full_closure: Callable[[], Any] | None = None,
         **options: Any,
     ) -> None:
         if interval < 1:
             raise ZOError(f"interval={interval} is not possible; give the steps between snapshots, at least 1.")
-        super().__init__(params, lr=lr, **options)
-        if full_closure is not None and self.query_mode != "sequential":
+        super().__init__(params, **options)
+        if full_closure is not None and self.choices.query_mode != "sequential":
             raise ZOError('a full_closure takes no batch, so that it needs query_mode="sequential".')
         self.interval, self.full_closure = interval, full_closure
         self.snapshot_step = -1
@@ -66,21 +68,22 @@ class MeZOSVRG(ZerothOrderOptimizer):
         new = self._snapshot_of is not self.trainables()
         return self.step_count % self.interval == 0 or not self.snapshot_coefficients or new
 
-    def _estimate(self, evaluator: Evaluator, queries: int) -> Estimate:
+    def estimate_from(self, evaluator: Evaluator, queries: int) -> Estimate:
+        zo_eps = self.choices.zo_eps
         if not self._snapshot_due:
-            return control_variate(evaluator, self._anchor(), queries, self.zo_eps)
+            return control_variate(evaluator, self._anchor(), queries, zo_eps)
         if self.full_closure is None:
-            return two_sided(evaluator, queries, self.zo_eps)
+            return self.choices.estimator(evaluator, queries, zo_eps)
         if self._pending:  # another micro-batch of a step that does not need it
             done = self._pending[0][0]
             return Estimate(done.loss, done.projected_grads, done.weights, 0, seeds=done.seeds)
-        return two_sided(Evaluator(evaluator.perturbed, self.full_closure), queries, self.zo_eps)
+        return self.choices.estimator(Evaluator(evaluator.perturbed, self.full_closure), queries, zo_eps)
 
-    def _update(self, estimate: Estimate, coefficients: tuple[float, ...]) -> Update:
+    def update_from(self, estimate: Estimate, update: Update) -> Update:
         older = () if self._snapshot_due else ((self.snapshot_step, self.snapshot_coefficients),)
-        return Update(self.step_count, self._lrs(), coefficients, older=older)
+        return replace(update, older=older)
 
-    def _prepare(self, update: Update) -> None:
+    def prepare(self, update: Update) -> None:
         if not update.older:
             slots = self.slots()
             for piece in self.trainables().pieces():
@@ -92,16 +95,16 @@ class MeZOSVRG(ZerothOrderOptimizer):
         slots = self.slots()
         return torch.cat([slots.range("snapshot", p.start, p.stop) for p in self.trainables().pieces()])
 
-    def _progress(self) -> dict[str, Any]:
+    def progress(self) -> dict[str, Any]:
         snapshot = {
             "step": self.snapshot_step,
             "coefficients": list(self.snapshot_coefficients),
             "current": self._snapshot_of is self.trainables(),
         }
-        return super()._progress() | {"snapshot": snapshot}
+        return super().progress() | {"snapshot": snapshot}
 
-    def _load_progress(self, zo: dict[str, Any]) -> None:
-        super()._load_progress(zo)
+    def load_progress(self, zo: dict[str, Any]) -> None:
+        super().load_progress(zo)
         self.snapshot_step = int(zo["snapshot"]["step"])
         self.snapshot_coefficients = tuple(zo["snapshot"]["coefficients"])
         self._snapshot_of = self.trainables() if zo["snapshot"]["current"] else None

@@ -25,9 +25,10 @@ class Update:
     Attributes:
         step: the step whose directions are meant.
         lrs: learning rate of every parameter group.
-        coefficients: of each direction in the gradient estimate sum_q c_q z_q; 0 where a query was dropped. Empty if all were.
+        coefficients: of each direction in the gradient estimate sum_q c_q z_q; 0 where a query was lost. Empty if all were.
         curvatures: second derivatives along the directions, for methods that use them.
         older: (step, coefficients) of earlier directions that enter too (control variates).
+        lost: numbers of the queries whose losses were not finite.
     """
 
     step: int
@@ -35,3 +36,9 @@ class Update:
     coefficients: tuple[float, ...]
     curvatures: tuple[float, ...] = ()
     older: tuple[tuple[int, tuple[float, ...]], ...] = ()
+    lost: tuple[int, ...] = ()
+
+    @property
+    def kept(self) -> list[int]:
+        """Numbers of the queries that were measured."""
+        return [query for query in range(len(self.coefficients)) if query not in self.lost]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from zo_opt.errors import ZOError
-from zo_opt.optim.base import ZerothOrderOptimizer
+from zo_opt.optim.choices import Method
+from zo_opt.optim.machine import ZerothOrderOptimizer
+from zo_opt.queries.perturbation import Transform
 from zo_opt.queries.trainables import Trainables
 
 
@@ -33,12 +35,12 @@ class SparseMeZO(ZerothOrderOptimizer):
     ([3.0, -2.0], True)
     """
 
-    name = "sparse-mezo"
+    method = Method("sparse-mezo", {"lr": 1e-6}, frozenset(), ("density",))
 
-    def __init__(self, params: Iterable[Any], *, lr: float = 1e-6, density: float = 0.25, **options: Any) -> None:
+    def __init__(self, params: Iterable[Any], *, density: float = 0.25, **options: Any) -> None:
         if not 0 < density <= 1:
             raise ZOError(f"density={density} is not possible; give the share of entries to tune, above 0 and up to 1.")
-        super().__init__(params, lr=lr, **options)
+        super().__init__(params, **options)
         self.density = density
         self.thresholds: Tensor | None = None
         self._thresholds: dict[Tensor, float] = {}
@@ -56,7 +58,7 @@ class SparseMeZO(ZerothOrderOptimizer):
             self.thresholds = torch.tensor(found, device=trainables.parameters[0].device)
         return trainables
 
-    def _transform(self) -> Callable[[Tensor, int, int, Tensor], Tensor]:
+    def transform(self) -> Transform:
         trainables, thresholds = self._trainables, self.thresholds  # asked for in every piece of a sweep: no new check
         assert trainables is not None
         assert thresholds is not None
@@ -66,13 +68,13 @@ class SparseMeZO(ZerothOrderOptimizer):
 
         return masked
 
-    def _progress(self) -> dict[str, Any]:
+    def progress(self) -> dict[str, Any]:
         self.trainables()
         known = {i: self._thresholds[p] for i, p in enumerate(self._all_parameters()) if p in self._thresholds}
-        return super()._progress() | {"thresholds": {str(i): str(t) for i, t in known.items()}}
+        return super().progress() | {"thresholds": {str(i): str(t) for i, t in known.items()}}
 
-    def _load_progress(self, zo: dict[str, Any]) -> None:
-        super()._load_progress(zo)
+    def load_progress(self, zo: dict[str, Any]) -> None:
+        super().load_progress(zo)
         parameters = self._all_parameters()
         self._thresholds |= {parameters[int(i)]: float(t) for i, t in zo["thresholds"].items()}
         self._trainables = None  # found anew, with these thresholds

@@ -3,84 +3,93 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from zo_opt.choices import Table
 from zo_opt.errors import ZOError
 
 
+@dataclass
+class StepState:
+    """What a step control is told of the step, and what it may remember.
+
+    Attributes:
+        lr: the (largest) learning rate of the step.
+        trainables: number of trainable entries.
+        memory: plain numbers that survive from step to step, and a restart.
+    """
+
+    lr: float = 1.0
+    trainables: int = 1
+    memory: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class StepControl(ABC):
-    """Maps the finite projected gradients of one step, float64 (queries,), to those that the update uses.
+    """Maps the finite projected gradients of one step, float64 (queries,), to those that the update uses. Options are its fields.
 
     Attributes:
         least: how many it needs; a step that is left with fewer, for losses that were not finite, has failed.
+        lr_is_a_length: whether it makes lr a length in parameter units, whatever the gradient's scale.
     """
 
-    least = 1
+    least: ClassVar[int] = 1
+    lr_is_a_length: ClassVar[bool] = False
 
     @abstractmethod
-    def __call__(self, projected_grads: Tensor) -> Tensor:
+    def __call__(self, projected_grads: Tensor, state: StepState) -> Tensor:
         """The controlled projected gradients, same shape."""
 
-    def prepare(self, lr: float, trainables: int) -> None:  # noqa: B027 (most have nothing to prepare)
-        """Told before each step: the (largest) learning rate and the number of trainable entries."""
 
-    def state_dict(self) -> dict[str, float]:
-        """What must survive a restart, as plain numbers."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Take back what ``state_dict`` gave."""
-        del state
-
-
+@dataclass(frozen=True)
 class ClipProjectedGrads(StepControl):
     """Clip at ``factor`` times the running root mean square of past projected gradients.
 
     [choice] One example with a huge loss difference (a query is one noisy scalar) must not decide a step. The
     running square is an exponential average with ``decay`` a step, seeded by the first step.
 
-    >>> clip = ClipProjectedGrads(factor=2.0)
-    >>> clip(torch.tensor([1.0, -1.0], dtype=torch.float64)).tolist()
+    >>> clip, state = ClipProjectedGrads(factor=2.0), StepState()
+    >>> clip(torch.tensor([1.0, -1.0], dtype=torch.float64), state).tolist()
     [1.0, -1.0]
-    >>> clip(torch.tensor([0.5, 100.0], dtype=torch.float64)).tolist()
+    >>> clip(torch.tensor([0.5, 100.0], dtype=torch.float64), state).tolist()
     [0.5, 2.0]
     """
 
-    def __init__(self, factor: float = 3.0, decay: float = 0.95) -> None:
-        if factor <= 0 or not 0 <= decay < 1:
-            raise ZOError(f"clipping needs factor > 0 and decay in [0, 1); got {factor} and {decay}.")
-        self.factor, self.decay = factor, decay
-        self._mean_square: float | None = None
+    factor: float = 3.0
+    decay: float = 0.95
 
-    def __call__(self, projected_grads: Tensor) -> Tensor:
-        if not self._mean_square:  # the first step, or none so far told the two sides apart
-            self._mean_square = float(projected_grads.square().mean())
-        limit = self.factor * self._mean_square**0.5
+    def __post_init__(self) -> None:
+        if self.factor <= 0 or not 0 <= self.decay < 1:
+            raise ZOError(f"clipping needs factor > 0 and decay in [0, 1); got {self.factor} and {self.decay}.")
+
+    def __call__(self, projected_grads: Tensor, state: StepState) -> Tensor:
+        mean_square = state.memory.get("mean_square")
+        if not mean_square:  # the first step, or none so far told the two sides apart
+            mean_square = float(projected_grads.square().mean())
+        limit = self.factor * mean_square**0.5
         clipped = projected_grads.clamp(-limit, limit)
-        self._mean_square = self.decay * self._mean_square + (1 - self.decay) * float(clipped.square().mean())
+        state.memory["mean_square"] = self.decay * mean_square + (1 - self.decay) * float(clipped.square().mean())
         return clipped
 
-    def state_dict(self) -> dict[str, float]:
-        return {} if self._mean_square is None else {"mean_square": self._mean_square}
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        self._mean_square = state.get("mean_square")
-
-
+@dataclass(frozen=True)
 class NormalizeProjectedGrads(StepControl):
     """Divide by the root mean square of the step's own projected gradients (as FZOO and GRZO divide by a spread).
 
-    >>> NormalizeProjectedGrads()(torch.tensor([3.0, -3.0], dtype=torch.float64)).tolist()
+    >>> NormalizeProjectedGrads()(torch.tensor([3.0, -3.0], dtype=torch.float64), StepState()).tolist()
     [1.0, -1.0]
     """
 
-    def __call__(self, projected_grads: Tensor) -> Tensor:
+    def __call__(self, projected_grads: Tensor, state: StepState) -> Tensor:
         rms = projected_grads.square().mean().sqrt()
         return projected_grads / rms.clamp(min=torch.finfo(torch.float64).tiny)
 
 
+@dataclass(frozen=True)
 class DivideBySpread(StepControl):
     """Divide by the standard deviation of the step's own projected gradients: FZOO's sigma, GRZO's std(d).
 
@@ -91,13 +100,14 @@ class DivideBySpread(StepControl):
     Raises:
         ZOError: there is one query only.
 
-    >>> DivideBySpread()(torch.tensor([1.0, 3.0], dtype=torch.float64)).tolist()
+    >>> DivideBySpread()(torch.tensor([1.0, 3.0], dtype=torch.float64), StepState()).tolist()
     [0.7071067811865475, 2.1213203435596424]
     """
 
-    least = 2
+    least: ClassVar[int] = 2
+    lr_is_a_length: ClassVar[bool] = True
 
-    def __call__(self, projected_grads: Tensor) -> Tensor:
+    def __call__(self, projected_grads: Tensor, state: StepState) -> Tensor:
         if len(projected_grads) < 2:
             raise ZOError(
                 "dividing by the spread needs at least two finite queries in a step; raise the query schedule."
@@ -108,6 +118,7 @@ class DivideBySpread(StepControl):
         return projected_grads / spread
 
 
+@dataclass(frozen=True)
 class TrustRegion(StepControl):
     """Shrink the step so that plain SGD moves the trainables no further than ``radius`` (Euclidean, in parameter units).
 
@@ -115,21 +126,29 @@ class TrustRegion(StepControl):
     mean: lr * sqrt(d * sum_q g_q^2) / Q.
 
     >>> region = TrustRegion(radius=0.1)
-    >>> region.prepare(lr=0.1, trainables=4)
-    >>> region(torch.tensor([5.0], dtype=torch.float64)).tolist()
+    >>> region(torch.tensor([5.0], dtype=torch.float64), StepState(lr=0.1, trainables=4)).tolist()
     [0.5]
     """
 
-    def __init__(self, radius: float) -> None:
-        if not radius > 0:
-            raise ZOError(f"radius={radius} is not possible; give the largest step length, above 0.")
-        self.radius = radius
-        self._lr, self._trainables = 1.0, 1
+    radius: float
 
-    def prepare(self, lr: float, trainables: int) -> None:
-        self._lr, self._trainables = lr, trainables
+    def __post_init__(self) -> None:
+        if not self.radius > 0:
+            raise ZOError(f"radius={self.radius} is not possible; give the largest step length, above 0.")
 
-    def __call__(self, projected_grads: Tensor) -> Tensor:
+    def __call__(self, projected_grads: Tensor, state: StepState) -> Tensor:
         mean = projected_grads.square().sum().sqrt() / len(projected_grads)
-        length = self._lr * self._trainables**0.5 * float(mean)
+        length = state.lr * state.trainables**0.5 * float(mean)
         return projected_grads * min(1.0, self.radius / length) if length > 0 else projected_grads
+
+
+STEP_CONTROLS: Table[StepControl] = Table(
+    "step_control",
+    StepControl,
+    {
+        "clip": ClipProjectedGrads,
+        "normalize": NormalizeProjectedGrads,
+        "divide-by-spread": DivideBySpread,
+        "trust-region": TrustRegion,
+    },
+)

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
+from zo_opt.choices import Table
 from zo_opt.errors import ZOError
 
 
+@dataclass(frozen=True)
 class UpdateRule(ABC):
     """How a gradient estimate moves the parameters.
 
     Attributes:
         state_names: tensors of the parameter's shape that it keeps, zero at first.
         linear: whether the move is -lr * gradient and nothing else.
+        exact_signs: whether +-1 directions give the same bits on every device: nothing but sums rounds.
+        lr_is_a_length: whether lr is in parameter units a step, whatever the gradient's scale.
     """
 
-    state_names: tuple[str, ...] = ()
-    linear = False
+    state_names: ClassVar[tuple[str, ...]] = ()
+    linear: ClassVar[bool] = False
+    exact_signs: ClassVar[bool] = False
+    lr_is_a_length: ClassVar[bool] = False
 
     @abstractmethod
     def apply(self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], lr: float, step: int) -> None:
@@ -30,7 +37,8 @@ class UpdateRule(ABC):
 class SGD(UpdateRule):
     """theta <- theta - lr * g (arXiv 2305.17333, algorithm 1)."""
 
-    linear = True
+    linear: ClassVar[bool] = True
+    exact_signs: ClassVar[bool] = True
 
     def apply(self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], lr: float, step: int) -> None:
         parameter.sub_(gradient, alpha=lr)
@@ -46,7 +54,8 @@ class Adam(UpdateRule):
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
-    state_names = ("exp_avg", "exp_avg_sq")
+    state_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    lr_is_a_length: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_decays(beta1=self.beta1, beta2=self.beta2)
@@ -66,6 +75,9 @@ class Sign(UpdateRule):
     Source: ZO-SGD-Sign, Liu et al., ICLR 2019; in ZO-Bench, arXiv 2402.11592.
     """
 
+    exact_signs: ClassVar[bool] = True
+    lr_is_a_length: ClassVar[bool] = True
+
     def apply(self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], lr: float, step: int) -> None:
         parameter.sub_(gradient.sign(), alpha=lr)
 
@@ -79,7 +91,7 @@ class Momentum(UpdateRule):
     """
 
     beta: float = 0.9
-    state_names = ("momentum",)
+    state_names: ClassVar[tuple[str, ...]] = ("momentum",)
 
     def __post_init__(self) -> None:
         _check_decays(beta=self.beta)
@@ -98,7 +110,8 @@ class AMSGrad(UpdateRule):
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
-    state_names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    state_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    lr_is_a_length: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_decays(beta1=self.beta1, beta2=self.beta2)
@@ -111,13 +124,9 @@ class AMSGrad(UpdateRule):
         parameter.sub_(m / (w.sqrt() + self.eps), alpha=lr)
 
 
-UPDATE_RULES: dict[str, type[UpdateRule]] = {
-    "sgd": SGD,
-    "adam": Adam,
-    "sign": Sign,
-    "momentum": Momentum,
-    "amsgrad": AMSGrad,
-}
+UPDATE_RULES: Table[UpdateRule] = Table(
+    "update_rule", UpdateRule, {"sgd": SGD, "adam": Adam, "sign": Sign, "momentum": Momentum, "amsgrad": AMSGrad}
+)
 
 
 def _check_decays(**decays: float) -> None:

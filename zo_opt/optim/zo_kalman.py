@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import ulp
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from zo_opt.directions import StepDirections
 from zo_opt.errors import ZOError
 from zo_opt.estimators import Estimate
-from zo_opt.optim.base import ZerothOrderOptimizer
+from zo_opt.optim.axis import Directed
+from zo_opt.optim.choices import Method
+from zo_opt.optim.machine import ZerothOrderOptimizer
 from zo_opt.optim.records import Update
 from zo_opt.queries.trainables import Piece
 
@@ -44,29 +45,25 @@ class ZOKalman(ZerothOrderOptimizer):
     True
     """
 
-    name = "zo-kalman"
-    searchable = False
-    LIMIT = 1 << 13
+    method = Method("zo-kalman", {"lr": 1e-4}, frozenset({"line_search"}), ("memory", "noise"))
+    own_gradient: ClassVar[bool] = True
+    own_arithmetic: ClassVar[bool] = True
+    LIMIT: ClassVar[int] = 1 << 13
 
-    def __init__(
-        self, params: Iterable[Any], *, lr: float = 1e-4, memory: float = 0.95, noise: float = 1.0, **options: Any
-    ) -> None:
+    def __init__(self, params: Iterable[Any], *, memory: float = 0.95, noise: float = 1.0, **options: Any) -> None:
         if not 0 <= memory < 1 or not noise > 0:
             raise ZOError(f"memory={memory} must be in [0, 1) and noise={noise} above 0.")
-        super().__init__(params, lr=lr, **options)
+        super().__init__(params, **options)
         self.memory, self.noise = memory, noise
 
-    def _update(self, estimate: Estimate, coefficients: tuple[float, ...]) -> Update:
-        """The measurements y_q themselves; a slope of exactly 0 is one, too (0 marks a lost query)."""
+    def update_from(self, estimate: Estimate, update: Update) -> Update:
+        """The measurements y_q themselves in the place of their shares in a mean."""
         kept = estimate.projected_grads.isfinite()
         shares = (estimate.weights / estimate.weights[kept].sum()).tolist()
-        y = [
-            (c / share or ulp(0.0)) if k else 0.0
-            for c, share, k in zip(coefficients, shares, kept.tolist(), strict=True)
-        ]
-        return Update(self.step_count, self._lrs(), tuple(y))
+        y = [c / share if k else 0.0 for c, share, k in zip(update.coefficients, shares, kept.tolist(), strict=True)]
+        return replace(update, coefficients=tuple(y))
 
-    def _prepare(self, update: Update) -> None:
+    def prepare(self, update: Update) -> None:
         trainables = self.trainables()
         if trainables.total > self.LIMIT:
             raise ZOError(
@@ -77,11 +74,10 @@ class ZOKalman(ZerothOrderOptimizer):
         if "gradient" not in state or len(state["gradient"]) != trainables.total:
             state["gradient"] = torch.zeros(trainables.total)
             state["covariance"] = torch.eye(trainables.total)
-        directions = self._directions_of(update.step)
-        queries = [q for q, c in enumerate(update.coefficients) if c != 0]
-        if queries:
-            z = torch.stack([directions.range(q, 0, trainables.total).cpu() for q in queries])
-            self._measure(state, z, torch.tensor([update.coefficients[q] for q in queries]))
+        directions = self.directions_of(update.step)
+        if update.kept:
+            z = torch.stack([directions.range(q, 0, trainables.total).cpu() for q in update.kept])
+            self._measure(state, z, torch.tensor([update.coefficients[q] for q in update.kept]))
 
     def _measure(self, state: dict[str, Tensor], z: Tensor, y: Tensor) -> None:
         m, p = state["gradient"], state["covariance"]
@@ -93,9 +89,6 @@ class ZOKalman(ZerothOrderOptimizer):
         p -= gain @ pz.T
         p.copy_((p + p.T) / 2)
 
-    def _gradient(
-        self, piece: Piece, update: Update, directions: dict[int, StepDirections], scale: float
-    ) -> tuple[Tensor, float]:
-        assert self._trainables is not None
-        m: Tensor = self.state[self._trainables.parameters[0]]["gradient"]
+    def gradient(self, piece: Piece, update: Update, directions: Directed, scale: float) -> tuple[Tensor, float]:
+        m: Tensor = self.state[self.trainables().parameters[0]]["gradient"]
         return m[piece.start : piece.stop].to(piece.values.device), scale

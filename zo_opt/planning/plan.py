@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from zo_opt.adapters import AdapterModel, trainable_parameters
-from zo_opt.optim.first_order import FirstOrder
+from zo_opt.optim import Backpropagation
 from zo_opt.planning.dry_run import DryRun, dry_run
 from zo_opt.planning.plan_step import Setting, TrainingStep, make_step
 from zo_opt.queries import modes as query_modes
@@ -89,7 +89,7 @@ def _footprint(model: nn.Module, method: Method, setting: Setting) -> Footprint:
         run.hold([*model.parameters(), *model.buffers()])
         step = make_step(model, method, setting, _META)
         adapted, weights = step.model, run.now - sum(t.nbytes for t in step.batch.values())
-        if isinstance(step.optimizer, FirstOrder):
+        if isinstance(step.optimizer, Backpropagation):
             _make_state(step.optimizer, adapted)
         else:
             step()
@@ -138,7 +138,7 @@ def _copies_as_on(device: str) -> Iterator[None]:
         yield
 
 
-def _make_state(optimizer: FirstOrder, model: AdapterModel) -> None:
+def _make_state(optimizer: Backpropagation, model: AdapterModel) -> None:
     """AdamW's first step, of which only the moments stay."""
     for parameter in trainable_parameters(model):
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None

@@ -13,8 +13,7 @@ from zo_opt.adapters import AdapterModel, get_adapter_model
 from zo_opt.errors import ZOError
 from zo_opt.models.models import HEADS
 from zo_opt.models.precision import bf16_is_fast, set_precision
-from zo_opt.optim import OPTIMIZERS, ZerothOrderOptimizer
-from zo_opt.optim.first_order import FirstOrder
+from zo_opt.optim import OPTIMIZERS, Backpropagation, ZerothOrderOptimizer
 from zo_opt.planning.skeleton import LABELS, WordTokenizer, example_of_length
 from zo_opt.queries import modes as query_modes
 from zo_opt.tasks.evaluation import Prepared
@@ -83,7 +82,7 @@ class TrainingStep:
 
     model: AdapterModel
     prepared: Prepared
-    optimizer: ZerothOrderOptimizer | FirstOrder
+    optimizer: ZerothOrderOptimizer | Backpropagation
     batch: dict[str, Tensor]
     logits: str
 
@@ -134,7 +133,7 @@ def make_step(model: Any, method: Method, setting: Setting, device: torch.device
     optimizer = make_optimizer(
         config, adapted, make_param_groups(config, adapted, recipe.lr), recipe.lr, steps_per_epoch=1
     )
-    if isinstance(optimizer, FirstOrder) and setting.device == "cuda":
+    if isinstance(optimizer, Backpropagation) and setting.device == "cuda":
         for group in optimizer.adamw.param_groups:
             group["foreach"] = True  # what torch chooses there
     prepared = Prepared([example] * setting.batch_size, scorer, device, None)

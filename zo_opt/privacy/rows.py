@@ -10,7 +10,9 @@ from torch import Tensor
 
 from zo_opt.adapters import AdapterModel
 from zo_opt.adapters.tt_init import FEATURES
+from zo_opt.choices import split
 from zo_opt.errors import ZOError
+from zo_opt.estimators import TwoSided
 from zo_opt.optim import OPTIMIZERS, ZerothOrderOptimizer
 from zo_opt.privacy import GaussianPrivacy, check_delta, check_epsilon, noise_for
 from zo_opt.schedules import constant_queries, simulate
@@ -41,16 +43,22 @@ def check_privacy(config: TrainConfig) -> None:
         raise ZOError(
             "privacy needs --privacy_clip, the bound on one row's projected gradient; choose it without looking at these rows (docs/privacy.md)."
         )
-    kind = OPTIMIZERS.get(config.optimizer)
-    if kind is None or kind._estimate is not ZerothOrderOptimizer._estimate:
+    kind = OPTIMIZERS.find(config.optimizer_name)
+    if (
+        getattr(kind, "own_estimates", False)
+        or type(config.method.presets.get("estimator", TwoSided())) is not TwoSided
+        or not config.zeroth_order
+    ):
         raise ZOError(
-            f"optimizer={config.optimizer!r} uses the rows otherwise than by two-sided differences, which alone are made private; "
+            f"optimizer={config.optimizer_name!r} uses the rows otherwise than by two-sided differences, which alone are made private; "
             "choose another, such as adazeta or mezo."
         )
     wrong = {
         "adapter_init": config.adapter_init in FEATURES and "it places adapters by what the rows look like",
         "query_mode": config.mode != "sequential" and "privacy needs sequential",
-        "query_schedule": config.query_schedule == "variance" and "its queries depend on what was measured",
+        "schedule": config.schedule is not None
+        and split("schedule", config.schedule)[0] == "variance"
+        and "its queries depend on what was measured",
         "objective": config.objective != "loss" and "privacy needs the loss of each row",
         "batch_order": config.batch_order != TrainConfig.batch_order and "rows are sampled independently of each other",
         "quantise": config.quantise == "bnb-int8" and "it rounds each row by what the other rows of its batch are",
@@ -81,7 +89,7 @@ def make_privacy(config: TrainConfig, rows: Prepared, say: Callable[[str], None]
     if noise is None:
         assert config.privacy_epsilon is not None
         # Queries by step: a sum of their squares is what counts, so their order does not matter.
-        schedule = config.make_query_schedule(-(-len(rows) // config.batch_size)) or constant_queries(1)
+        schedule = config.make_schedule(-(-len(rows) // config.batch_size)) or constant_queries(1)
         steps = Counter(simulate(schedule, config.steps, -(-len(rows) // config.batch_size)))
         noise = noise_for(
             config.privacy_epsilon, config.privacy_delta, steps, examples=len(rows), batch_size=config.batch_size

@@ -22,8 +22,7 @@ from zo_opt.adapters import AdapterModel
 from zo_opt.adapters.model import restore_schedule
 from zo_opt.adapters.storage import read_tensors, restore
 from zo_opt.errors import ZOError
-from zo_opt.optim import ZerothOrderOptimizer
-from zo_opt.optim.first_order import FirstOrder
+from zo_opt.optim import CountingOptimizer
 from zo_opt.system.files import write_atomically
 
 NAME = "checkpoint.safetensors"
@@ -37,7 +36,7 @@ _BLOCK = 1 << 20
 def save_checkpoint(
     path: Path,
     model: AdapterModel,
-    optimizer: ZerothOrderOptimizer | FirstOrder,
+    optimizer: CountingOptimizer,
     lr_scheduler: Any,
     extra: dict[str, Any],
 ) -> None:
@@ -105,7 +104,7 @@ def remove(directory: Path) -> None:
 def load_checkpoint(
     path: Path,
     model: AdapterModel,
-    optimizer: ZerothOrderOptimizer | FirstOrder,
+    optimizer: CountingOptimizer,
     lr_scheduler: Any,
 ) -> dict[str, Any]:
     """Put a checkpoint back; returns what was saved as ``extra``.
@@ -126,7 +125,7 @@ def _put_back(
     path: Path,
     plain: dict[str, Any],
     model: AdapterModel,
-    optimizer: ZerothOrderOptimizer | FirstOrder,
+    optimizer: CountingOptimizer,
     lr_scheduler: Any,
 ) -> dict[str, Any]:
     tensors = read_tensors(path)

@@ -8,8 +8,7 @@ from math import isfinite
 from typing import Any
 
 from zo_opt.adapters import trainable_parameters
-from zo_opt.optim import ZerothOrderOptimizer
-from zo_opt.optim.first_order import FirstOrder
+from zo_opt.optim import CountingOptimizer
 from zo_opt.privacy.rows import spent
 from zo_opt.record import report
 from zo_opt.system.memory import peak_memory
@@ -40,7 +39,7 @@ def summarise(
     config: TrainConfig,
     command: str,
     tools: Tools,
-    optimizer: ZerothOrderOptimizer | FirstOrder,
+    optimizer: CountingOptimizer,
     progress: Progress,
     after: Evaluation,
 ) -> report.Summary:
@@ -55,7 +54,7 @@ def summarise(
         kind=tools.train.scorer.task.kind,
         metric=after.primary,
         task=config.task if config.train_file is None else str(config.train_file),
-        optimizer=config.optimizer,
+        optimizer=config.optimizer_name,
         adapter=tools.model.trainable_summary(),
         trainable=trainable,
         trainable_end=trainable if moving is None else moving,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,8 @@ class ZOTrainerMixin(AdapterTrainerMixin):
                 self.optimizer = self.args.make_zo_optimizer(groups, self.model, *self._run_length)
             optimizer = self.zo_optimizer
             self._check_processes(optimizer)
-            if optimizer.module is None:
-                optimizer.module = self.model  # so that dropout is off in its evaluations
+            if optimizer.setting.module is None:  # so that dropout is off in its evaluations
+                optimizer.setting = replace(optimizer.setting, module=self.model)
             return self.optimizer
         if self.optimizer is None and (self.args.loraplus_lr_ratio is not None or isinstance(self.model, AdapterModel)):
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
@@ -128,7 +129,7 @@ class ZOTrainerMixin(AdapterTrainerMixin):
     def _closure(self, model: nn.Module, num_items_in_batch: Any) -> Callable[[dict[str, Any]], Tensor]:
         """The loss of a micro-batch, scaled so that the mean over the step's micro-batches is the loss of the whole batch."""
         # A direction that sees a slice of the batch needs the mean over the slice.
-        items = None if self.zo_optimizer.query_mode == "split" else num_items_in_batch
+        items = None if self.zo_optimizer.mode == "split" else num_items_in_batch
         whole = items is not None and (self.model_accepts_loss_kwargs or self.compute_loss_func is not None)
         if self.label_smoother is not None and self.compute_loss_func is None:
             whole = whole and "num_items_in_batch" in signature(self.label_smoother.__call__).parameters  # not in 4.57

@@ -1,21 +1,11 @@
-"""Training on labelled rows: tasks and prompts, scoring, the loop behind the command line; and the Hugging Face Trainer.
-
-The Trainer's names are imported when they are first used: with them comes all that ``transformers.Trainer`` needs.
-"""
+"""A run: its options, its parts put together, the loop behind the command line. Names are imported when they are first used."""
 
 from typing import TYPE_CHECKING, Any
 
-from zo_opt.training.config import TrainConfig
-from zo_opt.training.loop import train
-
 if TYPE_CHECKING:
-    from zo_opt.trainer import (
-        AdapterScheduleCallback,
-        ZOArguments,
-        ZOTrainer,
-        ZOTrainerMixin,
-        ZOTrainingArguments,
-    )
+    from zo_opt.trainer import AdapterScheduleCallback, ZOArguments, ZOTrainer, ZOTrainerMixin, ZOTrainingArguments
+    from zo_opt.training.config import TrainConfig
+    from zo_opt.training.loop import train
 
 __all__ = [
     "AdapterScheduleCallback",
@@ -26,11 +16,12 @@ __all__ = [
     "ZOTrainingArguments",
     "train",
 ]
+_MODULES = {"TrainConfig": "zo_opt.training.config", "train": "zo_opt.training.loop"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from zo_opt import trainer
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
 
-        return getattr(trainer, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES.get(name, "zo_opt.trainer")), name)

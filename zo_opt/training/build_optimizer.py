@@ -8,10 +8,12 @@ from torch import nn
 
 from zo_opt.adapters import lora_plus_groups, trainable_parameters
 from zo_opt.distributed import world_size
-from zo_opt.optim import OPTIMIZERS, ZerothOrderOptimizer, first_order
-from zo_opt.optim.first_order import FirstOrder
+from zo_opt.optim import OPTIMIZERS, CountingOptimizer
 from zo_opt.privacy import GaussianPrivacy
+from zo_opt.schedules import RunLength
 from zo_opt.training.config import TrainConfig
+
+SHORT_RUN = {"beta2": 0.99, "max_grad_norm": 1.0}  # of backpropagation where nothing else is said: a run has few steps
 
 
 def make_optimizer(
@@ -23,7 +25,7 @@ def make_optimizer(
     privacy: GaussianPrivacy | None = None,
     *,
     share_prefix: bool = True,
-) -> ZerothOrderOptimizer | FirstOrder:
+) -> CountingOptimizer:
     """The optimizer that the options describe; what they leave open is the optimizer's own.
 
     Args:
@@ -35,38 +37,28 @@ def make_optimizer(
         privacy: what hides the rows, if anything does.
         share_prefix: not for objectives that write: that fills key-value caches, which replayed layers would leave empty.
     """
-    if config.optimizer == first_order.NAME:
-        return FirstOrder(
-            params, lr=lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm, steps_per_epoch=steps_per_epoch, max_failed_steps=config.max_failed_steps,
-        )  # fmt: skip
-    kind = OPTIMIZERS[config.optimizer]
+    kind, own = OPTIMIZERS.find(config.optimizer_name), config.make_optimizer_options()
+    setting: dict[str, Any] = {"steps_per_epoch": steps_per_epoch, "max_failed_steps": config.max_failed_steps}
+    if not config.zeroth_order:
+        backpropagation: CountingOptimizer = kind(
+            params, lr=lr, weight_decay=config.weight_decay, **setting, **(SHORT_RUN | own)
+        )
+        return backpropagation
     together = world_size() > 1 or config.query_mode == "distributed"
-    distributed = config.make_distributed() if together else None
-    directions = config.directions
-    if directions is None and not kind.own_directions:
-        directions = "rademacher"
-    optional: dict[str, Any] = {
-        "directions": directions,
-        "query_schedule": config.make_query_schedule(steps_per_epoch),
-        "update_rule": config.make_update_rule(),
-    }
-    return kind(
+    optimizer: CountingOptimizer = kind(
         params,
         lr=lr,
-        zo_eps=config.eps,
-        weight_decay=config.weight_decay,
         seed=config.seed,
-        steps_per_epoch=steps_per_epoch,
-        query_mode=config.mode if distributed is None else "distributed",
-        distributed=distributed,
+        query_mode="distributed" if together else config.mode,
+        distributed=config.make_distributed() if together else None,
         module=model,
         share_prefix=share_prefix,  # for where the prefix cache is off or full
-        step_control=config.make_step_control(),
-        max_failed_steps=config.max_failed_steps,
         privacy=privacy,
-        **{name: value for name, value in optional.items() if value is not None},
+        **setting,
+        **config.make_choices(RunLength(config.steps, steps_per_epoch, *config.cost)),
+        **own,
     )
+    return optimizer
 
 
 def make_param_groups(config: TrainConfig, model: nn.Module, lr: float) -> list[Any]:

@@ -10,7 +10,6 @@ from rich.console import Console
 
 from zo_opt.distributed import meet, world_size
 from zo_opt.errors import ZOError
-from zo_opt.optim import first_order
 from zo_opt.record import checkpoint
 from zo_opt.record.progress import Reporter
 from zo_opt.training.config import TrainConfig
@@ -28,9 +27,9 @@ def check_ranks(config: TrainConfig) -> None:
     """
     if world_size() == 1:
         return
-    if config.optimizer == first_order.NAME:
+    if not config.zeroth_order:
         raise ZOError(
-            f"optimizer={config.optimizer!r} trains in one process; start it without torchrun, or choose a zeroth-order optimizer."
+            f"optimizer={config.optimizer_name!r} trains in one process; start it without torchrun, or choose a zeroth-order optimizer."
         )
     if config.private:
         raise ZOError("privacy clips and hides all rows of a step in one process; start it without torchrun.")

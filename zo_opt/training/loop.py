@@ -18,7 +18,7 @@ import torch
 from zo_opt.distributed import meet, world_size
 from zo_opt.journal import NAME as JOURNAL_NAME
 from zo_opt.journal import Journal
-from zo_opt.optim.first_order import FirstOrder
+from zo_opt.optim import ZerothOrderOptimizer
 from zo_opt.privacy.rows import make_privacy
 from zo_opt.record import checkpoint, report
 from zo_opt.record.metrics import MetricsWriter, step_values
@@ -109,7 +109,7 @@ class _Run:
             self.progress.before = self._evaluate("zero-shot evaluation").to_dict()
             self._write_record()
             if keeps_journal(self.optimizer, self.tools.model):
-                assert not isinstance(self.optimizer, FirstOrder)
+                assert isinstance(self.optimizer, ZerothOrderOptimizer)
                 self.tools.model.save_pretrained(self.output_dir / START_NAME)
                 self.stepper.journal = Journal.create(self.output_dir / JOURNAL_NAME, self.optimizer, self.tools.model)
             self._save()
@@ -245,7 +245,7 @@ def _new_record(config: TrainConfig, command: str, tools: Tools) -> dict[str, An
 
 def _default_directory(config: TrainConfig) -> Path:
     task = config.task if config.train_file is None else config.train_file.stem
-    return Path("runs") / f"{task}-{config.optimizer}-{_now().replace(':', '')}"
+    return Path("runs") / f"{task}-{config.optimizer_name}-{_now().replace(':', '')}"
 
 
 def _now() -> str:

@@ -8,7 +8,8 @@ from typing import Any
 
 from zo_opt.adapters import ADAPTERS
 from zo_opt.errors import ZOError
-from zo_opt.optim import OPTIMIZERS, first_order
+from zo_opt.optim import OPTIMIZERS
+from zo_opt.training.options import BACKPROPAGATION
 
 RANDOM_START = {"adapter_init": "random"}
 
@@ -32,24 +33,24 @@ class Method:
     @property
     def zeroth_order(self) -> bool:
         """Whether it takes forward passes alone."""
-        return self.optimizer != first_order.NAME
+        return self.optimizer != BACKPROPAGATION
 
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         *(
-            Method(name, first_order.NAME, name)
+            Method(name, BACKPROPAGATION, name)
             for name in ("full", "bitfit", "lora", "dora", "adalora", "lora-fa", "vera", "aflora", "lisa", "lamda")
         ),
-        Method("lamda++", first_order.NAME, "lamda++"),
-        Method("adapter", first_order.NAME, "adapter"),
-        Method("spectral", first_order.NAME, "spectral"),
-        Method("lora+", first_order.NAME, "lora", {"loraplus_lr_ratio": 16.0}),
-        Method("loretta", first_order.NAME, "tt", RANDOM_START),
+        Method("lamda++", BACKPROPAGATION, "lamda++"),
+        Method("adapter", BACKPROPAGATION, "adapter"),
+        Method("spectral", BACKPROPAGATION, "spectral"),
+        Method("lora+", BACKPROPAGATION, "lora", {"loraplus_lr_ratio": 16.0}),
+        Method("loretta", BACKPROPAGATION, "tt", RANDOM_START),
         # MeZO as published but for the learning rate's schedule: one Gaussian query a step, the same for all examples, plain SGD.
         *(
-            Method(name, optimizer, adapter, {"query_mode": "auto", "directions": "gaussian", "clip": 0.0})
+            Method(name, optimizer, adapter, {"query_mode": "auto", "directions": "gaussian", "step_control": "none"})
             for name, optimizer, adapter in (("mezo", "mezo", "full"), ("mezo-lora", "mezo", "lora"))
         ),
         Method("sparse-mezo", "sparse-mezo", "full", {"query_mode": "auto"}),
@@ -85,18 +86,16 @@ def get_method(name: str) -> Method:
     """
     if name in METHODS:
         return METHODS[name]
-    optimizer, colon, adapter = name.partition(":")
-    if not colon:
-        raise ZOError(f"method {name!r} is not known; choose of {', '.join(METHODS)}, or give optimizer:adapter.")
-    if optimizer not in (known := (first_order.NAME, *OPTIMIZERS)):
-        raise ZOError(
-            f"method {name!r} names an optimizer that is not known ({optimizer!r}); choose of {', '.join(known)}."
-        )
-    if adapter not in ADAPTERS:
-        raise ZOError(
-            f"method {name!r} names an adapter that is not known ({adapter!r}); choose of {', '.join(ADAPTERS)}."
-        )
-    return Method(name, optimizer, adapter, RANDOM_START if optimizer != first_order.NAME else {})
+    parts = name.split(":")
+    for i in range(1, len(parts)):  # either may be the user's own, with a colon in its name
+        optimizer, adapter = ":".join(parts[:i]), ":".join(parts[i:])
+        if (optimizer in OPTIMIZERS or ":" in optimizer) and (adapter in ADAPTERS or ":" in adapter):
+            OPTIMIZERS.find(optimizer)
+            ADAPTERS.find(adapter)
+            return Method(name, optimizer, adapter, RANDOM_START if optimizer != BACKPROPAGATION else {})
+    if len(parts) == 2:
+        (ADAPTERS if parts[0] in OPTIMIZERS else OPTIMIZERS).find(parts[1] if parts[0] in OPTIMIZERS else parts[0])
+    raise ZOError(f"method {name!r} is not known; choose of {', '.join(METHODS)}, or give optimizer:adapter.")
 
 
 def default_lr(optimizer: str, adapter: str, *, adam: bool, parameters: int) -> float:
@@ -111,7 +110,7 @@ def default_lr(optimizer: str, adapter: str, *, adam: bool, parameters: int) -> 
     >>> default_lr("mezo", "full", adam=False, parameters=10**10)
     1e-06
     """
-    if optimizer == first_order.NAME:
+    if optimizer == BACKPROPAGATION:
         return FIRST_ORDER_LR.get(adapter, LOW_RANK_LR)
     if adapter in WHOLE_MODEL:
         return WHOLE_MODEL_LR if adam else min(WHOLE_MODEL_SGD_LR_TIMES_PARAMETERS / parameters, WHOLE_MODEL_LR)

@@ -9,9 +9,10 @@ from torch import nn
 
 from zo_opt.adapters import AdapterConfig
 from zo_opt.adapters.tt_init import FEATURES
+from zo_opt.choices import split
 from zo_opt.errors import ZOError
 from zo_opt.models.models import classification_heads
-from zo_opt.optim import OPTIMIZERS, Adam, first_order
+from zo_opt.schedules import RunLength
 from zo_opt.tasks.rows import Example
 from zo_opt.tasks.scoring import Scorer
 from zo_opt.tasks.tasks import Task
@@ -41,15 +42,15 @@ def resolve(config: TrainConfig, model: nn.Module, scorer: Scorer, task: Task, e
     Raises:
         ZOError: the options ask for a placement that this model or task does not allow.
     """
-    placeable = config.adapter == "tt" and config.modules_to_tensorize is None and can_place(scorer, task, example)
+    tensorized = split("adapter", config.adapter)[1].get("modules_to_tensorize") or []
+    placeable = config.adapter_name == "tt" and not tensorized and can_place(scorer, task, example)
     init = config.adapter_init
     if init == "auto":
         init = "class_means" if placeable and may_place(config) else "random"
     if init not in FEATURES:
-        tensorized = config.modules_to_tensorize or []
         heads = classification_heads(model) if config.head == "classification" else []
         adapter = config.make_adapter(
-            layers=None if config.adapter in WHOLE_MODEL else -(-depth(model) // 4),
+            layers=None if config.adapter_name in WHOLE_MODEL else -(-depth(model) // 4),
             total_steps=config.steps,
             modules_to_save=[name for name in heads if name not in tensorized] or None,
             seed=config.seed,
@@ -78,17 +79,19 @@ def own_lr(config: TrainConfig, *, placed: bool, parameters: int) -> float:
     """The method's learning rate, where none was given; ``parameters``: of the model."""
     if placed:
         return PLACED_LR
-    kind = OPTIMIZERS.get(config.optimizer)  # None: first order
-    adam = isinstance(config.make_update_rule(), Adam) or (kind is not None and kind.lr_is_a_length)
-    lr = default_lr(config.optimizer, config.adapter, adam=adam, parameters=parameters)
+    if config.zeroth_order:
+        length = config.method.sort(config.make_choices(RunLength(config.steps)) | {"lr": 0.0})[0].lr_is_a_length
+    else:
+        length = True
+    lr = default_lr(config.optimizer_name, config.adapter_name, adam=length, parameters=parameters)
     # LoRA+ moves B faster and A slower than LoRA does: the two rates lie around LoRA's.
     return lr if config.loraplus_lr_ratio is None else lr / math.sqrt(config.loraplus_lr_ratio)
 
 
 def may_place(config: TrainConfig) -> bool:
     """Whether adapters are placed by class means, where model and task allow it, if nothing is said of their start."""
-    unplaced = config.private or config.optimizer == first_order.NAME
-    return config.adapter == "tt" and config.target_modules is None and not unplaced
+    unplaced = config.private or not config.zeroth_order or config.has_adapter_option("target_modules")
+    return config.adapter_name == "tt" and not unplaced
 
 
 def depth(model: nn.Module) -> int:

@@ -12,9 +12,8 @@ import torch
 from zo_opt.adapters import AdapterModel
 from zo_opt.errors import ZOError
 from zo_opt.journal import NAME, Contents, Journal, read_journal
-from zo_opt.journal.provenance import check_described, device_type, fingerprint, is_portable, tuned_names
-from zo_opt.optim import Update, ZerothOrderOptimizer
-from zo_opt.optim.first_order import FirstOrder
+from zo_opt.journal.provenance import check_described, device_type, fingerprint, tuned_names
+from zo_opt.optim import CountingOptimizer, Update, ZerothOrderOptimizer, redo
 from zo_opt.record import checkpoint
 from zo_opt.record.metrics import Line, read_lines
 from zo_opt.record.output import RUN_NAME, never_begun
@@ -114,15 +113,15 @@ class Resumed:
     journal: Journal | None
 
 
-def keeps_journal(optimizer: ZerothOrderOptimizer | FirstOrder, model: AdapterModel) -> bool:
+def keeps_journal(optimizer: CountingOptimizer, model: AdapterModel) -> bool:
     """Only what zeroth-order steps do to weights follows from a few numbers, and only where nothing else moves them."""
-    return not isinstance(optimizer, FirstOrder) and model.schedule is None
+    return isinstance(optimizer, ZerothOrderOptimizer) and model.schedule is None
 
 
 def resume(
     path: Path,
     model: AdapterModel,
-    optimizer: ZerothOrderOptimizer | FirstOrder,
+    optimizer: CountingOptimizer,
     lr_scheduler: Any,
     say: Callable[[str], None],
 ) -> Resumed:
@@ -140,7 +139,7 @@ def resume(
     """
     extra = checkpoint.load_checkpoint(path, model, optimizer, lr_scheduler)
     journal_path = path.with_name(NAME)
-    if isinstance(optimizer, FirstOrder) or not keeps_journal(optimizer, model):
+    if not isinstance(optimizer, ZerothOrderOptimizer) or not keeps_journal(optimizer, model):
         return Resumed(extra, [], None)
     if not journal_path.exists():
         say(f"{journal_path} is not there; the run goes on without a journal and cannot be replayed.")
@@ -201,7 +200,7 @@ class _Steps:
                 if update.step + 1 == self.contents.steps:
                     break  # killed between the two records
                 return done, f"metrics.jsonl has no whole line of step {update.step}"
-            self.optimizer.redo(update, line.record(self.optimizer.history.forwards))
+            redo(self.optimizer, update, line.record(self.optimizer.history.forwards))
             self.lr_scheduler.step()
             done.append(line.values)
             recorded = self.contents.weights.get(self.optimizer.step_count)
@@ -226,7 +225,7 @@ class _Steps:
         header = self.contents.header
         there = (header["device"], header["torch"])
         here = (device_type(self.optimizer), str(torch.__version__))
-        if there == here or is_portable(header["optimizer"]) or self.contents.steps <= self.first:
+        if there == here or header["optimizer"]["portable"] or self.contents.steps <= self.first:
             return None
         return f"{self.path} was written on {there[0]} with torch {there[1]}, this is {here[0]} with torch {here[1]}"
 

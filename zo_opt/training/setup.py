@@ -177,7 +177,7 @@ def load_base(config: TrainConfig, task: Task, reporter: Reporter) -> Base:
         say=reporter.say,
     )
     # Weights that are trained in place must be the checkpoint's, not rounded ones.
-    precision = "fp32" if config.adapter in WHOLE_MODEL else config.precision
+    precision: str = "fp32" if config.adapter_name in WHOLE_MODEL else config.precision
     if config.quantise is not None:
         precision += f", {config.quantise}"
     precision = set_precision(model, precision, device)

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from zo_opt.adapters import AdapterModel
 from zo_opt.journal import Journal
-from zo_opt.optim import ZerothOrderOptimizer
-from zo_opt.optim.first_order import FirstOrder
+from zo_opt.optim import CountingOptimizer, ZerothOrderOptimizer
 from zo_opt.privacy import GaussianPrivacy
 from zo_opt.privacy.rows import PoissonOrder, private_step
 from zo_opt.tasks.batches import BatchOrder
@@ -46,10 +45,9 @@ class Stepper:
             config, tools.model, make_param_groups(config, tools.model, tools.recipe.lr), tools.recipe.lr,
             self._order.steps_per_epoch, privacy, share_prefix=not tools.train.writes,
         )  # fmt: skip
-        scheduled = self.optimizer.adamw if isinstance(self.optimizer, FirstOrder) else self.optimizer
-        self.lr_scheduler = get_scheduler(config.lr_schedule, scheduled, config.warmup_steps, config.steps)
+        self.lr_scheduler = get_scheduler(config.lr_schedule, self.optimizer, config.warmup_steps, config.steps)
         self.journal: Journal | None = None
-        self._ranks = None if isinstance(self.optimizer, FirstOrder) else self.optimizer.ranks
+        self._ranks = None if not isinstance(self.optimizer, ZerothOrderOptimizer) else self.optimizer.ranks
 
     @property
     def lr(self) -> float:
@@ -86,10 +84,10 @@ def training_loss(model: AdapterModel, rows: Prepared, batch: Any) -> Tensor:
     return loss if penalty is None else loss + penalty
 
 
-def advance_adapter(model: AdapterModel, optimizer: ZerothOrderOptimizer | FirstOrder) -> None:
+def advance_adapter(model: AdapterModel, optimizer: CountingOptimizer) -> None:
     """What changes in an adapter as training goes on, after a step; gradients are let go."""
     if model.schedule is not None and model.schedule.needs_grad:
-        if not isinstance(optimizer, FirstOrder):
+        if isinstance(optimizer, ZerothOrderOptimizer):
             optimizer.write_last_grad()  # zeros if the step was dropped
         elif optimizer.failed_steps:  # gradients of a dropped step are not finite
             optimizer.zero_grad()

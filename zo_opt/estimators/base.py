@@ -1,0 +1,109 @@
+"""What an estimator is, and what it finds."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from zo_opt.directions import Stream
+from zo_opt.queries.modes import Evaluator, Losses
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one estimate found.
+
+    Attributes:
+        loss: mean loss over the queries with finite losses (nan where there is none).
+        projected_grads: float64, shape (queries,); the derivative along each direction, nan where a loss was not finite.
+        weights: float64, shape (queries,); the weight of each direction in the mean gradient, ones unless split unevenly.
+        forwards: forward passes spent.
+        curvatures: float64, shape (queries,): (l+ + l- - 2 l0) / zo_eps^2, the second derivative along each direction; None
+            where it was not asked for.
+        seeds: (seed, step, query) of each direction.
+    """
+
+    loss: float
+    projected_grads: Tensor
+    weights: Tensor
+    forwards: int
+    curvatures: Tensor | None = None
+    seeds: tuple[Stream, ...] = ()
+
+    @property
+    def dropped(self) -> int:
+        """Queries whose losses were not finite."""
+        return int(self.projected_grads.isnan().sum())
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the finite projected gradients (nan below two of them)."""
+        finite = self.projected_grads[self.projected_grads.isfinite()]
+        return float(finite.std()) if len(finite) > 1 else float("nan")
+
+
+@dataclass(frozen=True)
+class Estimator(ABC):
+    """Losses at perturbed points -> derivatives along directions. Options are the fields; what it can do is declared.
+
+    Attributes:
+        forwards_per_query, forwards_per_step: what its queries cost (:class:`~zo_opt.schedules.RunLength`), sequentially.
+        query_modes: the modes it can be evaluated in; None: all.
+        differentiates: whether it needs a loss that torch can differentiate.
+        own_closure: whether its closure returns something else than the loss of the batch.
+    """
+
+    forwards_per_query: ClassVar[int] = 2
+    forwards_per_step: ClassVar[int] = 0
+    query_modes: ClassVar[tuple[str, ...] | None] = None
+    differentiates: ClassVar[bool] = False
+    own_closure: ClassVar[bool] = False
+
+    @abstractmethod
+    def __call__(self, evaluate: Evaluator, queries: int, zo_eps: float) -> Estimate:
+        """Evaluate so many directions.
+
+        Args:
+            evaluate: maps (queries, scales) to :class:`~zo_opt.queries.modes.Losses`.
+            queries: directions.
+            zo_eps: perturbation scale, in parameter units.
+        """
+
+    def charge(self, step: int, queries: int) -> None:  # noqa: B027 (most keep no account)
+        """Told of every step that moved the weights, one that is redone from a record included."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must survive a restart, as plain values."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what ``state_dict`` gave."""
+        del state
+
+
+def estimate_of(
+    losses: Losses, projected_grads: Tensor, loss_of_query: Tensor, curvatures: Tensor | None = None
+) -> Estimate:
+    """The estimate that these losses amount to; its loss is the mean over the queries with finite derivatives."""
+    weights = losses.weights * projected_grads.isfinite()
+    mean = (loss_of_query.nan_to_num(0, 0, 0) * weights).sum() / weights.sum()
+    return Estimate(float(mean), projected_grads, losses.weights, losses.forwards, curvatures, losses.seeds)
+
+
+def combine(estimates: Sequence[Estimate]) -> Estimate:
+    """The mean of estimates along the same directions (micro-batches of equal size); a query dropped in one is dropped."""
+    losses = [e.loss for e in estimates if e.loss == e.loss]
+    curvatures = [e.curvatures for e in estimates if e.curvatures is not None]
+    return Estimate(
+        sum(losses) / len(losses) if losses else float("nan"),
+        torch.stack([e.projected_grads for e in estimates]).mean(dim=0),
+        torch.stack([e.weights for e in estimates]).mean(dim=0),
+        sum(e.forwards for e in estimates),
+        torch.stack(curvatures).mean(dim=0) if curvatures else None,
+        estimates[0].seeds,
+    )

@@ -1,0 +1,108 @@
+"""An optimizer's parameters as one axis, in pieces with their groups, with the tensors and directions that go along."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from zo_opt.directions import StepDirections
+from zo_opt.errors import ZOError
+from zo_opt.optim.choices import Choices, Setting
+from zo_opt.optim.counting import CountingOptimizer
+from zo_opt.optim.records import Update
+from zo_opt.optim.slots import Slots
+from zo_opt.queries.trainables import Piece, Trainables
+
+Directed = Mapping[int, StepDirections]  # step -> its directions
+
+
+class AxisOptimizer(CountingOptimizer):
+    """What a zeroth-order optimizer knows of its trainables; found anew when which of them require grad changes (LISA)."""
+
+    choices: Choices
+    setting: Setting
+    slot_values: ClassVar[Mapping[str, float]] = {}  # tensors of the parameters' shapes that it keeps, and their start
+
+    def start_axis(self) -> None:
+        """Before the first step."""
+        self._checked = False
+        self._trainables: Trainables | None = None
+        self.forget_axis()
+
+    def forget_axis(self) -> None:
+        """What follows from the trainables, the seed or the state is found anew."""
+        self._slots: Slots | None = None
+        self._pieces: list[tuple[Piece, int, bool]] | None = None
+        self._directions: StepDirections | None = None
+
+    def trainables(self) -> Trainables:
+        """Unique parameters that require grad, in the order in which directions number them.
+
+        Raises:
+            ZOError: there is none, or one holds NaN or infinity before training.
+        """
+        parameters = list({id(p): p for g in self.param_groups for p in g["params"] if p.requires_grad}.values())
+        if self._trainables is None or not self._trainables.is_current(parameters):
+            if not parameters:
+                raise ZOError("no parameter requires grad; give the optimizer trainable_parameters(model).")
+            trainables = Trainables(parameters)
+            if not self._checked:
+                if not all(piece.values.isfinite().all() for piece in trainables.pieces()):
+                    raise ZOError("a trainable holds NaN or infinity before training; load sound weights first.")
+                self._checked = True
+            self._trainables = trainables
+            self.forget_axis()
+        return self._trainables
+
+    def slots(self) -> Slots:
+        """The method's and the update rule's tensors of the parameters' shapes."""
+        if self._slots is None:
+            rule = self.choices.update_rule
+            values = dict.fromkeys(rule.state_names, 0.0) | dict(self.slot_values)
+            self._slots = Slots(self.trainables(), self.state, values)
+        return self._slots
+
+    def directions_of(self, step: int) -> StepDirections:
+        """The directions of a step over the trainables."""
+        if self._directions is None:
+            self._directions = StepDirections(
+                self.choices.directions, self.setting.seed, step, self.trainables().parameters
+            )
+        elif self._directions.step != step:
+            if step != self.step_count:
+                return self._directions.of_step(step)
+            self._directions = self._directions.of_step(step)  # kept: they may keep what the estimate drew
+        return self._directions
+
+    def all_directions(self, update: Update) -> Directed:
+        """The directions that an update names."""
+        return {step: self.directions_of(step) for step in {update.step, *(s for s, _ in update.older)}}
+
+    @property
+    def lrs(self) -> tuple[float, ...]:
+        """The learning rate of each parameter group."""
+        return tuple(float(group["lr"]) for group in self.param_groups)
+
+    def grouped_pieces(self) -> list[tuple[Piece, int, bool]]:
+        """The trainables in pieces, each with its parameter group and whether it is decayed."""
+        if self._pieces is None:
+            trainables = self.trainables()
+            labels = list(zip(self._groups(), [len(shape) > 1 for shape in trainables.shapes], strict=True))
+            self._pieces = [(piece, *labels[piece.parameter]) for piece in trainables.pieces(labels)]
+        return self._pieces
+
+    def _groups(self) -> list[int]:
+        """The group of each trainable."""
+        found: dict[int, int] = {}
+        for number, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                found.setdefault(id(p), number)
+        return [found[id(p)] for p in self.trainables().parameters]
+
+    def parameter_lrs(self) -> Tensor:
+        """The learning rate of each trainable."""
+        lrs, parameters = self.lrs, self.trainables().parameters
+        return torch.tensor([lrs[g] for g in self._groups()], device=parameters[0].device)

@@ -1,0 +1,335 @@
+"""The machine that every zeroth-order optimizer shares: estimate -> step control -> update rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from zo_opt.directions import Stream
+from zo_opt.errors import ZOError
+from zo_opt.estimators import Estimate, TwoSided, combine
+from zo_opt.optim.axis import AxisOptimizer, Directed
+from zo_opt.optim.choices import Method
+from zo_opt.optim.records import StepRecord, Update
+from zo_opt.optim.rounding import round_into
+from zo_opt.optim.step_control import StepState
+from zo_opt.optim.write_grad import WritesGrad
+from zo_opt.privacy.estimator import PrivateTwoSided
+from zo_opt.prompts.shared_prefix import SharedPrefix
+from zo_opt.queries import modes
+from zo_opt.queries.modes import Evaluator
+from zo_opt.queries.nesting import batch_size
+from zo_opt.queries.perturbation import Perturbed, Transform
+from zo_opt.queries.trainables import Piece, Trainables
+
+
+class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
+    """A ``torch.optim.Optimizer`` whose gradients come from forward passes.
+
+    Two phases: ``estimate`` perturbs, queries and restores; ``step`` applies the mean of the estimates made since the last step.
+    Estimates made before one step share their directions, so that accumulation over k micro-batches of equal size
+    equals one k times larger batch (in split mode in expectation). Works with parameter groups and every torch lr scheduler.
+    Parameters in bf16 or fp16 are updated with stochastic rounding, so that small updates count on average.
+
+    A method that is more than a set of choices is a subclass: it declares its ``method`` and what it does otherwise, and overrides
+    the hooks below. Its own options are arguments of its constructor, kept under their names.
+
+    Args:
+        params: parameters or groups; those that do not require grad are left alone. Groups may differ in ``lr`` and ``weight_decay``.
+        method: what it is called and presets; the class's own if not given.
+        options: what it does (:class:`~zo_opt.optim.choices.Choices`) and where it runs (:class:`~zo_opt.optim.choices.Setting`).
+
+    Attributes:
+        choices, setting: the options, with defaults.
+        ranks: the processes that share the queries, or None.
+        last_update: what the last step did to the weights.
+
+    Raises:
+        ZOError: on impossible options.
+    """
+
+    method: Method = Method("zeroth-order")
+    own_estimates: ClassVar[bool] = False  # it evaluates other losses than its estimator alone does
+    own_gradient: ClassVar[bool] = False  # its move is not along the step's directions as they were evaluated
+    own_arithmetic: ClassVar[bool] = False  # it rounds where +-1 directions would not
+
+    def __init__(self, params: Iterable[Any], method: Method | None = None, **options: Any) -> None:
+        self.method = method if method is not None else self.method
+        self.choices, self.setting = self.method.sort(options)
+        choices, setting = self.choices, self.setting
+        self.mode, self.ranks = modes.resolve(choices.query_mode, setting.distributed, setting.module)
+        if choices.line_search is not None and (self.own_estimates or self.own_gradient):
+            raise ZOError(
+                f"a line search looks at losses along the step's own estimate, and {self.method.name!r} moves otherwise; use it with mezo."
+            )
+        if getattr(choices.query_schedule, "needs_split", False) and self.mode != "split":
+            raise ZOError(
+                f'query_mode="{choices.query_mode}" does not split the batch, whose examples are as many as the queries; pass a '
+                "query_schedule with it."
+            )
+        if setting.privacy is not None:
+            if self.own_estimates or self.ranks is not None or type(choices.estimator) is not TwoSided:
+                raise ZOError(
+                    "privacy clips each example's two-sided difference: use query_mode='sequential' in one process, no line search, "
+                    "and an optimizer that needs no other losses, such as MeZO or AdaZeta."
+                )
+            self.choices = choices = replace(choices, estimator=PrivateTwoSided(setting.privacy))
+        super().__init__(params, {"lr": choices.lr, "weight_decay": choices.weight_decay})
+        self.start_counting(setting.steps_per_epoch, setting.max_failed_steps)
+        self.start_axis()
+        self.update_count = 0
+        self.last_update: Update | None = None
+        self._control = [StepState() for _ in choices.step_control]
+        self._pending: list[tuple[Estimate, Evaluator]] = []
+        self._queries = 0
+        self._prefix: SharedPrefix | None = None
+        self._prefix_of: Trainables | None = None
+
+    # --- the two phases ---
+
+    @torch.no_grad()
+    def estimate(self, closure: Callable[..., Any], batch: Any = None) -> Tensor:
+        """Evaluate this step's queries on one (micro-)batch, restore the trainables to the bit, remember the result.
+
+        Args:
+            closure: returns the loss (scalar tensor or float) without gradients; called with ``batch`` if one is given.
+            batch: any nesting of tensors with the example axis first; needed by the modes beyond sequential.
+
+        Returns:
+            The mean loss over finite queries, a float32 scalar on the CPU (nan where none was finite).
+        """
+        trainables = self.trainables()
+        if self._pending and self.choices.estimator.own_closure:
+            raise ZOError("with privacy one step() follows each estimate(); evaluate micro-batches within the closure.")
+        if not self._pending:  # estimates before one step share their directions, hence their number
+            self._queries = self._scheduled_queries(batch)
+            if self.ranks is not None:
+                self.ranks.begin_step(self.step_count, self._in_words(), trainables, batch)
+        perturbed = Perturbed(trainables, self.directions_of(self.step_count), self.transform())
+        evaluator = Evaluator(perturbed, closure, batch, self.mode, self.setting.module, self.ranks)
+        with self._evaluation_mode():
+            estimate = self.estimate_from(evaluator, self._queries)
+        self._pending.append((estimate, evaluator))
+        return torch.tensor(estimate.loss)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[..., Any] | None = None, batch: Any = None) -> Tensor:  # type: ignore[override]
+        """Apply the mean of the estimates made since the last step (a closure given here is estimated first).
+
+        Returns:
+            The mean loss of those estimates.
+
+        Raises:
+            ZOError: nothing was estimated.
+            NonFiniteLossError: no loss was finite, ``max_failed_steps`` times in a row; the trainables are untouched.
+        """
+        if closure is not None:
+            self.estimate(closure, batch)
+        loss, update = self.plan()
+        self.move(update)
+        if not update.coefficients:
+            self.count_failure()
+        return torch.tensor(loss)
+
+    def plan(self) -> tuple[float, Update]:
+        """From the estimates made since the last step to the update: lost queries, records, step control, line search."""
+        if not self._pending:
+            raise ZOError("step() was called without an estimate; pass a closure, or call estimate(closure) first.")
+        estimate, evaluators = combine([e for e, _ in self._pending]), [e for _, e in self._pending]
+        record = StepRecord(
+            self.step_count, self.epoch, estimate.loss, len(estimate.projected_grads), estimate.dropped,
+            estimate.forwards, tuple(estimate.projected_grads.tolist()),
+        )  # fmt: skip
+        kept = estimate.projected_grads.isfinite()
+        self._pending = []
+        projected_grads = self.take_in(record, max(self.lrs))
+        if projected_grads is None:
+            return estimate.loss, Update(self.step_count, self.lrs, ())
+        weights = estimate.weights[kept] / estimate.weights[kept].sum()
+        coefficients = torch.zeros_like(estimate.projected_grads)
+        coefficients[kept] = weights * projected_grads
+        lost = tuple(torch.nonzero(~kept).flatten().tolist())
+        update = Update(self.step_count, self.lrs, tuple(coefficients.tolist()), lost=lost)
+        update = self.update_from(estimate, update)
+        if self.choices.line_search is not None:
+            with self._evaluation_mode():
+                update, forwards = self.choices.line_search(update, self.parameter_lrs(), evaluators)
+            self.history.forwards += forwards
+        return estimate.loss, update
+
+    def take_in(self, record: StepRecord, lr: float) -> Tensor | None:
+        """Counts, history and step control after a step's queries; the finite projected gradients as controlled, None if too few."""
+        self.last_record = record
+        self.history.queries += record.queries
+        self.history.forwards += record.forwards
+        self.history.observe(record.projected_grads)
+        self.dropped_queries += record.dropped
+        projected_grads = torch.tensor(record.projected_grads, dtype=torch.float64)
+        projected_grads = projected_grads[projected_grads.isfinite()]
+        controls = self.choices.step_control
+        if len(projected_grads) < min(max((c.least for c in controls), default=1), record.queries):
+            return None
+        for control, state in zip(controls, self._control, strict=True):
+            state.lr, state.trainables = lr, self.trainables().total
+            projected_grads = control(projected_grads, state)
+        return projected_grads
+
+    def move(self, update: Update) -> None:
+        """Take a step: one walk over the trainables."""
+        if update.coefficients:
+            self.failed_steps = 0
+            self.update_count += 1
+            self.prepare(update)
+            self._sweep(update)
+        self.choices.estimator.charge(update.step, len(update.coefficients))
+        self.last_update = update
+        self.step_count += 1
+
+    def _sweep(self, update: Update) -> None:
+        """Gradient, decay, update rule, a cache-sized piece at a time."""
+        rule = self.choices.update_rule
+        directions, slots = self.all_directions(update), self.slots()
+        for piece, number, decayed in self.grouped_pieces():
+            group, lr = self.param_groups[number], update.lrs[number]
+            self.absorb(piece, update, directions)
+            if lr == 0 and rule.linear:
+                continue
+            # A linear rule's lr joins the coefficients: with z = +-1 every product is exact, on any device.
+            gradient, factor = self.gradient(piece, update, directions, lr if rule.linear else 1.0)
+            wide = piece.values.dtype in (torch.float32, torch.float64)
+            values = piece.values if wide and lr != 0 else piece.values.to(torch.float32, copy=True)
+            if group["weight_decay"] and decayed:
+                values.mul_(1 - lr * group["weight_decay"])
+            state = {name: slots.range(name, piece.start, piece.stop) for name in rule.state_names}
+            if rule.linear:
+                rule.apply(values, gradient, state, factor, self.update_count)
+            else:
+                rule.apply(values, gradient * factor, state, lr, self.update_count)
+            if lr != 0 and not wide:
+                round_into(piece.values, values, Stream(self.setting.seed, update.step, 0), piece.start)
+
+    # --- hooks: what methods differ in ---
+
+    def transform(self) -> Transform | None:
+        """How directions depend on weights and state (see :class:`~zo_opt.queries.perturbation.Perturbed`)."""
+        return None
+
+    def estimate_from(self, evaluator: Evaluator, queries: int) -> Estimate:
+        """One micro-batch's estimate; a method that overrides it declares ``own_estimates``."""
+        return self.choices.estimator(evaluator, queries, self.choices.zo_eps)
+
+    def update_from(self, estimate: Estimate, update: Update) -> Update:
+        """What the estimate asks for, given the mean's coefficients."""
+        return update
+
+    def prepare(self, update: Update) -> None:
+        """Take in an update before it is applied: state of the whole axis."""
+
+    def absorb(self, piece: Piece, update: Update, directions: Directed) -> None:
+        """Take in an update before it is applied to a piece: state of that piece."""
+
+    def gradient(self, piece: Piece, update: Update, directions: Directed, scale: float) -> tuple[Tensor, float]:
+        """scale * sum_q c_q z_q over a piece, older directions included, as (tensor, factor); not to be changed in place.
+
+        A factor, so that a single direction needs no product of its own. A method that overrides it declares ``own_gradient``.
+        """
+        transform = self.transform()
+        terms = [
+            (step, query, scale * coefficient)
+            for step, coefficients in ((update.step, update.coefficients), *update.older)
+            for query, coefficient in enumerate(coefficients)
+            if coefficient != 0
+        ]
+        total: Tensor | None = None
+        for step, query, coefficient in terms:
+            z = directions[step].range(query, piece.start, piece.stop)
+            if transform is not None:
+                z = transform(z, piece.start, piece.stop, piece.values)
+            if len(terms) == 1:
+                return z, coefficient
+            total = z * coefficient if total is None else total.add_(z, alpha=coefficient)
+        return total if total is not None else torch.zeros(len(piece.values), device=piece.values.device), 1.0
+
+    # --- the machine ---
+
+    def _in_words(self) -> str:
+        """What the processes of a run must agree on at a step."""
+        return (
+            f"{self.method.name}, seed {self.setting.seed}, {self._queries} queries, zo_eps {self.choices.zo_eps:g}, lr {self.lrs}, "
+            f"{self.trainables().total} trainables"
+        )
+
+    def _scheduled_queries(self, batch: Any) -> int:
+        queries = int(self.choices.query_schedule(self.step_count, self.epoch, self.history))
+        if queries < 1:
+            raise ZOError(
+                f"the query schedule returned {queries} at step {self.step_count}; it must return at least 1."
+            )
+        return min(queries, batch_size(batch)) if self.mode == "split" and batch is not None else queries
+
+    @contextmanager
+    def _evaluation_mode(self) -> Iterator[None]:
+        """Dropout off in both evaluations (arXiv 2305.17333, released code), the frozen prefix shared; all comes back as it was."""
+        module = self.setting.module
+        training = [m for m in module.modules() if m.training] if module is not None else []
+        try:
+            for m in training:
+                m.training = False
+            with self._shared_prefix():
+                yield
+        finally:
+            for m in training:
+                m.training = True
+
+    def _shared_prefix(self) -> AbstractContextManager[None]:
+        """The frozen layers below the trainables, computed once within it, where that was asked for."""
+        module, trainables = self.setting.module, self.trainables()
+        if not self.setting.share_prefix or module is None:
+            return nullcontext()
+        if self._prefix is None or self._prefix_of is not trainables:
+            self._prefix, self._prefix_of = SharedPrefix(module, trainables.parameters), trainables
+        return self._prefix()
+
+    # --- state ---
+
+    def progress(self) -> dict[str, Any]:
+        if self._pending:
+            raise ZOError("state_dict() was called between estimate() and step(); call step() first.")
+        return super().progress() | {
+            "seed": self.setting.seed,
+            "zo_eps": self.choices.zo_eps,
+            "updates": self.update_count,
+            "step_control": [dict(state.memory) for state in self._control],
+            "estimator": self.choices.estimator.state_dict(),
+        }
+
+    def load_progress(self, zo: dict[str, Any]) -> None:
+        super().load_progress(zo)
+        self.setting = replace(self.setting, seed=int(zo["seed"]))
+        self.choices = replace(self.choices, zo_eps=float(zo["zo_eps"]))
+        self.forget_axis()  # its directions know the seed
+        self.update_count = int(zo["updates"])
+        for state, memory in zip(self._control, zo["step_control"], strict=True):
+            state.memory = dict(memory)
+        if bool(zo["estimator"]) != bool(self.choices.estimator.state_dict()):
+            raise ZOError(
+                "this state and this optimizer differ in privacy: one has it, the other has not; give it to both."
+            )
+        self.choices.estimator.load_state_dict(zo["estimator"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        # torch casts state to the parameters' dtype; ours is float32 whatever they are.
+        packed = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for index, parameter in zip(packed, (p for g in self.param_groups for p in g["params"]), strict=True):
+            for name, tensor in state_dict["state"].get(index, {}).items():
+                self.state[parameter][name] = tensor.to(parameter.device, copy=True)
+        self._pending = []
+        self.forget_axis()
+        if self.ranks is not None:
+            self.ranks.compare_anew()

@@ -1,0 +1,213 @@
+"""Everything a run can be told, in groups; each field is an option of the command line. Needs no torch, so that help is quick."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    NonNegativeFloat: TypeAlias = float
+    PositiveFloat: TypeAlias = float
+    NonNegativeInt: TypeAlias = int
+    PositiveInt: TypeAlias = int
+else:
+    from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+BACKPROPAGATION = "adamw"
+DEFAULT_MODEL = "smollm2-135m-instruct"
+Choice = str | Mapping[str, Any]  # a name, or {"name": ..., and its options}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstOptions:
+    """What people need first.
+
+    Args:
+        model_name_or_path: the built-in model, a Hugging Face id or a local directory.
+        task: a built-in task (docs/tasks.md): labels (sst2, rte, cb, boolq, copa, mrpc, piqa), generation (arithmetic, nq_open, sciq) or
+            language modelling (sciq-text; lm: on your own --train_file); or module:name, your own. Its prompt is used for
+            --train_file too unless --template is given.
+        train_file: your own rows, .jsonl, .csv or .tsv; for language modelling also .txt.
+        eval_file: held-out rows; without it some training rows are held out.
+        template: prompt with columns in braces, such as "{text} It was".
+        verbalizers: label words, as "label=word,label=word" or in the labels' sorted order "word,word".
+        steps: optimizer steps.
+        lr: learning rate (see docs/optimizers.md; with adam 0.1 for placed adapters, 0.01 for random ones).
+        output_dir: where everything goes; runs/<task>-<optimizer>-<time> if not given. Must be empty unless resuming.
+        resume: continue the run in output_dir, with its options; save_steps, max_failed_steps, report_to, share, rank_timeout,
+            rank_check_every and prefix_cache_dir may be given anew, other values of other options are refused.
+    """
+
+    model_name_or_path: str = DEFAULT_MODEL
+    task: str = "sst2"
+    train_file: Path | None = None
+    eval_file: Path | None = None
+    template: str | None = None
+    verbalizers: str | None = None
+    steps: PositiveInt = 100
+    lr: NonNegativeFloat | None = None
+    output_dir: Path | None = None
+    resume: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowOptions:
+    """Rows and what is learned of them.
+
+    Args:
+        text_column: the column that {text} in the template stands for.
+        label_column: the column of the label.
+        target_column: the column of the text to write: makes your own rows a generation task.
+        objective: what is trained: loss; or, without a gradient and with zeroth-order optimizers alone, 1 - accuracy, f1 or exact_match
+            (of what the model writes) on the batch, or minus the mean of your_module:reward (docs/any_forward.md).
+        max_train_rows: use only the first so many training rows.
+        held_out: rows to hold out where there is no eval_file (at most 30 % of all); of running text the last lines.
+        validation: evaluate on rows held out of the training rows instead, for choosing options; the held-out rows stay unseen.
+        max_length: tokens a prompt may have; the model's context if not given. Language modelling: tokens of a block (128).
+        max_new_tokens: generation: the most tokens written for a row in an evaluation; the task's own (32) if not given.
+        batch_size: examples a step.
+        eval_batch_size: examples in an evaluation batch.
+        batch_order: balanced (classes take turns) or shuffled.
+    """
+
+    text_column: str = "text"
+    label_column: str = "label"
+    target_column: str | None = None
+    objective: str = "loss"
+    max_train_rows: PositiveInt | None = None
+    held_out: PositiveInt = 256
+    validation: bool = False
+    max_length: PositiveInt | None = None
+    max_new_tokens: PositiveInt | None = None
+    batch_size: PositiveInt = 16
+    eval_batch_size: PositiveInt = 32
+    batch_order: Literal["balanced", "shuffled"] = "balanced"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """The frozen model.
+
+    Args:
+        head: "lm" scores label words with the language-model head; "classification" trains a new head.
+        trust_remote_code: let the checkpoint's own Python code run.
+        device: cpu, cuda or auto.
+        precision: of the frozen base: "mixed" (bf16 matrix products, fp32 everything else), "fp32", or "auto".
+        quantise: keep the frozen base's weights in few bits (docs/any_forward.md): int8 or int4 (torchao), bnb-int8 or bnb-nf4
+            (bitsandbytes). In full if not given.
+        compile: run the layers through torch.compile (sequential query mode; takes a minute, see benchmarks/compiled.py for what
+            it gains).
+        prefix_cache: where hidden states below the first adapter are kept: device, cpu (memory), disk (a file; a resumed run takes
+            it up again) or off.
+        prefix_cache_mb: bound on them, in MiB; 0 turns the cache off.
+        prefix_cache_dir: directory of the file on disk, which then outlasts the run for others on the same model; the run's
+            own if not given.
+    """
+
+    head: Literal["lm", "classification"] = "lm"
+    trust_remote_code: bool = False
+    device: str = "auto"
+    precision: Literal["auto", "mixed", "fp32"] = "auto"
+    quantise: Literal["int8", "int4", "bnb-int8", "bnb-nf4"] | None = None
+    compile: bool = False
+    prefix_cache: Literal["device", "cpu", "disk", "off"] = "device"
+    prefix_cache_mb: NonNegativeInt = 1024
+    prefix_cache_dir: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningOptions:
+    """How the adapter is moved. Parts are chosen by name (PARTS); their own options are nested: --optimizer.beta1, --schedule.alpha.
+
+    Args:
+        adapter: the adapter (docs/adapters.md), or module:Class, your own.
+        optimizer: how it is tuned (docs/optimizers.md): adazeta, mezo, ...; adamw is backpropagation, for comparison; or
+            module:name, your own.
+        estimator: losses -> derivatives: two-sided or one-sided; the optimizer's own if not given.
+        directions: their distribution; rademacher, or the optimizer's own, if not given.
+        schedule: queries of each step: adazeta (paper), constant, linear, cosine, stepwise, budget, variance, or module:function;
+            the optimizer's own if not given.
+        update_rule: sgd, adam, sign, momentum or amsgrad, on the estimated gradient (adam for adazeta, else the optimizer's own).
+        step_control: what is done to projected gradients before the update: clip (at 3 times their running root mean square) if
+            not given; none; or a list in a file of options.
+        line_search: lengths of a step that are tried before it is taken, such as '[0, 1]'.
+        query_mode: sequential, batched, split or auto; split if not given, sequential for forward-gradient, for objectives f1,
+            exact_match and rewards, and where processes share the data. "distributed" is sequential in each of several processes.
+        zo_eps: perturbation scale (0.01; 0.1 for objectives that move in steps).
+        weight_decay: decoupled.
+        lr_schedule: linear (to zero), cosine or constant.
+        warmup_steps: steps over which the learning rate rises from zero.
+        loraplus_lr_ratio: LoRA+: the learning rate of B over that of A (16 in the paper).
+        loraplus_lr_embedding: LoRA+: the learning rate of adapters of embeddings.
+        adapter_init: where adapters start: "class_means" (features that tell the classes apart, from training rows' hidden
+            states), "components" (their principal components, no labels used), "random" (the method's own start), or "auto":
+            class_means where the model and the task allow it and no target_modules are given. Placement is for tt alone.
+        feature_components: principal components among which class_means looks.
+        output_scale: norm of a placed adapter's output directions, relative to the hidden states'.
+    """
+
+    adapter: Choice = "tt"
+    optimizer: Choice = "adazeta"
+    estimator: Choice | None = None
+    directions: Choice | None = None
+    schedule: Choice | None = None
+    update_rule: Choice | None = None
+    step_control: Choice | list[Choice] | None = None
+    line_search: list[float] | None = None
+    query_mode: Literal["sequential", "batched", "split", "auto", "distributed"] | None = None
+    zo_eps: PositiveFloat | None = None
+    weight_decay: NonNegativeFloat = 0.0
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: NonNegativeInt = 0
+    loraplus_lr_ratio: PositiveFloat | None = None
+    loraplus_lr_embedding: NonNegativeFloat = 1e-6
+    adapter_init: Literal["auto", "random", "class_means", "components"] = "auto"
+    feature_components: PositiveInt = 64
+    output_scale: PositiveFloat = 0.3
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """The run, its processes and its privacy.
+
+    Args:
+        seed: of directions, cores and the order of examples.
+        save_steps: steps between checkpoints (docs/durability.md).
+        max_failed_steps: so many steps in a row without any finite loss end the run.
+        report_to: none, or where to send what metrics.jsonl has as well: tensorboard, wandb, mlflow and others that accelerate knows;
+            several with commas between.
+        share: what several processes share (torchrun, docs/scaling.md): queries, data, or both as a grid such as 2x4 (query groups x
+            data ranks); query_mode then says how each evaluates its part.
+        rank_timeout: of several processes, seconds to wait for the slowest beyond the first one's own part of a step.
+        rank_check_every: of several processes, steps between comparisons of all trainables by SHA-256.
+        privacy_epsilon: differential privacy of the training rows (docs/privacy.md): noise such that all steps together stay within
+            this epsilon.
+        privacy_delta: its delta; well below 1 / rows.
+        privacy_noise: the noise on a sum of rows, in units of privacy_clip, in place of privacy_epsilon.
+        privacy_clip: bound on one row's projected gradient.
+    """
+
+    seed: NonNegativeInt = 0
+    save_steps: PositiveInt = 100
+    max_failed_steps: PositiveInt = 10
+    report_to: str = "none"
+    share: str = "queries"
+    rank_timeout: PositiveFloat = 300.0
+    rank_check_every: PositiveInt = 100
+    privacy_epsilon: PositiveFloat | None = None
+    privacy_delta: PositiveFloat = 1e-5
+    privacy_noise: PositiveFloat | None = None
+    privacy_clip: PositiveFloat | None = None
+
+
+# In the order in which help shows them.
+GROUPS = (FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOptions)
+# Options of a run that a comparison sets itself. Privacy is of one run: the epsilons of several add up.
+COMPARISONS_OWN = frozenset(
+    ("lr", "loraplus_lr_ratio", "loraplus_lr_embedding", "steps", "seed", "output_dir", "save_steps", "resume", "validation",
+     "privacy_epsilon", "privacy_delta", "privacy_noise", "privacy_clip")
+)  # fmt: skip
+# Options that are chosen by name and have options of their own.
+PARTS = ("adapter", "optimizer", "estimator", "directions", "schedule", "update_rule", "step_control")

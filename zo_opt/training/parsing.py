@@ -1,0 +1,361 @@
+"""Options from a command line, a file or a mapping: one way for all of them to become plain, typed values.
+
+jsonargparse knows the types. Parts that are chosen by name have options of their own, which are those of the class or function of that
+name: the parser is built for the names that were given, so that an option that a method does not have is no option at all. Plain options
+are looked at first, before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import suppress
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from types import MappingProxyType, NoneType, UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+import docstring_parser
+import yaml
+from jsonargparse import ArgumentParser
+
+from zo_opt.choices import did_you_mean
+from zo_opt.errors import ZOError
+from zo_opt.training.options import GROUPS, PARTS, LearningOptions
+
+_DEEPEST = 20  # lists and mappings within each other in a file of options
+# Another name of an option: the schedule's in Python; and what users of transformers, or of earlier versions, would type.
+_ALIASES = {"query_schedule": "schedule"}
+_ELSEWHERE = {
+    "learning_rate": "lr", "num_train_epochs": "steps", "max_steps": "steps", "per_device_train_batch_size": "batch_size",
+    "model": "model_name_or_path", "quantize": "quantise", "optim": "optimizer", "dataset": "train_file",
+    "clip": "step_control.factor", "alpha": "schedule.alpha", "beta": "schedule.beta", "max_queries": "schedule.max_queries",
+    "min_queries": "schedule.min_queries", "budget_forwards": "schedule.forwards", "lora_alpha": "adapter.alpha",
+    "beta1": "update_rule.beta1", "beta2": "update_rule.beta2", "rank": "adapter.rank", "layers": "adapter.layers",
+}  # fmt: skip
+
+
+class Parser(ArgumentParser):
+    """Mistakes in options are sentences; true-or-false options may stand alone.
+
+    Attributes:
+        names: of the parts whose options it has.
+    """
+
+    names: Mapping[str, str | None] = MappingProxyType({})
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        text = " ".join(message.split()).rstrip(".")
+        see = f"see {self.prog} --help."
+        if (found := re.match(r'Parser key "([\w.]+)": (.*)', text)) is not None and found[1] in self.hints():
+            raise ZOError(
+                f"{found[1]}={_given(found[2])} is not possible; give {in_words(self.hints()[found[1]])}; {see}"
+            )
+        if (found := re.match(r"unrecognized arguments: -*([\w.\-]+)", text)) is not None:
+            raise ZOError(f"{self.unknown(found[1])}; {see}")
+        if (found := re.match(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text)) is not None:
+            raise ZOError(f"{self.unknown(f'{found[1]}.{found[2]}')}; {see}")
+        if (found := re.match(r"Key '([\w.]+)' is not expected", text)) is not None:
+            raise ZOError(f"{self.unknown(found[1])}; {see}")
+        raise ZOError(f"{text}; {see}")
+
+    def hints(self) -> dict[str, Any]:
+        """Option -> its type."""
+        return {a.dest: getattr(a, "_typehint", None) or a.type for a in self._actions if a.dest != "help"}
+
+    def let_flags_stand_alone(self) -> None:
+        """``--resume`` means ``--resume true``."""
+        for action in self._actions:
+            if getattr(action, "_typehint", None) is bool:
+                action.nargs, action.const = "?", True
+
+    def unknown(self, name: str) -> str:
+        """What to say of an option that there is not."""
+        known, (part, dot, option) = list(self.hints()), name.partition(".")
+        optimizer = self.names.get("optimizer")
+        if part in _fixed(optimizer):
+            return f"{part} is no option of optimizer {optimizer!r}; leave it out, or choose another optimizer"
+        if part in PARTS and dot:
+            has = [k.partition(".")[2] for k in known if k.startswith(f"{part}.") and not k.endswith(".name")]
+            chosen = f"{part} {self.names[part]!r}" if self.names.get(part) else f"the {part}"
+            return f"{chosen} has no option {option!r}; it has {', '.join(has) or 'none'}{did_you_mean(option, has)[:-1].replace(' Did', '. Did')}"
+        nested = [k for k in known if k.endswith(f".{name}")]
+        meant = _ELSEWHERE.get(name) or (nested[0] if nested else "")
+        hint = f" Did you mean --{meant}?" if meant else did_you_mean(name, known).replace("mean ", "mean --")
+        return f"--{name} is not known.{hint or ' Check its name'}"
+
+
+def parse_arguments(
+    arguments: Sequence[str],
+    parser: Callable[[], Parser],
+    groups: Sequence[type] = GROUPS,
+    *,
+    skip: frozenset[str] = frozenset(),
+    parts: Sequence[str] = PARTS,
+    several: Callable[[Mapping[str, Any]], Mapping[str, list[Any]]] | None = None,
+) -> dict[str, Any]:
+    """The options given on a command line, typed; ``--config FILE`` brings those of a YAML file, which come first.
+
+    Args:
+        arguments: without the command's name.
+        parser: makes a parser with the command's own arguments.
+        groups: dataclasses of options that it has besides; with them, only what was given is returned.
+        skip: options of the groups that it does not have.
+        parts: those that it has.
+        several: from the plain options given, the classes of parts of which there are several, so that all their options are taken.
+
+    Raises:
+        ZOError: on the first mistake.
+    """
+    if not groups and not parts:
+        alone = parser()
+        alone.let_flags_stand_alone()
+        return _plain(alone.parse_args(list(arguments)))
+    files, line = _without_config(arguments)
+    if parts is PARTS:
+        line = [re.sub(rf"^--({'|'.join(_ALIASES)})(?=[=.]|$)", lambda m: f"--{_ALIASES[m[1]]}", a) for a in line]
+    line = [re.sub(rf"^--({'|'.join(parts)})(?==|$)", r"--\1.name", a) for a in line]
+    values: dict[str, Any] = {}
+    for path in files:
+        values |= normalised(read_options_file(path))
+    plain: dict[str, Any] = {}
+    if "--help" not in line and "-h" not in line:
+        plain = _parse_plain(line, add_plain_options(parser(), groups, skip))
+    kinds = several(values | plain) if several is not None else {}
+    names = {part: _named(line, part) or _name_of(values.get(part)) for part in PARTS}
+    full = parser()
+    add_plain_options(full, groups, skip | _fixed(names["optimizer"]))
+    add_parts(full, names, kinds, parts)
+    full.let_flags_stand_alone()
+    given = _merged(_of_object(full, values), _plain(full.parse_args(line, defaults=False)))
+    return given if several is not None else _with_names(given, names)
+
+
+def typed(values: Mapping[str, Any], groups: Sequence[type] = GROUPS, prog: str = "zo-opt train") -> dict[str, Any]:
+    """Plain values, such as a record's, as typed options.
+
+    Raises:
+        ZOError: an option that there is not, or a value that is not possible.
+    """
+    values = normalised(values)
+    parser, names = Parser(prog=prog), {part: _name_of(values.get(part)) for part in PARTS}
+    add_plain_options(parser, groups, _fixed(names["optimizer"]))
+    add_parts(parser, names)
+    return _with_names(_of_object(parser, values), names)
+
+
+def normalised(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Every part that is chosen by name as ``{"name": ...}``, under its own key; what is null is left out."""
+    named = {_ALIASES.get(key, key): value for key, value in values.items() if value is not None}
+    return {k: {"name": v} if k in PARTS and isinstance(v, str) else v for k, v in named.items()}
+
+
+def add_plain_options(parser: Parser, groups: Sequence[type], skip: Set[str] = frozenset()) -> Parser:
+    """The options of groups that are no parts, but for those in ``skip``."""
+    for group in groups:
+        parser.add_class_arguments(group, None, skip=set(PARTS) | skip)
+    return parser
+
+
+def add_parts(
+    parser: Parser,
+    names: Mapping[str, str | None],
+    several: Mapping[str, list[Any]] | None = None,
+    parts: Sequence[str] = PARTS,
+) -> None:
+    """Parts by name, each with the options of what it is; ``several``: parts of which there are several, and no name.
+
+    Raises:
+        ZOError: a name is not known.
+    """
+    from zo_opt.training.parts import TABLES, default_name, own_options  # what they are is heavy
+
+    fixed = _fixed(names["optimizer"])
+    parser.names = {part: names[part] or default_name(part, names) for part in parts if part not in (several or {})}
+    said = {p.arg_name: p.description for p in docstring_parser.parse(LearningOptions.__doc__ or "").params}
+    for part in parts:
+        if part in fixed:
+            continue
+        kinds = (several or {}).get(part, [])
+        chosen = parser.names.get(part)
+        group = parser.add_argument_group(f"{part} ({chosen})" if chosen and not kinds else part)
+        if not kinds:
+            group.add_argument(f"--{part}.name", type=str, help=said[part])
+            kinds = [TABLES[part].find(chosen)] if chosen and chosen != "none" else []
+        added: set[str] = set()
+        for kind in kinds:
+            hints, helps = _hints(kind), _helps(kind)
+            for name, default in own_options(part, kind).items():
+                if name not in added:
+                    added.add(name)
+                    help_ = f"{helps.get(name, '')} (default: {default})".strip()
+                    group.add_argument(f"--{part}.{name}", type=hints.get(name, Any), default=default, help=help_)
+
+
+def read_options_file(path: Path) -> dict[str, Any]:
+    """A YAML file of options: without references, nine lines of which would be read as billions, and of bounded depth.
+
+    Raises:
+        ZOError: it cannot be read, or holds something else.
+    """
+    try:
+        content, depth = path.read_text(encoding="utf-8"), 0
+        for event in yaml.parse(content, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent):
+                raise ZOError(f"{path} has YAML references (*name); write the values out.")
+            if depth > _DEEPEST:
+                raise ZOError(f"{path} is nested more than {_DEEPEST} deep; options are not.")
+        values = yaml.safe_load(content)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError, MemoryError, OverflowError) as error:
+        raise ZOError(f"the file of options {path} cannot be read ({type(error).__name__}: {error}).") from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ZOError(f"{path} is no file of options; give lines such as 'steps: 200'.")
+    return values
+
+
+def in_words(hint: Any) -> str:
+    """What an option of a type can be.
+
+    >>> in_words(Literal["lm", "classification"]), in_words(int | None), in_words(list[int])
+    ('lm or classification', 'a whole number or null', 'a list such as [a whole number]')
+    """
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return _or([in_words(one) for one in inner])
+    if kind is Literal:
+        return _or([str(one) for one in inner])
+    if kind in (list, Sequence):
+        return f"a list such as [{in_words(inner[0])}]"
+    if kind in (dict, Mapping):
+        return "a mapping such as {name: value}"
+    return {
+        "PositiveInt": "a whole number of at least 1, such as 1, 16 or 100",
+        "NonNegativeInt": "a whole number of at least 0, such as 0, 1 or 100",
+        "PositiveFloat": "a number above 0, such as 1e-3, 0.1 or 1",
+        "NonNegativeFloat": "a number of at least 0, such as 0, 1e-3 or 0.1",
+        "int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "Path": "a path", "NoneType": "null",
+    }.get(getattr(hint, "__name__", ""), str(hint))  # fmt: skip
+
+
+def _or(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _given(problem: str) -> str:
+    """The value within one of jsonargparse's messages."""
+    found = re.search(
+        r"(?:[Gg]iven value|Got value): (.*)$|: (\S+) does not conform|base 10: (\S+)|to float: (\S+)", problem
+    )
+    value = next((g for g in found.groups() if g is not None), "") if found is not None else ""
+    return repr(value.strip("'"))
+
+
+def _without_config(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
+    files, line, rest = [], [], iter(arguments)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if name != "--config":
+            line.append(argument)
+        elif (path := value if equals else next(rest, "")) and not path.startswith("--"):
+            files.append(Path(path))
+        else:
+            raise ZOError("--config was given without a file; give the path of a YAML file of options.")
+    return files, line
+
+
+def _parse_plain(line: Sequence[str], parser: Parser) -> dict[str, Any]:
+    """The plain options; a mistake in them is found without importing what the parts are."""
+    known, taken, mine = set(parser.hints()), [], True
+    for argument in line:
+        if argument.startswith("--"):
+            name = argument[2:].partition("=")[0]
+            mine = name in known
+            if not mine and name.partition(".")[0] not in PARTS:
+                parser.error(f"unrecognized arguments: --{name}")
+        if mine:
+            taken.append(argument)
+    parser.let_flags_stand_alone()
+    return _plain(parser.parse_args(taken, defaults=False))
+
+
+def _fixed(optimizer: str | None) -> frozenset[str]:
+    """Options that the optimizer does not have."""
+    if optimizer is None:
+        return frozenset()
+    from zo_opt.training.parts import TABLES
+
+    method = getattr(TABLES["optimizer"].find(optimizer), "method", None)
+    return frozenset(_ALIASES.get(name, name) for name in method.fixes) if method is not None else frozenset()
+
+
+def _named(line: Sequence[str], part: str) -> str | None:
+    """The name given to a part on a command line, the last one."""
+    found = None
+    for i, argument in enumerate(line):
+        name, equals, value = argument.partition("=")
+        if name == f"--{part}.name":
+            found = value if equals else (line[i + 1] if i + 1 < len(line) else None)
+    return found
+
+
+def _name_of(choice: Any) -> str | None:
+    name = choice.get("name") if isinstance(choice, Mapping) else choice
+    return name if isinstance(name, str) else None
+
+
+def _of_object(parser: Parser, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values that are no text, typed; a list of choices is checked where it is made."""
+    lists = {k: v for k, v in values.items() if k in PARTS and isinstance(v, list)}
+    plain = {k: v for k, v in values.items() if k not in lists}
+    for name in plain:
+        if name not in parser.hints() and name not in PARTS:
+            parser.error(f"unrecognized arguments: --{name}")
+    return _plain(parser.parse_object(plain, defaults=False)) | lists
+
+
+def _plain(namespace: Any) -> dict[str, Any]:
+    return {k: v for k, v in namespace.as_dict().items() if k not in ("config", "help")}
+
+
+def _with_names(given: dict[str, Any], names: Mapping[str, str | None]) -> dict[str, Any]:
+    """A part whose options were given without its name has its default's."""
+    from zo_opt.training.parts import default_name
+
+    nameless = [k for k, v in given.items() if k in PARTS and isinstance(v, dict) and "name" not in v]
+    return given | {part: {"name": default_name(part, names)} | given[part] for part in nameless}
+
+
+def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """The second over the first; options of a part that is named anew are its own alone."""
+    merged = dict(first)
+    for name, value in second.items():
+        earlier = first.get(name)
+        if (
+            isinstance(value, dict)
+            and isinstance(earlier, dict)
+            and value.get("name", earlier.get("name")) == earlier.get("name")
+        ):
+            merged[name] = earlier | value
+        else:
+            merged[name] = value
+    return merged
+
+
+def _hints(kind: Any) -> dict[str, Any]:
+    """Option -> type, of a dataclass, a class or a function."""
+    target = kind if is_dataclass(kind) else kind.__init__ if inspect.isclass(kind) else getattr(kind, "choose", kind)
+    hints: dict[str, Any] = {}
+    with suppress(NameError, TypeError):  # names that exist for type checkers alone
+        hints = get_type_hints(target)
+    return {name: hint for name, hint in hints.items() if hint is not NoneType}
+
+
+def _helps(kind: Any) -> dict[str, str]:
+    """Option -> help, from a dataclass's metadata or a docstring's Args."""
+    helps = {f.name: f.metadata["help"] for f in fields(kind) if "help" in f.metadata} if is_dataclass(kind) else {}
+    for parameter in docstring_parser.parse(kind.__doc__ or "").params:
+        for name in parameter.arg_name.split(","):
+            helps.setdefault(name.strip(), parameter.description or "")
+    return helps
