@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from zo_opt.record.progress import Reporter
 from zo_opt.system.plain_json import read_object
 from zo_opt.tasks.evaluation import Evaluation, Prepared, evaluate
 from zo_opt.training.config import TrainConfig
+from zo_opt.training.parsing import own_code
 from zo_opt.training.setup import load_base, load_examples
 
 
@@ -20,14 +22,34 @@ def read_config(run_dir: Path, *, trust_remote_code: bool = False) -> TrainConfi
     """The options that a run was started with, save ``trust_remote_code``: no file may allow itself to run code.
 
     Raises:
-        ZOError: the directory holds no readable run.json.
+        ZOError: the directory holds no readable run.json, or it names code that nobody allowed.
     """
-    path = run_dir / RUN_NAME
+    return config_of(read_record(run_dir)["config"], run_dir / RUN_NAME, trust_remote_code=trust_remote_code)
+
+
+def config_of(
+    saved: dict[str, Any], path: Path, *, trust_remote_code: bool, named: Collection[str] = ()
+) -> TrainConfig:
+    """The options that a file has.
+
+    Args:
+        saved: as ``to_dict`` gave them.
+        path: the file, for sentences.
+        trust_remote_code: whether code that the file names may run.
+        named: code of the user's own that was named on the command line, too.
+
+    Raises:
+        ZOError: they are damaged, or name code that nobody allowed.
+    """
+    strange = sorted(own_code(saved) - set(named))
+    if strange and not trust_remote_code:
+        raise ZOError(
+            f"{path} names code outside zo_opt ({', '.join(strange)}); give the option again, or --trust_remote_code to let it run."
+        )
     try:
-        saved: dict[str, Any] = read_record(run_dir)["config"]
         return replace(TrainConfig.from_dict(saved), trust_remote_code=trust_remote_code)
-    except ZOError:
-        raise
+    except ZOError as error:
+        raise ZOError(f"{path} is damaged, or of another version ({error})") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ZOError(
             f"{path} is missing or damaged ({error}); give the output_dir of a run of zo-opt train."

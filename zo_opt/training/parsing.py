@@ -145,6 +145,17 @@ def typed(values: Mapping[str, Any], groups: Sequence[type] = GROUPS, prog: str 
     return _with_names(_of_object(parser, values), names)
 
 
+def own_code(values: Mapping[str, Any]) -> set[str]:
+    """The user's own code that options name: ``module:name`` of parts, tasks and objectives.
+
+    >>> own_code({"optimizer": {"name": "research:MyZO"}, "objective": "loss"})
+    {'research:MyZO'}
+    """
+    named = [values.get(key) for key in (*PARTS, "query_schedule", "task", "objective")]
+    flat = [one for value in named for one in (value if isinstance(value, list) else [value])]
+    return {name for one in flat if (name := _name_of(one)) is not None and ":" in name}
+
+
 def normalised(values: Mapping[str, Any]) -> dict[str, Any]:
     """Every part that is chosen by name as ``{"name": ...}``, under its own key; what is null is left out."""
     named = {_ALIASES.get(key, key): value for key, value in values.items() if value is not None}
