@@ -50,6 +50,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from zo_opt.training.metrics import read_metrics
 
 import zo_opt
 from zo_opt import GaussianPrivacy, get_adapter_model, load_adapter_model, lora_plus_groups, optim, trainable_parameters
@@ -59,7 +60,6 @@ from zo_opt.directions import DIRECTIONS
 from zo_opt.journal import Journal, read_journal
 from zo_opt.schedules import SCHEDULES, derived_beta
 from zo_opt.training import ZOTrainer, ZOTrainingArguments
-from zo_opt.training.metrics import read_metrics
 
 Options = dict[str, Any]
 Run = Callable[[Path], Options]  # takes an empty directory, gives weights, journal and result

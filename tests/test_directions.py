@@ -462,4 +462,3 @@ def test_directions_by_name():
     assert DIRECTIONS.make(kind) is kind
     with pytest.raises(ZOError, match="gaussian"):
         DIRECTIONS.make("cauchy")
-

@@ -81,7 +81,7 @@ def run(optimizer, model, steps, journal=None, *, failing=True, scheduler=None):
         step, calls = optimizer.step_count, iter(range(100))
 
         def closure(b, step=step, calls=calls):
-            bad = step == 2 or (step == 3 and next(calls) == 0 and optimizer.name not in SPREAD)
+            bad = step == 2 or (step == 3 and next(calls) == 0 and optimizer.method.name not in SPREAD)
             return model(b) * (math.nan if failing and bad else 1.0)
 
         optimizer.step(closure, BATCH)

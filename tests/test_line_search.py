@@ -101,7 +101,7 @@ SEARCHED = [n for n in NAMES if n not in ("zo-sign", "zo-momentum", "zo-adam", "
 
 @pytest.mark.parametrize("name", WITH_MEMORY)
 def test_optimizers_with_a_memory_refuse_a_search(name):
-    with pytest.raises(ZOError, match="line search"):
+    with pytest.raises(ZOError, match="line_search"):
         build(name, Model(), line_search=LineSearch())
 
 

@@ -62,7 +62,7 @@ def test_thirty_steps_agree_with_the_twin(name):
     assert_agrees(model, row.twin(expected, 30), expected)
 
 
-@pytest.mark.parametrize("name", ONE_QUERY)
+@pytest.mark.parametrize("name", [n for n in ONE_QUERY if "directions" not in OPTIMIZERS[n].method.fixes])
 @pytest.mark.parametrize("directions", ["gaussian", "rademacher"])
 def test_three_queries_agree_with_the_twin(name, directions):
     queries = {"directions": directions, "query_schedule": constant_queries(3)}
@@ -381,7 +381,7 @@ def test_a_run_continues_from_its_state_to_the_same_bits(name, options, dtype, t
 
     resumed = Model(dtype)
     resumed.load_state_dict(weights)
-    second = fresh(resumed, lr=9.0, zo_eps=9.0, seed=99)
+    second = fresh(resumed, lr=9.0, seed=99)
     second.load_state_dict(state)
     for _ in range(4):
         second.step(resumed, BATCH)
@@ -840,6 +840,6 @@ def test_an_update_is_applied_once_and_in_order():
 
 def test_defaults_are_the_published_ones():
     mezo, adazeta = MeZO(Model().parameters(), lr=1e-6), AdaZeta(Model().parameters())
-    assert (mezo.zo_eps, mezo.param_groups[0]["weight_decay"]) == (1e-3, 0.0)
+    assert (mezo.choices.zo_eps, mezo.param_groups[0]["weight_decay"]) == (1e-3, 0.0)
     group = adazeta.param_groups[0]
-    assert (group["lr"], adazeta.zo_eps, group["weight_decay"]) == (1e-4, 1e-3, 0.01)
+    assert (group["lr"], adazeta.choices.zo_eps, group["weight_decay"]) == (1e-4, 1e-3, 0.01)

@@ -148,9 +148,7 @@ def test_an_impossible_radius(radius):
 
 
 def test_a_trust_region_without_lr():
-    region = TrustRegion(1.0)
-    region.prepare(0.0, 5)
-    assert region(numbers(3.0)).tolist() == [3.0]
+    assert TrustRegion(1.0)(numbers(3.0), StepState(lr=0.0, trainables=5)).tolist() == [3.0]
 
 
 def test_controls_are_applied_in_order():

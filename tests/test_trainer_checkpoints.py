@@ -18,15 +18,14 @@ ELEVEN = {
     "max_steps": 11,
     "save_steps": 1,
     "max_queries": 4,
-    "query_alpha": 0.99,
-    "query_beta": 0.99,
+    "query_schedule": {"name": "adazeta", "alpha": 0.99, "beta": 0.99},
     "update_rule": "adam",
 }
 
 
 def test_resuming_from_each_of_ten_checkpoints(tmp_path: Path) -> None:
     """Over epochs' ends, with queries that grow, a falling learning rate, clipping and shuffled rows."""
-    options = {**ELEVEN, "clip_projected_grads": 3.0}
+    options = {**ELEVEN, "step_control": "clip"}
 
     def run(checkpoint: int | None) -> tuple[Any, list[Any]]:
         steps, model = Steps(), adapted()

@@ -177,7 +177,7 @@ class Method:
         """
         if fixed := [option for option in options if option in self.fixes]:
             raise ZOError(
-                f"{fixed[0]} is what makes {self.name!r} and cannot be given to it; leave it out, or take mezo."
+                f"{self.name!r} takes no {fixed[0]}, which is its own or of no use to it; leave it out, or take mezo."
             )
         known = [option for option in (*CHOICES, *SETTING) if option not in self.fixes]
         if unknown := [option for option in options if option not in known]:
