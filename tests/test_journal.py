@@ -24,7 +24,7 @@ from zo_opt import MeZO, ZOAdam, ZOError
 from zo_opt.directions import DIRECTIONS, Rademacher
 from zo_opt.journal import Journal, read_journal, replay
 from zo_opt.journal.format import make_line
-from zo_opt.optim import OPTIMIZERS, UPDATE_RULES, ClipProjectedGrads, Update
+from zo_opt.optim import OPTIMIZERS, UPDATE_RULES, ClipProjectedGrads, Update, ZerothOrderOptimizer
 from zo_opt.schedules import constant_queries
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -416,7 +416,7 @@ def test_a_wrong_model_is_refused_before_anything_changes(tmp_path, small, model
     assert all(torch.equal(wrong.state_dict()[k], v) for k, v in before.items())
 
 
-class Mine(MeZO):
+class Mine(ZerothOrderOptimizer):
     pass
 
 
@@ -426,9 +426,9 @@ class MyDirections(Rademacher):
 
 @pytest.mark.parametrize(("optimizer", "what"), [
     (lambda m: make(m, seed=6), "seed: 5 and 6"),
-    (lambda m: make(m, "zo-sign"), "name: mezo and zo-sign"),
-    (lambda m: make(m, directions="rademacher"), "directions: gaussian and rademacher"),
-    (lambda m: make(m, update_rule=UPDATE_RULES["adam"]()), "update_rule: sgd and adam"),
+    (lambda m: make(m, "zo-sign"), "method: mezo and zo-sign"),
+    (lambda m: make(m, directions="rademacher"), "directions.name: gaussian and rademacher"),
+    (lambda m: make(m, update_rule=UPDATE_RULES["adam"]()), "update_rule.name: sgd and adam"),
     (lambda m: make(m, weight_decay=0.3), "weight_decay: 0.1 and 0.3"),
     (lambda m: MeZO(m.parameters(), lr=0.1, seed=5), "groups"),
     (lambda m: Mine(m.parameters(), lr=0.1, seed=5), "Mine"),

@@ -179,8 +179,8 @@ def difference(recorded: Any, given: Any, where: str = "") -> str | None:
     >>> difference({"a": [1, 2]}, {"a": [1, 3]})
     'a.1: 2 and 3'
     """
-    if isinstance(recorded, Mapping) and isinstance(given, Mapping) and recorded.keys() == given.keys():
-        pairs = [(str(k), recorded[k], given[k]) for k in recorded]
+    if isinstance(recorded, Mapping) and isinstance(given, Mapping):
+        pairs = [(str(k), recorded.get(k), given.get(k)) for k in {**recorded, **given}]
     elif isinstance(recorded, list) and isinstance(given, list) and len(recorded) == len(given):
         pairs = [(str(i), a, b) for i, (a, b) in enumerate(zip(recorded, given, strict=True))]
     else:

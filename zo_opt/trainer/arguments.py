@@ -61,7 +61,7 @@ class ZOArguments(_Base):
         ZOError: an option that is not known, or one of the Trainer's that zeroth order cannot serve.
     """
 
-    zo_optimizer: dict | str = field(  # type: ignore[type-arg]
+    zo_optimizer: str = field(  # in Python a mapping, too
         default="adazeta", metadata=_help('a zeroth-order optimizer, or "none" for backpropagation')
     )
     zo_eps: float = field(default=1e-3, metadata=_help("perturbation scale"))
@@ -91,7 +91,8 @@ class ZOArguments(_Base):
         for name in ("zo_optimizer", *PARTS):
             setattr(self, name, _from_json(name, getattr(self, name)))
         if self.zeroth_order:
-            self._choices(1000, 1)  # any length: it is not known yet
+            derived = isinstance(self.query_schedule, dict) and self.query_schedule.get("beta") == "derived"
+            self._choices(1000 if derived else 1, 1)  # any length that serves: it is not known yet
             self._check_trainer_options()
             self.max_grad_norm = 0.0
         elif self.max_grad_norm is None:
