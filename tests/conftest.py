@@ -213,8 +213,15 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, sentiment_files: Se
 
 
 QUICK = {
-    "device": "cpu", "precision": "fp32", "query_mode": "sequential", "query_schedule": "constant", "max_queries": 2,
-    "min_queries": 1, "lr": 0.1, "lr_schedule": "constant",
+    "device": "cpu", "precision": "fp32", "query_mode": "sequential", "query_schedule": "constant", "queries": 2,
+    "lr": 0.1, "lr_schedule": "constant",
+}  # fmt: skip
+# Options of parts, under the short names that tests use.
+NESTED = {
+    **{name: f"adapter.{name}" for name in ("rank", "layers", "bottleneck", "activation", "target_modules", "rank_pattern", "tt_rank", "scale",
+                                            "modules_to_tensorize", "tensorize_rank", "init")},
+    **{name: f"schedule.{name}" for name in ("queries", "max_queries", "min_queries", "alpha", "beta", "milestones")},
+    "lora_alpha": "adapter.alpha", "clip": "step_control.factor", "forwards": "schedule.forwards",
 }  # fmt: skip
 
 
@@ -227,10 +234,13 @@ def toy_options(tiny_model_dir: Path, sentiment_files: Sentiment) -> Callable[..
             "model_name_or_path": tiny_model_dir, "train_file": sentiment_files.train, "eval_file": sentiment_files.eval,
             "template": "{text} It was", "verbalizers": "terrible,great", **QUICK, **changes,
         }  # fmt: skip
+        if values["query_schedule"] != "constant" and "queries" not in changes:
+            values["queries"] = None
         line = ["train"]
         for name, value in values.items():
             if value is not None and value is not False:
-                line += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+                option = f"--{NESTED.get(name, name)}"
+                line += [option] if value is True else [option, str(value)]
         return line
 
     return options

@@ -28,7 +28,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "tt-lora head": {"head": "classification", "template": None, "verbalizers": None},
     "tt-delta tensorised head": {
         "head": "classification", "template": None, "verbalizers": None, "modules_to_tensorize": "[score]",
-        "adapter_options": '{"tensorize_rank": 2}', "query_mode": "split", "max_queries": 4,
+        "adapter_options": '{"tensorize_rank": 2}', "query_mode": "split", "queries": 4,
     },
 }  # fmt: skip
 RUNS |= {name: {} for name in ADAPTERS if name not in RUNS}

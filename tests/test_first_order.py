@@ -141,7 +141,7 @@ ADAPTERS = ("lora", "adalora", "lamda", "lisa")
 def first_order(toy_options: Options, out: Path, adapter: str, **changes: Any) -> list[str]:
     return toy_options(
         output_dir=out, adapter=adapter, optimizer="adamw", lr=1e-3, steps=8, save_steps=3,
-        query_mode=None, query_schedule=None, max_queries=None, **changes,
+        query_mode=None, query_schedule=None, queries=None, **changes,
     )  # fmt: skip
 
 
@@ -209,7 +209,7 @@ def test_dropped_steps_do_not_stop_adapters_that_change(
 
     monkeypatch.setattr(stepper, "training_loss", loss)
     out = tmp_path / "out"
-    changes = {"query_schedule": None, "max_queries": None} | (
+    changes = {"query_schedule": None, "queries": None} | (
         {"query_mode": None} if optimizer == "adamw" else {"directions": "gaussian"}
     )
     line = toy_options(output_dir=out, adapter=adapter, optimizer=optimizer, lr=1e-5, steps=14, **changes)

@@ -300,7 +300,7 @@ def test_a_resumed_run_that_writes_ends_in_the_same_bits(
     def line(directory: Path) -> list[str]:
         return command(
             model_name_or_path=tiny_dir("llama"), train_file=tmp_path / "rows.jsonl", target_column="answer", held_out=4,
-            objective="exact_match", max_new_tokens=2, max_queries=2, min_queries=1, output_dir=directory,
+            objective="exact_match", max_new_tokens=2, queries=2, output_dir=directory,
         )  # fmt: skip
 
     assert_resumes_to_the_same_bits(line, tmp_path, monkeypatch)
@@ -331,7 +331,7 @@ def test_mistakes(
 def test_no_gradient_no_backpropagation(
     optimizer: str, toy_options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = {"query_mode": None, "query_schedule": None, "max_queries": None}
+    options = {"query_mode": None, "query_schedule": None, "queries": None}
     line = toy_options(objective="accuracy", optimizer=optimizer, output_dir=tmp_path / "out", **options)
     assert run_main(line) == 2
     assert f"no gradient, which optimizer='{optimizer}' needs" in capsys.readouterr().err

@@ -276,7 +276,7 @@ PRIVATE = {
     "privacy_clip": 5,
     "query_mode": None,
     "query_schedule": None,
-    "max_queries": None,
+    "queries": None,
     "steps": 6,
 }
 

@@ -98,7 +98,7 @@ def test_metrics_have_one_line_a_step(finished: tuple[Path, list[str]]) -> None:
             line
         )
         assert math.isfinite(line["loss"])
-        assert len(line["projected_grads"]) == line["queries"] == QUICK["max_queries"]
+        assert len(line["projected_grads"]) == line["queries"] == QUICK["queries"]
         assert line["forwards"] == forwards + 2 * line["queries"]  # two a query
         assert line["epoch"] == line["step"] // 4  # 64 rows in batches of 16
         assert line["lr"] == QUICK["lr"]
@@ -167,7 +167,7 @@ def test_a_picture_of_backpropagation_on_running_text(toy_options: Options, tmp_
         "adapter": "lora",
         "optimizer": "adamw",
     }
-    zeroth = dict.fromkeys(("query_mode", "query_schedule", "max_queries"))
+    zeroth = dict.fromkeys(("query_mode", "query_schedule", "queries"))
     line = toy_options(train_file=text, task="lm", steps=3, output_dir=tmp_path / "out", **options, **zeroth)
     with pictures():
         assert run_main(line) == 0
@@ -231,7 +231,7 @@ def test_a_run_leaves_the_process_as_it_was(toy_options: Options, tmp_path: Path
 
 HARD = {  # as much state as there is: moments, a falling rate with warmup, clipping, directions over the batch
     "steps": 12, "save_steps": 5, "update_rule": "adam", "lr_schedule": "linear", "warmup_steps": 3, "clip": 1.0,
-    "query_mode": "split", "max_queries": 4, "weight_decay": 0.1, "seed": 7,
+    "query_mode": "split", "queries": 4, "weight_decay": 0.1, "seed": 7,
 }  # fmt: skip
 EASY = {
     "adapter_init": "random",
@@ -398,7 +398,7 @@ def test_a_process_that_was_signalled_resumes_to_the_same_bits(
 ) -> None:
     """A real process; forks are killed in tests/test_never_lose.py."""
     broken = tmp_path / "broken"
-    options = {**HARD, "steps": 80, "save_steps": 7, "query_mode": "sequential", "max_queries": 1}
+    options = {**HARD, "steps": 80, "save_steps": 7, "query_mode": "sequential", "queries": 1}
     process = subprocess.Popen(
         [sys.executable, "-m", "zo_opt.cli.main", *toy_options(output_dir=broken, **options)],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -1,7 +1,5 @@
 """``zo-opt schedule``."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Everything a run can be told, in groups; each field is an option of the command line. Needs no torch, so that help is quick."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
