@@ -349,7 +349,7 @@ LOOPS: dict[str, Options] = {
     "schedule/cosine": {"schedule": ("cosine", {"start": 1, "end": 4, "steps": STEPS})},
     "schedule/stepwise": {"schedule": ("stepwise", {"milestones": {0: 1, 2: 3}})},
     "schedule/budget": {"schedule": ("budget", {"forwards": 26, "steps": STEPS})},
-    "schedule/variance": {"schedule": ("variance", {"min_queries": 1, "max_queries": 4})},
+    "schedule/variance": {"schedule": ("variance", {"min_queries": 16, "max_queries": 40})},
     "schedule/derived beta": {"schedule": ("adazeta", {"beta": derived_beta(0.85, 30)}), "steps_per_epoch": 2},
     **{
         f"update rule/{name}": {"update_rule": name, "directions": ("rademacher", {}), "weight_decay": 0.1}

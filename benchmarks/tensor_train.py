@@ -5,8 +5,8 @@
 Needs ``pip install ".[benchmark]"``. One process, one thread by default, no gradients; every cell's columns are measured in turn, and
 medians are compared. LoRA's pair is two ``F.linear`` of the train's rank. tensorly-torch's layer is a ``blocktt`` of the same rank
 and dims (its cores hold an input and an output dim each, so that it is another parametrisation of the same size of matrix).
-"48 layers" asks ``MergeCache`` for the pairs of 48 layers whose cores have moved, applies every layer, and divides by 48. FLOPs and bytes are the plan's own
-count; the roofline takes the larger of FLOPs over the rate of a square matrix product and bytes over the bandwidth of a large copy, both
+"48 layers" asks ``MergeCache`` for the pairs of 48 layers whose cores have moved, applies every layer, and divides by 48. FLOPs and bytes are
+those of the merged pair's two products; the roofline takes the larger of FLOPs over the rate of a square matrix product and bytes over the bandwidth of a large copy, both
 measured here first. Small inputs stay in the cache, where a layer can be faster than that.
 """
 
@@ -27,7 +27,7 @@ from measure import interleaved, machine, roofline
 from tltorch import FactorizedLinear
 from torch import Tensor
 from torch.nn import functional as F
-from tt_kernels import MergeCache, core_shapes, merge_pair, plan, plans, reconstruct, tt_linear
+from tt_kernels import MergeCache, core_shapes, merge_pair, reconstruct, tt_linear
 
 Dims = tuple[int, ...]
 SIZES: dict[str, tuple[Dims, Dims]] = {
@@ -47,14 +47,6 @@ BARS = {  # ratio -> (worst cell, median cell)
     "48 layers with their merge / tensorly reconstructed": (0.5, 0.35),
 }
 UNBARRED = ("merging at every call / LoRA pair", "einsum / LoRA pair", "full reconstruction / LoRA pair")
-CHOICES: list[tuple[Dims, Dims, int | Dims]] = [  # trains whose plans are all measured
-    ((8, 8, 16), (4, 4, 4), 5),
-    ((16, 16, 16), (4, 4, 4), 16),
-    ((4, 4, 4), (8, 8, 16), 5),
-    ((8, 8), (8, 8), 64),
-    ((16, 16), (16, 16), (16, 64, 16)),
-    ((32, 32), (8, 8), (4, 64, 4)),
-]
 
 
 def main() -> None:
@@ -81,11 +73,7 @@ def main() -> None:
             name = f"{size} rank {rank} {tokens} tokens {str(dtype)[6:]}"
             results["cells"][name] = cell(*SIZES[size], rank, tokens, dtype, device, rates, measure)
             print_cell(name, results["cells"][name], header=len(results["cells"]) == 1)
-        results["choice of plan"] = {
-            str(train): chosen_over_fastest(*train, device, measure)
-            for train in CHOICES[: 2 if arguments.quick else None]
-        }
-    results["bars"] = bars(results["cells"]) | choice_bar(results["choice of plan"])
+    results["bars"] = bars(results["cells"])
     results["seconds"] = round(time.perf_counter() - start)
     print_bars(results)
     if arguments.out is not None:
@@ -102,7 +90,7 @@ def cell(
     rates: dict[str, float],
     measure: Callable[..., dict[str, float]],
 ) -> dict[str, Any]:
-    """Seconds of each column, ratios, and what the plan counts."""
+    """Seconds of each column, ratios, and what the products count."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -147,22 +135,16 @@ def cell(
     for name in actions:
         if name.startswith("48"):
             seconds[name] /= LAYERS
-    counted = {"merged": plan(in_dims, out_dims, rank, tokens, dtype, device, merged=True)}
-    counted["with merge"] = plan(in_dims, out_dims, rank, tokens, dtype, device)
-    limits = {
-        name: {
-            "plan": p.kind,
-            "flops": p.flops,
-            "bytes": p.bytes,
-            "roofline, s": max(p.flops / rates[str(dtype)[6:]], p.bytes / rates["bytes"]),
-        }
-        for name, p in counted.items()
-    }
+    flops = 2 * tokens * rank * (size_in + size_out)
+    entries = tokens * (size_in + 2 * rank + size_out) + rank * (size_in + size_out)
+    moved_bytes = entries * dtype.itemsize
+    limit = max(flops / rates[str(dtype)[6:]], moved_bytes / rates["bytes"])
+    counted = {"flops": flops, "bytes": moved_bytes, "roofline, s": limit}
     ratios = {}
     for ratio in (*BARS, *UNBARRED):
         ours, _, theirs = ratio.partition(" / ")
         ratios[ratio] = seconds[ours] / seconds[theirs]
-    return {"seconds": seconds, "ratios": ratios, "counted": limits}
+    return {"seconds": seconds, "ratios": ratios, "counted": counted}
 
 
 def tensorly_layer(in_dims: Dims, out_dims: Dims, rank: int, way: str, dtype: torch.dtype, device: str) -> Any:
@@ -201,34 +183,6 @@ def check(
             raise RuntimeError(f"{name} is wrong by {error}")
 
 
-def chosen_over_fastest(
-    in_dims: Dims, out_dims: Dims, ranks: int | Dims, device: str, measure: Callable[..., dict[str, float]]
-) -> dict[str, Any]:
-    """For 1 to 512 tokens: the chosen plan's time over the fastest one's. Those two are measured again, or luck would pick the fastest."""
-    found = {}
-    generator = torch.Generator().manual_seed(0)
-    cores = [torch.randn(s, generator=generator).to(device) for s in core_shapes(in_dims, out_dims, ranks)]
-    for tokens in (1, 8, 64, 512):
-        x = torch.randn(tokens, prod(in_dims), generator=generator).to(device)
-        weighed = {p.groups: p for p in plans(in_dims, out_dims, ranks, tokens, device=device)}
-        chosen = plan(in_dims, out_dims, ranks, tokens, device=device)
-        actions = {
-            str(groups): partial(tt_linear, x, cores, in_dims=in_dims, out_dims=out_dims, plan=p)
-            for groups, p in weighed.items()
-            if p.seconds < 10 * chosen.seconds
-        }
-        first = measure(actions, rounds=5, at_most=0.02)
-        fastest = min(first, key=lambda name: first[name])
-        again = measure({name: actions[name] for name in {fastest, str(chosen.groups)}})
-        found[f"{tokens} tokens"] = {
-            "chosen": f"{chosen.kind} {chosen.groups}",
-            "fastest": fastest,
-            "ratio": again[str(chosen.groups)] / again[fastest],
-            "weighed": len(weighed),
-        }
-    return found
-
-
 def bars(cells: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Each ratio over the grid: its worst and median cell, how many cells meet the bar."""
     rows = {}
@@ -242,16 +196,6 @@ def bars(cells: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
             row |= {"median bar": median_bar, "met": values[worst] <= bar and middle <= (median_bar or bar)}
         rows[ratio] = row
     return rows
-
-
-def choice_bar(choices: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The ratios of the chosen plans to the fastest ones."""
-    values = {
-        f"{train}, {tokens}": c["ratio"] for train, by_tokens in choices.items() for tokens, c in by_tokens.items()
-    }
-    worst = max(values, key=lambda name: values[name])
-    middle = sorted(values.values())[len(values) // 2]
-    return {"chosen plan / fastest plan": {"worst": values[worst], "worst cell": worst, "median": middle}}
 
 
 SHORT = {  # column of the printed table -> what it shows
@@ -270,7 +214,7 @@ def print_cell(name: str, figures: dict[str, Any], *, header: bool) -> None:
     for column in list(SHORT.values())[1:]:
         base = "LoRA pair, bias" if column.endswith("bias") else "LoRA pair"
         values.append(f"{seconds[column] / seconds[base]:.2f}")
-    counted = figures["counted"]["merged"]
+    counted = figures["counted"]
     values += [f"{counted['flops'] / 1e6:.1f}", f"{counted['bytes'] / 1e6:.2f}", f"{counted['roofline, s'] * 1e6:.0f}"]
     print(f"{name:<38}" + "".join(f"{v:>10}" for v in values), flush=True)
 

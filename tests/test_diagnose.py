@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from zo_opt.cli.main import main
-from zo_opt.diagnosis.diagnose import Diagnosis, Form, _advice, _best, diagnose
+from zo_opt.diagnosis.diagnose import Diagnosis, Form, advise, best_zo_eps, diagnose
 from zo_opt.errors import ZOError
 from zo_opt.record.progress import Reporter
 from zo_opt.training.config import TrainConfig
@@ -60,17 +60,17 @@ def test_the_weights_of_the_run_are_those_that_are_measured(config: TrainConfig)
 
 
 def test_the_middle_of_the_good_values_is_recommended() -> None:
-    assert _best((1e-3, 1e-2, 1e-1, 1.0), (0.5, 0.999, 0.998, 0.2)) == 1e-1
-    assert _best((1e-3, 1e-2, 1e-1, 1.0), (0.5, 0.997, 0.999, 0.998)) == 1e-1
+    assert best_zo_eps((1e-3, 1e-2, 1e-1, 1.0), (0.5, 0.999, 0.998, 0.2)) == 1e-1
+    assert best_zo_eps((1e-3, 1e-2, 1e-1, 1.0), (0.5, 0.997, 0.999, 0.998)) == 1e-1
     with pytest.raises(ZOError, match="finite"):
-        _best((1e-3,), (float("nan"),))
+        best_zo_eps((1e-3,), (float("nan"),))
 
 
 def test_advice_names_what_is_wrong() -> None:
     low = Form("mixed", (0.3, 0.8), (1.0, 0.5), (0.6, 0.0), (0.0, 0.25))
     full = Form("fp32", (0.99, 0.99), (0.1, 0.1), (0.0, 0.0), (0.0, 0.0))
     found = Diagnosis((1e-3, 1e-2), (low, full), "x", 8, 10, 1.0, -2.0, 4.0, 1e-2, 0.25, 0.25, ())
-    text = " ".join(_advice(found))
+    text = " ".join(advise(found))
     for part in (
         "0.800",
         "loses much",

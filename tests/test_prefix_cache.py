@@ -83,9 +83,11 @@ def loss(prepared: Prepared, model: nn.Module, indices: list[int]) -> torch.Tens
     return prepared.loss(model, prepared.batch(indices))
 
 
-@pytest.mark.parametrize("on_disk", [False, True], ids=["memory", "disk"])
-@pytest.mark.parametrize("verbalizers", [SINGLE, SEVERAL], ids=["single", "several"])
-@pytest.mark.parametrize("architecture", CACHED)
+@pytest.mark.parametrize(
+    ("architecture", "verbalizers", "on_disk"),
+    [("llama", SINGLE, False), ("llama", SEVERAL, True), ("gpt2", SEVERAL, False), ("bert", SEVERAL, True), ("opt", SINGLE, True)],
+    ids=lambda value: str(value) if not isinstance(value, dict) else "",
+)  # fmt: skip
 def test_losses_are_those_without_a_cache(
     architecture: str, verbalizers: dict[str, str], on_disk: bool, tmp_path: Path
 ) -> None:
@@ -101,10 +103,9 @@ def test_losses_are_those_without_a_cache(
     assert with_cache.loss == pytest.approx(without.loss, rel=1e-5)
 
 
-@pytest.mark.parametrize("architecture", CACHED)
-def test_the_cache_stays_right_when_the_adapters_move(architecture: str) -> None:
-    model = adapted(architecture)
-    cached, plain, _ = both(model, architecture, SINGLE)
+def test_the_cache_stays_right_when_the_adapters_move() -> None:
+    model = adapted("llama")
+    cached, plain, _ = both(model, "llama", SINGLE)
     before = loss(cached, model, [0, 1, 3])
     for tensor in model.trainable_state().values():
         tensor.add_(0.2)
@@ -113,12 +114,11 @@ def test_the_cache_stays_right_when_the_adapters_move(architecture: str) -> None
     torch.testing.assert_close(after, loss(plain, model, [0, 1, 3]), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("architecture", CACHED)
-def test_the_bound_is_kept_and_rows_beyond_it_are_still_right(architecture: str) -> None:
-    model = adapted(architecture)
-    _, _, whole = both(model, architecture, SINGLE)
+def test_the_bound_is_kept_and_rows_beyond_it_are_still_right() -> None:
+    model = adapted("llama")
+    _, _, whole = both(model, "llama", SINGLE)
     bound = whole.store.bytes // 2
-    cached, plain, cache = both(model, architecture, SINGLE, bound)
+    cached, plain, cache = both(model, "llama", SINGLE, bound)
     assert 0 < cache.store.bytes <= bound
     assert cache.full
     kept = [i for i in range(len(TEXTS)) if "prefix" in cached.batch([i])]
@@ -181,9 +181,8 @@ def test_an_exception_inside_leaves_the_model_whole() -> None:
     assert torch.equal(loss(plain, model, [0, 1]), expected)
 
 
-@pytest.mark.parametrize("layers", [[1, 3], [1]])
-def test_the_cut_is_below_the_lowest_adapter(layers: list[int]) -> None:
-    model = adapted("llama", layers)
+def test_the_cut_is_below_the_lowest_adapter() -> None:
+    model = adapted("llama", [1, 3])
     cached, plain, cache = both(model, "llama", SINGLE)
     assert cache.cut == 1
     torch.testing.assert_close(loss(cached, model, [0, 1]), loss(plain, model, [0, 1]), rtol=1e-5, atol=0)
@@ -204,8 +203,7 @@ def test_adapters_outside_the_layers_turn_the_cache_off() -> None:
 # --- to the bit, heads, models that cannot be cut ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("on_disk", [False, True], ids=["memory", "disk"])
-@pytest.mark.parametrize("architecture", CACHED)
+@pytest.mark.parametrize(("architecture", "on_disk"), [*((name, False) for name in CACHED), ("llama", True)], ids=str)
 def test_the_same_bits_in_batches_padded_as_they_were_recorded(
     architecture: str, on_disk: bool, tmp_path: Path
 ) -> None:
@@ -216,7 +214,7 @@ def test_the_same_bits_in_batches_padded_as_they_were_recorded(
         assert torch.equal(loss(cached, model, indices), loss(plain, model, indices))
 
 
-@pytest.mark.parametrize("architecture", CACHED)
+@pytest.mark.parametrize("architecture", ["llama", "bert"])
 def test_a_classification_head_that_is_trained(architecture: str) -> None:
     heads = {"bert": ["pooler", "classifier"]}.get(architecture, ["score"])
     model = adapted(architecture, classes=2, saved=heads)
@@ -256,7 +254,7 @@ def test_layers_that_return_tuples() -> None:
     for layer in layers:
         layer.__class__ = InTuples if layer is not layers[-1] else Last
     cached, plain, cache = both(model, "llama")
-    assert isinstance(cache._as_output(torch.zeros(1)), tuple)
+    assert cache.objection is None
     torch.testing.assert_close(loss(cached, model, [0, 1]), loss(plain, model, [0, 1]), rtol=1e-5, atol=0)
 
 
@@ -310,16 +308,15 @@ def runs_below(model: AdapterModel, architecture: str, directory: Path, **option
     return cache.recorded_examples, cache
 
 
-@pytest.mark.parametrize("architecture", CACHED)
-def test_a_second_run_finds_what_the_first_one_left(architecture: str, tmp_path: Path) -> None:
-    assert runs_below(adapted(architecture), architecture, tmp_path)[0] == len(TEXTS)
+def test_a_second_run_finds_what_the_first_one_left(tmp_path: Path) -> None:
+    assert runs_below(adapted("llama"), "llama", tmp_path)[0] == len(TEXTS)
     content = (tmp_path / FILE_NAME).read_bytes()
-    again, cache = runs_below(adapted(architecture), architecture, tmp_path)
+    again, cache = runs_below(adapted("llama"), "llama", tmp_path)
     assert again == 0
     assert cache.store.notes == []
     assert (tmp_path / FILE_NAME).read_bytes() == content
     # Other tokens have other names: they are added, and nothing is taken for them.
-    assert runs_below(adapted(architecture), architecture, tmp_path, verbalizers=SEVERAL)[0] == len(TEXTS)
+    assert runs_below(adapted("llama"), "llama", tmp_path, verbalizers=SEVERAL)[0] == len(TEXTS)
 
 
 def other_weights(model: AdapterModel) -> None:
@@ -354,7 +351,7 @@ def test_the_file_of_another_cut_is_built_anew(tmp_path: Path) -> None:
     assert runs_below(adapted("llama", 1), "llama", tmp_path)[0] == len(TEXTS)
 
 
-@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n", b"zo_opt.prefix/9 " + b"0" * 4000, bytes(300)])
+@pytest.mark.parametrize("content", [b"", b"zo_opt.prefix/9 " + b"0" * 4000, bytes(300)])
 def test_a_file_that_is_something_else_is_built_anew(content: bytes, tmp_path: Path) -> None:
     (tmp_path / FILE_NAME).write_bytes(content)
     again, cache = runs_below(adapted("llama"), "llama", tmp_path)
@@ -394,16 +391,35 @@ def _cut_off_and_read(directory: Path, share: float) -> None:
     assert not path.exists()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_bits_come_back(dtype: torch.dtype, tmp_path: Path) -> None:
-    states = torch.randn(5, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
-    states[0, 0] = float("inf")
+def test_bits_come_back(tmp_path: Path) -> None:
     store = FileStore(tmp_path / FILE_NAME, 1 << 20, "f" * 32)
-    assert store.put(b"k" * 16, states[1:4])
-    found = store.get(b"k" * 16)
-    assert found is not None
-    assert found.dtype == dtype
-    assert torch.equal(found, states[1:4])
+    for name, dtype in ((b"a", torch.float32), (b"b", torch.bfloat16), (b"c", torch.float16)):
+        states = torch.randn(5, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
+        states[1, 0] = float("inf")
+        assert store.put(name * 16, states[1:4])
+        found = store.get(name * 16)
+        assert found is not None
+        assert found.dtype == dtype
+        assert torch.equal(found, states[1:4])
+    store.close(remove=True)
+
+
+@pytest.mark.parametrize(
+    "byte", [49 + 3, 49 + 17, 49 + 21, 49 + 30, -1], ids=["name", "tokens", "width", "digest", "states"]
+)
+def test_a_record_damaged_anywhere_is_never_used(byte: int, tmp_path: Path) -> None:
+    path, key = tmp_path / FILE_NAME, b"k" * 16
+    store = FileStore(path, 1 << 20, "f" * 32)
+    assert store.put(key, torch.ones(2, 3))
+    store.close(remove=False)
+    content = bytearray(path.read_bytes())
+    assert content[49 : 49 + 16] == key
+    content[byte] ^= 1
+    path.write_bytes(content)
+    store = FileStore(path, 1 << 20, "f" * 32)
+    assert store.get(key) is None
+    assert store.put(key, torch.ones(2, 3))
+    assert torch.equal(store.get(key), torch.ones(2, 3))  # type: ignore[arg-type]
     store.close(remove=True)
 
 
@@ -568,7 +584,7 @@ def test_damage_is_said_in_one_sentence(
     assert run_main(toy_options(output_dir=tmp_path / "first", **options)) == 0
     path = tmp_path / "states" / FILE_NAME
     content = bytearray(path.read_bytes())
-    content[49 + 36 + 5] ^= 1  # past the file's header and the first record's
+    content[49 + 44 + 5] ^= 1  # past the file's header and the first record's
     content[-3] ^= 1
     path.write_bytes(content)
     capsys.readouterr()

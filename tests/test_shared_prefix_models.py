@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from test_shared_prefix import MODES, steps
+from test_shared_prefix import steps
 from tiny_models import CONFIGS, SEQ2SEQ, build, padded_batch, perturb
 
 from zo_opt import TTConfig, get_adapter_model, trainable_parameters
@@ -49,8 +49,11 @@ def counted(model):
             handle.remove()
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["llama", "gemma2", "bert", "roberta", "opt", "gpt2", "t5", "bart"])
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [(name, "split") for name in ("llama", "gemma2", "bert", "roberta", "opt", "gpt2", "t5", "bart")]
+    + [(name, mode) for name in ("llama", "t5") for mode in ("sequential", "batched")],
+)
 def test_transformers(name, mode):
     """Layers that return states, tuples of them, position biases; encoders beside decoders; padding."""
     batches, runs, work = [padded_batch(name), padded_batch(name, seed=1)], [], []

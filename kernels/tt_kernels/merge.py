@@ -1,7 +1,7 @@
-"""Trains merged into pairs of matrices: one train, P perturbed copies of it, or all layers of a model in one chain.
+"""Trains merged into pairs of matrices: one train, or all layers of a model in one chain.
 
 Shape suffixes: M = prod in_dims, N = prod out_dims, R the rank in the middle of the train, L layers.
-Every function takes cores with any leading axes (copies, layers), the same on all cores of a train.
+Cores may have leading axes, the same on all cores of a train: such as the layers.
 """
 
 from __future__ import annotations
@@ -38,12 +38,7 @@ class Pair:
     bias_N: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x (T, M) -> (T, N); with leading axes on the pair, x (..., T, M) -> (..., T, N)."""
-        if self.a_MR.ndim > 2:
-            h = x @ self.a_MR
-            h = h if self.start_R is None else h + self.start_R.to(h.dtype)  # autocast narrows products, not sums
-            y = h @ self.b_RN
-            return y if self.bias_N is None else y + self.bias_N.unsqueeze(-2).to(y.dtype)
+        """x (T, M) -> (T, N), of a pair without leading axes."""
         h = x @ self.a_MR if self.start_R is None else torch.addmm(self.start_R, x, self.a_MR)
         return h @ self.b_RN if self.bias_N is None else torch.addmm(self.bias_N, h, self.b_RN)
 
@@ -82,27 +77,29 @@ def merge_pair(cores: Sequence[Tensor], inputs: int, bias: Tensor | None = None)
             return merge_pair(cores, inputs, bias)
     if any(core.dtype in LOW for core in cores):
         return merge_pair([c.float() for c in cores], inputs, None if bias is None else bias.float()).to(dtype)
-    a_MR, b_RN = merge_left(cores[:inputs], cores), merge_right(cores[inputs:], cores)
+    left, right = cores[:inputs], cores[inputs:]
+    a_MR, b_RN = _merge_left(left or _one(right)), _merge_right(right or _one(left))
     if bias is None or b_RN.shape[-1] <= a_MR.shape[-2]:
         return Pair(a_MR, b_RN, None, bias)
     start_R = F.pad(a_MR.new_zeros(a_MR.shape[-1]), (0, 1), value=1.0)
     return Pair(F.pad(a_MR, (0, 1)), torch.cat([b_RN, bias.unsqueeze(-2)], dim=-2), start_R)
 
 
-def merge_left(cores: Sequence[Tensor], like: Sequence[Tensor]) -> Tensor:
-    """Cores (..., r_{k-1}, n_k, r_k) from rank 1 on -> (..., prod n_k, R); no core: ones (..., 1, 1) of ``like``'s kind."""
-    if not cores:
-        return like[0].new_ones(*like[0].shape[:-3], 1, 1)
+def _one(cores: Sequence[Tensor]) -> list[Tensor]:
+    """What stands for a side without dims: a core of one entry, 1."""
+    return [cores[0].new_ones(*cores[0].shape[:-3], 1, 1, 1)]
+
+
+def _merge_left(cores: Sequence[Tensor]) -> Tensor:
+    """Cores (..., r_{k-1}, n_k, r_k) from rank 1 on -> (..., prod n_k, R)."""
     a = cores[0].flatten(-3, -2)
     for core in cores[1:]:
         a = (a @ core.flatten(-2)).reshape(*core.shape[:-3], -1, core.shape[-1])
     return a
 
 
-def merge_right(cores: Sequence[Tensor], like: Sequence[Tensor]) -> Tensor:
-    """Cores (..., r_{k-1}, n_k, r_k) down to rank 1 -> (..., R, prod n_k); no core: ones (..., 1, 1) of ``like``'s kind."""
-    if not cores:
-        return like[0].new_ones(*like[0].shape[:-3], 1, 1)
+def _merge_right(cores: Sequence[Tensor]) -> Tensor:
+    """Cores (..., r_{k-1}, n_k, r_k) down to rank 1 -> (..., R, prod n_k)."""
     b = cores[-1].flatten(-2)
     for core in reversed(cores[:-1]):
         b = (core.flatten(-3, -2) @ b).reshape(*core.shape[:-2], -1)

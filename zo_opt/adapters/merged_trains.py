@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from tt_kernels import MergeCache, plan
+from tt_kernels import MergeCache
 
 from zo_opt.adapters.tt_linear import TTLinear
 
@@ -34,9 +34,7 @@ class MergedTrains:
             if isinstance(module, TTLinear):
                 shape = (module.in_dims, module.out_dims, tuple(module.ranks), module.bias is not None)
                 groups[(*shape, module.cores[0].device)].append(module)
-        self._groups = [
-            (layers, MergeCache()) for layers in groups.values() if len(layers) > 1 and _pair_is_best(layers[0])
-        ]
+        self._groups = [(layers, MergeCache()) for layers in groups.values() if len(layers) > 1]
         self._depth = 0
         # Some callers skip the head and call the body; whichever is outermost begins and ends the forward.
         roots = {id(m): m for m in (model, getattr(model, "base_model", model)) if isinstance(m, nn.Module)}
@@ -78,8 +76,3 @@ def _copies(layer: TTLinear) -> int:
             axis = torch._C._functorch.maybe_get_bdim(core)
             sizes.append(torch._C._functorch.get_unwrapped(core).shape[axis])
     return max(sizes)
-
-
-def _pair_is_best(layer: TTLinear) -> bool:
-    """Whether the pair costs the least once it is there (not where its rank is nearly the layer's size)."""
-    return plan(layer.in_dims, layer.out_dims, layer.ranks, tokens=1024, merged=True).kind == "pair"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import isnan
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -102,7 +104,7 @@ def diagnose(
         reference, source = probes[-1].exact(tracker)
         measured = [[probe.projected_grads(eps, tracker) for eps in eps_grid] for probe in probes]
         found = tuple(_compare(t.precision, grads, reference) for t, grads in zip(forms, measured, strict=True))
-        zo_eps = _best(eps_grid, found[0].correlations)
+        zo_eps = best_zo_eps(eps_grid, found[0].correlations)
         curvature, roughness = probes[-1].curvature(max(zo_eps, 1e-2))
     slope = float(reference[reference.isfinite()].square().mean().sqrt())
     bend = curvature if curvature > 0 else max(roughness, 1e-12)
@@ -120,7 +122,7 @@ def diagnose(
         slope / bend,
         (),
     )
-    return replace(result, advice=tuple(_advice(result)))
+    return replace(result, advice=tuple(advise(result)))
 
 
 class _Probe:
@@ -161,16 +163,13 @@ class _Probe:
             grads = []
             for evaluator in self._evaluators():
                 for query in range(self._size):
-                    call = self._call(evaluator, query)
+                    example = map_tensors(itemgetter(slice(query, query + 1)), evaluator.batch)
+                    call = partial(self._loss, example)
                     grads.append(directional_derivative(evaluator.perturbed, call, query)[1])
                     tracker.advance(1)
             return torch.tensor(grads, dtype=torch.float64), "forward-mode derivatives in fp32"
         except ZOError:
             return self.projected_grads(1e-2, tracker), "differences in fp32 at zo_eps 0.01"
-
-    def _call(self, evaluator: Evaluator, query: int) -> Callable[[], Tensor]:
-        example = map_tensors(lambda x: x[query : query + 1], evaluator.batch)
-        return lambda: self._loss(example)
 
     @torch.no_grad()
     def curvature(self, zo_eps: float) -> tuple[float, float]:
@@ -204,7 +203,7 @@ def _compare(precision: str, measured: Sequence[Tensor], reference: Tensor) -> F
     return Form(precision, *zip(*columns, strict=True))
 
 
-def _best(eps_grid: Sequence[float], correlations: Sequence[float]) -> float:
+def best_zo_eps(eps_grid: Sequence[float], correlations: Sequence[float]) -> float:
     """The middle of the zo_eps within half a percent of the best correlation: far from rounding and from curvature."""
     finite = [c for c in correlations if not isnan(c)]
     if not finite:
@@ -215,7 +214,8 @@ def _best(eps_grid: Sequence[float], correlations: Sequence[float]) -> float:
     return near[len(near) // 2]
 
 
-def _advice(d: Diagnosis) -> list[str]:
+def advise(d: Diagnosis) -> list[str]:
+    """What follows from the figures, a sentence each."""
     form, at = d.forms[0], d.eps_grid.index(d.zo_eps)
     best = form.correlations[at]
     lines = [f"--zo_eps {d.zo_eps:g}: correlation with exact projected gradients {best:.3f} in {form.precision}."]

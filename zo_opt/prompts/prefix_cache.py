@@ -15,18 +15,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from hashlib import blake2b, sha256
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 from zo_opt.adapters import AdapterModel
 from zo_opt.journal.provenance import fingerprint
+from zo_opt.prompts.forwards import replaced
 from zo_opt.prompts.prefix_store import FILE_NAME, FileStore, MemoryStore
 from zo_opt.system.layers import layer_of
 
@@ -139,10 +139,7 @@ class PrefixCache:
         """Within this context the layers below the cut return the given states at no cost."""
         self._replayed = states_NSH
         try:
-            with ExitStack() as stack:
-                for layer in self._below[:-1]:
-                    stack.enter_context(patch.object(layer, "forward", self._pass))
-                stack.enter_context(patch.object(self._below[-1], "forward", self._return_replayed))
+            with replaced(dict.fromkeys(self._below[:-1], self._pass) | {self._below[-1]: self._return_replayed}):
                 yield
         finally:
             self._replayed = None
@@ -223,7 +220,7 @@ def sequences(batch: dict[str, Tensor]) -> list[Span]:
     for ids, mask in zip(ids_NS, mask_NS, strict=True):
         first = int(mask.argmax())
         end = first + int(mask.sum())
-        found.append(Span(blake2b(ids[first:end].tobytes(), digest_size=16).digest(), first, end))
+        found.append(Span(sha256(ids[first:end].tobytes()).digest()[:16], first, end))
     return found
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import struct
-import zlib
 from contextlib import suppress
-from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from weakref import finalize
 
@@ -18,6 +16,7 @@ from zo_opt.system.files import try_lock
 
 PLACES = ("device", "cpu", "disk", "off")
 FILE_NAME = "prefix_cache.bin"
+_DIGEST = 16  # bytes of it that are kept
 
 
 class MemoryStore:
@@ -62,25 +61,11 @@ class MemoryStore:
         self._states.clear()
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a record's states lie in the file, and their checksum."""
-
-    offset: int
-    shape: tuple[int, int]
-    dtype: torch.dtype
-    checksum: int
-
-    @property
-    def length(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
 class FileStore:
-    """Hidden states in a file, each with a checksum that is verified whenever they are read.
+    """Hidden states in a file, each with a digest that is verified whenever they are read.
 
     The file is a header line with the fingerprint of what made the states, then records one after another: name, tokens, hidden
-    size, dtype, CRC-32 of the states, CRC-32 of all that; the states' bytes. A record that fails its checksum is forgotten and
+    size, dtype, half of the SHA-256 of all that and the states; the states' bytes. A record that fails its digest is forgotten and
     counted in ``damaged``. What was cut off (a killed run) is dropped at opening. Once a write fails (a full disk), nothing more is written.
 
     Args:
@@ -93,7 +78,7 @@ class FileStore:
     """
 
     device = torch.device("cpu")
-    _HEAD = struct.Struct("<16sIIII")
+    _FIELDS = struct.Struct("<16sIII")
     _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
     def __init__(self, path: Path, max_bytes: int, fingerprint: str) -> None:
@@ -101,9 +86,9 @@ class FileStore:
         self.bytes = 0
         self.damaged = 0
         self.notes: list[str] = []  # sentences for the user
-        self._index: dict[bytes, _Place] = {}
+        self._index: dict[bytes, tuple[int, bytes, bytes]] = {}  # name -> where the states begin, fields, digest
         self._broken = False
-        header = f"zo_opt.prefix/1 {fingerprint}\n".encode()
+        header = f"zo_opt.prefix/2 {fingerprint}\n".encode()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
@@ -127,28 +112,26 @@ class FileStore:
             return True
         states = states_SH.detach().cpu().contiguous()
         content = states.view(torch.uint8).numpy().data.cast("B")
-        checksum = zlib.crc32(content)
-        head = self._HEAD.pack(key, *states.shape, self._DTYPES.index(states.dtype), checksum)
-        head += zlib.crc32(head).to_bytes(4, "little")
-        if self._broken or self.bytes + len(head) + len(content) > self.max_bytes:
+        fields = self._FIELDS.pack(key, *states.shape, self._DTYPES.index(states.dtype))
+        digest = _digest(fields, content)
+        start = self.bytes + len(fields) + len(digest)
+        if self._broken or start + len(content) > self.max_bytes or not self._append(fields, digest, content):
             return False
-        start = self.bytes + len(head)
-        if not self._append(head, content):
-            return False
-        self._index[key] = _Place(start, (states.shape[0], states.shape[1]), states.dtype, checksum)
+        self._index[key] = (start, fields, digest)
         return True
 
     def get(self, key: bytes) -> Tensor | None:
         """The states kept under a name, (S, H); None where there are none, or where they are not what was written."""
-        place = self._index.get(key)
-        if place is None:
+        if key not in self:
             return None
-        content = self._read(place.offset, place.length)
-        if len(content) < place.length or zlib.crc32(content) != place.checksum:
+        start, fields, digest = self._index[key]
+        _, tokens, width, kind = self._FIELDS.unpack(fields)
+        content = self._read(start, tokens * width * self._DTYPES[kind].itemsize)
+        if _digest(fields, content) != digest:
             del self._index[key]
             self.damaged += 1
             return None
-        return torch.frombuffer(content, dtype=place.dtype).view(place.shape)
+        return torch.frombuffer(content, dtype=self._DTYPES[kind]).view(tokens, width)
 
     def close(self, *, remove: bool) -> None:
         """Close the file, and remove it or leave it for another run."""
@@ -170,38 +153,34 @@ class FileStore:
             self._append(header)
             return
         offset = len(header)
-        while (record := self._record(offset)) is not None:
-            key, place = record
-            end = place.offset + place.length
+        while len(head := bytes(self._read(offset, self._FIELDS.size + _DIGEST))) == self._FIELDS.size + _DIGEST:
+            fields, digest = head[:-_DIGEST], head[-_DIGEST:]
+            key, tokens, width, kind = self._FIELDS.unpack(fields)
+            if kind >= len(self._DTYPES):
+                break
+            start = offset + len(head)
+            end = start + tokens * width * self._DTYPES[kind].itemsize
             if end > size:
                 break
             if end > self.max_bytes:
                 self.notes.append(f"{self.path} holds more than prefix_cache_mb allows; the rest of it is dropped.")
                 size = offset
                 break
-            self._index[key] = place
+            self._index[key] = (start, fields, digest)
             offset = end
         if offset < size:
             self.notes.append(f"the end of the prefix cache {self.path} is damaged; what is missing is computed anew.")
         self._file.truncate(offset)
         self.bytes = offset
 
-    def _record(self, offset: int) -> tuple[bytes, _Place] | None:
-        """The record that begins there; None at the end or where it is damaged."""
-        head = bytes(self._read(offset, self._HEAD.size + 4))
-        if len(head) < self._HEAD.size + 4 or zlib.crc32(head[:-4]) != int.from_bytes(head[-4:], "little"):
-            return None
-        key, tokens, width, dtype, checksum = self._HEAD.unpack(head[:-4])
-        return key, _Place(offset + len(head), (tokens, width), self._DTYPES[dtype], checksum)
-
     def _read(self, offset: int, length: int) -> bytearray:
         """So many bytes from there; fewer where the file ends or cannot be read."""
-        content, done = bytearray(length), 0
-        with suppress(OSError):
+        content = bytearray(length)
+        try:
             self._file.seek(offset)
-            while done < length and (count := self._file.readinto(memoryview(content)[done:])):
-                done += count
-        return content if done == length else content[:done]
+            return content[: self._file.readinto(content)]
+        except OSError:
+            return bytearray()
 
     def _append(self, *parts: bytes | memoryview) -> bool:
         """Write at the end; False, and never again, where that fails."""
@@ -221,3 +200,7 @@ class FileStore:
             return False
         self.bytes += sum(len(part) for part in parts)
         return True
+
+
+def _digest(fields: bytes, content: bytearray | memoryview) -> bytes:
+    return sha256(b"".join((fields, content))).digest()[:_DIGEST]

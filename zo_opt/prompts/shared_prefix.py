@@ -7,9 +7,8 @@ again and again: with trainables in the last k of L layers, an evaluation then c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 from weakref import ReferenceType, ref
 
 import torch
@@ -18,6 +17,7 @@ from torch._guards import active_fake_mode
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from zo_opt.prompts.forwards import replaced
 from zo_opt.system.layers import layer_of
 
 
@@ -41,10 +41,8 @@ class SharedPrefix:
             if place is None or name != f"{place[0]}.{place[1]}":
                 continue
             stack, index = place
-            frozen = not any(id(p) in moving for p in child.parameters())
-            stacks.setdefault(stack, index if not frozen else 1 << 30)
-            if not frozen:
-                stacks[stack] = min(stacks[stack], index)
+            cut = index if any(id(p) in moving for p in child.parameters()) else 1 << 30
+            stacks[stack] = min(stacks.get(stack, cut), cut)
         found = [_first(module.get_submodule(stack), cut) for stack, cut in stacks.items()]
         # A layer that stands in several places has several inputs in one forward.
         self._stacks = [layers for layers in found if layers and len({*map(id, layers)}) == len(layers)]
@@ -52,11 +50,11 @@ class SharedPrefix:
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """Share within this context; what was kept is let go at its end."""
-        with ExitStack() as patches:
-            for layers in self._stacks:
-                memory = _Memory(last=len(layers) - 1)
-                for index, layer in enumerate(layers):
-                    patches.enter_context(patch.object(layer, "forward", memory.wrap(layer.forward, index)))
+        forwards: dict[nn.Module, Callable[..., Any]] = {}
+        for layers in self._stacks:
+            memory = _Memory(last=len(layers) - 1)
+            forwards |= {layer: memory.wrap(layer.forward, index) for index, layer in enumerate(layers)}
+        with replaced(forwards):
             yield
 
 

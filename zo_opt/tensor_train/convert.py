@@ -1,12 +1,7 @@
-"""Our cores to and from tensorly's ``TTTensor`` (a chain) and ``TTMatrix`` (input and output dims in pairs).
-
-Shape suffixes: I, J one input and one output dim; L, R the bond to the left and to the right in the paired chain; P, Q the
-same in the chain of the input dims, S, T in that of the output dims; M the bond in the middle of the train.
-"""
+"""Our cores to and from tensorly's ``TTTensor`` (a chain) and ``TTMatrix`` (input and output dims in pairs)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +10,7 @@ from torch import Tensor
 from tt_kernels import reconstruct
 
 from zo_opt.errors import ZOError
-from zo_opt.tensor_train.algebra import tt_round
-from zo_opt.tensor_train.backend import numpy_backend
-from zo_opt.tensor_train.checks import check_cores, check_dims
-from zo_opt.tensor_train.decompose import tt_svd
+from zo_opt.tensor_train.decompose import check_dims, tt_svd
 
 if TYPE_CHECKING:  # importing tensorly costs time that most runs need not spend
     from tensorly.tt_matrix import TTMatrix
@@ -39,7 +31,7 @@ def to_tensorly(cores: Sequence[Tensor]) -> TTTensor:
     """
     from tensorly.tt_tensor import TTTensor
 
-    check_cores(cores)
+    _check_cores(cores)
     return TTTensor([_to_backend(core) for core in cores])
 
 
@@ -54,7 +46,7 @@ def from_tensorly(train: TTTensor) -> list[Tensor]:
     [(1, 3, 2), (2, 4, 1)]
     """
     cores = [_to_torch(factor) for factor in train]
-    check_cores(cores)
+    _check_cores(cores)
     return cores
 
 
@@ -63,9 +55,7 @@ def to_tt_matrix(
 ) -> TTMatrix:
     """The same matrix as tensorly's ``TTMatrix``, whose core k (r, m_k, n_k, r') holds an input and an output dim together.
 
-    That is another train of the matrix, with other ranks: up to r_k * s_k * R, from r_k of the input chain, s_k of the output
-    chain and R in the middle of ours. Computed in float64 on the CPU, by products of cores followed by ``tt_round`` where these hold
-    fewer numbers than the dense matrix, else by ``tt_svd`` of that.
+    That is another train of the matrix, with other ranks. Computed through the dense matrix, in float64 on the CPU.
 
     Args:
         cores: (r_{k-1}, n_k, r_k), input dims first.
@@ -85,28 +75,23 @@ def to_tt_matrix(
     """
     from tensorly.tt_matrix import TTMatrix
 
-    in_dims, out_dims, train = check_dims(in_dims, "in_dims"), check_dims(out_dims, "out_dims"), check_cores(cores)
+    in_dims, out_dims = check_dims(in_dims, "in_dims"), check_dims(out_dims, "out_dims")
+    train = _check_cores(cores)
     if (given := tuple(core.shape[1] for core in train)) != (*in_dims, *out_dims):
         raise ZOError(f"cores of dims {given} do not fit in_dims={in_dims} and out_dims={out_dims}.")
-    inputs, outputs = _even_chains(train, len(in_dims))
-    if _paired_size(inputs, outputs) < math.prod(in_dims) * math.prod(out_dims):
-        paired = tt_round(_paired(inputs, outputs), tolerance=tolerance)
-    else:
-        paired = _paired_from_dense(reconstruct(train, in_dims, out_dims), inputs, outputs, tolerance)
-    dtype = _numpy_dtype(cores[0])
-    return TTMatrix(
-        [
-            _to_backend(core.to(dtype).unflatten(1, (a.shape[1], b.shape[1])))
-            for core, a, b in zip(paired, inputs, outputs, strict=True)
-        ]
-    )
+    length = max(len(in_dims), len(out_dims))
+    ins, outs = ((*dims, *[1] * (length - len(dims))) for dims in (in_dims, out_dims))
+    dense = reconstruct(train, in_dims, out_dims).reshape(*ins, *outs)
+    paired = dense.permute([axis for k in range(length) for axis in (k, length + k)])
+    pairs = list(zip(ins, outs, strict=True))
+    found = tt_svd(paired, [m * n for m, n in pairs], tolerance=tolerance, dtype=_numpy_dtype(cores[0]))
+    return TTMatrix([_to_backend(core.unflatten(1, pair)) for core, pair in zip(found, pairs, strict=True)])
 
 
 def from_tt_matrix(matrix: TTMatrix, *, tolerance: float = 1e-12) -> list[Tensor]:
     """The same matrix as one of our trains: in_dims = ``matrix.left_shape``, out_dims = ``matrix.right_shape``.
 
-    Through the dense matrix, in float64 on the CPU: parting inputs from outputs needs a rank in the middle that the paired
-    chain does not bound.
+    Through the dense matrix, in float64 on the CPU.
 
     Args:
         matrix: tensorly's; cores (r, m_k, n_k, r') of any backend on the CPU.
@@ -122,65 +107,28 @@ def from_tt_matrix(matrix: TTMatrix, *, tolerance: float = 1e-12) -> list[Tensor
     >>> [tuple(core.shape) for core in from_tt_matrix(matrix)]
     [(1, 4, 1), (1, 5, 1)]
     """
-    from tensorly.tt_matrix import tt_matrix_to_tensor
-
     factors = [_to_torch(factor) for factor in matrix]
-    with numpy_backend():
-        dense = torch.tensor(tt_matrix_to_tensor([factor.double().numpy() for factor in factors]))
+    train = _check_cores([factor.flatten(1, 2) for factor in factors])
+    paired = reconstruct(train, [core.shape[1] for core in train], ())
+    paired = paired.reshape([n for factor in factors for n in factor.shape[1:3]])
+    dense = paired.permute([*range(0, paired.ndim, 2), *range(1, paired.ndim, 2)])
     return tt_svd(dense, tuple(dense.shape), tolerance=tolerance, dtype=factors[0].dtype)
 
 
-def _even_chains(train: list[Tensor], split: int) -> tuple[list[Tensor], list[Tensor]]:
-    """The input and the output chain, the shorter one filled with cores that change nothing.
-
-    The input chain ends, the output chain begins with the middle bond.
-    """
-    inputs, outputs = train[:split], train[split:]
-    middle_MM = torch.eye(inputs[-1].shape[2], dtype=torch.float64).unsqueeze(1)
-    one = torch.ones(1, 1, 1, dtype=torch.float64)
-    inputs += [middle_MM] * (len(outputs) - len(inputs))
-    outputs += [one] * (len(inputs) - len(outputs))
-    return inputs, outputs
-
-
-def _paired_size(inputs: list[Tensor], outputs: list[Tensor]) -> int:
-    """Numbers in the largest core that ``_paired`` makes."""
-    middle = outputs[0].shape[0]
-    bonds = [1, *(a.shape[2] * b.shape[2] * middle for a, b in zip(inputs[:-1], outputs[:-1], strict=True)), 1]
-    sizes = (a.shape[1] * b.shape[1] for a, b in zip(inputs, outputs, strict=True))
-    return max(left * size * right for left, size, right in zip(bonds[:-1], sizes, bonds[1:], strict=True))
-
-
-def _paired(inputs: list[Tensor], outputs: list[Tensor]) -> list[Tensor]:
-    """Cores (L, I*J, R), exactly: Kronecker products, with the middle bond's index handed along the whole chain.
-
-    W[i, j] = sum_m A_1(i_1)..A_d(i_d)[m] B_1[m](j_1)..B_d(j_d): B_1 chooses m, the cores between hand it on, A_d takes it.
-    """
-    middle = outputs[0].shape[0]
-    last = len(inputs) - 1
-    eye_MM = torch.eye(middle, dtype=torch.float64)
-    cores = []
-    for k, (a_PIQ, b_SJT) in enumerate(zip(inputs, outputs, strict=True)):
-        if last == 0:
-            core = torch.einsum("pim,mjt->pijt", a_PIQ, b_SJT)
-        elif k == 0:
-            core = torch.einsum("piq,mjt->pijqtm", a_PIQ, b_SJT)
-        elif k == last:
-            core = torch.einsum("pim,sjt->psmijt", a_PIQ, b_SJT)
-        else:
-            core = torch.einsum("piq,sjt,mn->psmijqtn", a_PIQ, b_SJT, eye_MM)
-        left = 1 if k == 0 else a_PIQ.shape[0] * b_SJT.shape[0] * middle
-        cores.append(core.reshape(left, a_PIQ.shape[1] * b_SJT.shape[1], -1))
-    return cores
-
-
-def _paired_from_dense(dense_XY: Tensor, inputs: list[Tensor], outputs: list[Tensor], tolerance: float) -> list[Tensor]:
-    """Cores (L, I*J, R) of the dense matrix (prod in_dims, prod out_dims)."""
-    ins, outs = ([core.shape[1] for core in chain] for chain in (inputs, outputs))
-    order = [axis for pair in zip(range(len(ins)), range(len(ins), 2 * len(ins)), strict=True) for axis in pair]
-    paired = dense_XY.reshape(*ins, *outs).permute(order)
-    sizes = [i * j for i, j in zip(ins, outs, strict=True)]
-    return tt_svd(paired, sizes, tolerance=tolerance, dtype=torch.float64)
+def _check_cores(cores: Sequence[Tensor]) -> list[Tensor]:
+    """The cores in float64 on the CPU, without gradient; ZOError unless they are a train of finite numbers."""
+    if not cores:
+        raise ZOError("no cores were given; a train has at least one, of shape (1, n, 1).")
+    rank = 1
+    for k, core in enumerate(cores):
+        if core.ndim != 3 or core.shape[0] != rank or 0 in core.shape:
+            raise ZOError(f"core {k} has shape {tuple(core.shape)}; give ({rank}, n, r), each at least 1.")
+        if not core.isfinite().all():
+            raise ZOError(f"core {k} holds NaN or infinite values; give finite numbers.")
+        rank = core.shape[2]
+    if rank != 1:
+        raise ZOError(f"the last core has shape {tuple(cores[-1].shape)}; a train ends in rank 1.")
+    return [core.detach().double().cpu() for core in cores]
 
 
 def _to_backend(core: Tensor) -> Any:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from zo_opt.errors import ZOError
-from zo_opt.tensor_train.backend import numpy_backend
-from zo_opt.tensor_train.checks import Ranks, bond_error, check_bound, check_dims, cut
 
 
 def tt_svd(
     dense: Tensor,
     dims: Sequence[int],
-    ranks: Ranks | None = None,
+    ranks: int | Sequence[int] | None = None,
     tolerance: float | None = None,
     *,
     dtype: torch.dtype = torch.float32,
@@ -49,33 +48,72 @@ def tt_svd(
     [(1, 2, 1), (1, 2, 1), (1, 2, 1)]
     """
     dims = check_dims(dims)
-    limits = check_bound(len(dims) - 1, ranks, tolerance)
+    if (ranks is None) == (tolerance is None):
+        given = "neither was" if ranks is None else "both were"
+        raise ZOError(f"give either ranks or a tolerance; {given} given.")
     if dense.numel() != math.prod(dims):
         raise ZOError(f"dense has {dense.numel()} entries but dims={dims} need {math.prod(dims)}; make them fit.")
     if not dense.isfinite().all():
         raise ZOError("dense holds NaN or infinite values; give finite numbers.")
     values = dense.detach().double().cpu().reshape(*dims)
-    if len(dims) == 1:
-        cores = [values.reshape(1, -1, 1).clone()]
-    elif limits is not None:
-        cores = _of_ranks(values, limits)
-    else:
-        cores = _within(values, tolerance or 0.0)
+    cores = _of_ranks(values, ranks) if ranks is not None else _within(values, tolerance or 0.0)
     return [core.to(dtype) for core in cores]
 
 
-def _of_ranks(values: Tensor, ranks: Sequence[int]) -> list[Tensor]:
-    with numpy_backend():
+def check_dims(dims: Sequence[int], name: str = "dims") -> tuple[int, ...]:
+    """The dims as a tuple; ZOError unless they are one or more whole numbers of at least 1."""
+    if not dims or any(type(n) is not int or n < 1 for n in dims):
+        raise ZOError(f"{name}={tuple(dims)} is not possible; give one or more whole numbers of at least 1.")
+    return tuple(dims)
+
+
+def _of_ranks(values: Tensor, ranks: int | Sequence[int]) -> list[Tensor]:
+    bonds = values.ndim - 1
+    listed = [ranks] * bonds if isinstance(ranks, int) else list(ranks)
+    if len(listed) != bonds or any(type(r) is not int or r < 1 for r in listed):
+        raise ZOError(
+            f"ranks={ranks} is not possible; give a whole number, or one for each of {bonds} bonds, at least 1."
+        )
+    if bonds == 0:
+        return [values.reshape(1, -1, 1).clone()]
+    with _numpy_backend():
         from tensorly.decomposition import tensor_train
 
-        return [torch.tensor(factor) for factor in tensor_train(values.numpy(), rank=[1, *ranks, 1])]
+        return [torch.tensor(factor) for factor in tensor_train(values.numpy(), rank=[1, *listed, 1])]
 
 
 def _within(values: Tensor, tolerance: float) -> list[Tensor]:
-    error = bond_error(tolerance, float(values.norm()), values.ndim - 1)
+    """Shape suffixes: R the bond to the left, M rows, N columns, K all singular values."""
+    if not 0 <= tolerance < 1:
+        raise ZOError(f"tolerance={tolerance} is not possible; give a relative error of at least 0 and below 1.")
+    # What may be cut at each bond so that all cuts together stay within the tolerance: Oseledets 2011, theorem 2.2.
+    error = tolerance * float(values.norm()) / math.sqrt(max(values.ndim - 1, 1))
     cores, rest_RN = [], values.reshape(1, -1)
     for n in values.shape[:-1]:
-        rank = len(rest_RN)
-        u_MR, rest_RN = cut(rest_RN.reshape(rank * n, -1), None, error)
-        cores.append(u_MR.reshape(rank, n, -1))
-    return [*cores, rest_RN.unsqueeze(2)]
+        left = len(rest_RN)
+        u_MK, s_K, v_KN = torch.linalg.svd(rest_RN.reshape(left * n, -1), full_matrices=False)
+        lost_K = s_K.square().flip(0).cumsum(0).flip(0).sqrt()  # entry k: the error when k values are kept
+        rank = max(1, int((lost_K > error).sum()))
+        cores.append(u_MK[:, :rank].reshape(left, n, rank))
+        rest_RN = s_K[:rank, None] * v_KN[:rank]
+    return [*cores, rest_RN.clone().unsqueeze(2)]
+
+
+@contextmanager
+def _numpy_backend() -> Iterator[None]:
+    """tensorly computes with numpy inside; afterwards the calling thread has its own backend again.
+
+    ``tensorly.backend_context(..., local_threadsafe=True)`` is not enough: when it ends it makes the thread's former backend that
+    of *all* threads (seen in 0.10.0). tensorly is imported here, so that importing zo_opt does not cost it.
+    """
+    import tensorly
+
+    former = tensorly.get_backend()
+    if former == "numpy":
+        yield
+        return
+    tensorly.set_backend("numpy", local_threadsafe=True)
+    try:
+        yield
+    finally:
+        tensorly.set_backend(former, local_threadsafe=True)
