@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -601,18 +602,22 @@ def test_two_writers_are_refused(tmp_path, small):
         one.seal()
 
 
-def test_a_full_disk_leaves_whole_lines(tmp_path, small, monkeypatch):
+def test_a_full_disk_leaves_whole_lines(tmp_path, small):
     path, model = tmp_path / "journal", Model()
     path.write_bytes(small[0])
     replay(path, model, optimizer := make(model))
     journal = Journal.open(path, optimizer, model)
     run(optimizer, model, 1)
-    original = os.write
-    monkeypatch.setattr(os, "write", lambda descriptor, line: original(descriptor, line[:10]))
-    with pytest.raises(ZOError, match="disk is full"):
-        journal.append(optimizer.last_update)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(small[0]) + 10, limits[1]))
+    try:
+        with pytest.raises(ZOError, match="disk is full"):
+            journal.append(optimizer.last_update)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
     assert path.read_bytes() == small[0]
-    monkeypatch.undo()
     journal.append(optimizer.last_update)
     journal.close()
     assert len(read_journal(path).updates) == 4

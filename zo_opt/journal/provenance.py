@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, is_dataclass
-from hashlib import sha256
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from zo_opt.directions import DIRECTIONS
@@ -19,30 +17,6 @@ from zo_opt.optim import OPTIMIZERS, UPDATE_RULES, ZerothOrderOptimizer
 # What decides coefficients and not what they do: no part of a replay, where coefficients are given. The key to privacy's noise
 # is among it, which must never be in a journal.
 _DECIDING = ("seed", "zo_eps", "history", "failed_steps", "dropped_queries", "step_control", "privacy")
-
-
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes, whatever the device and the order: 32 hexadecimal digits; 1 GB a second.
-
-    >>> one = {"w": torch.zeros(2)}
-    >>> fingerprint(one) == fingerprint({"w": torch.zeros(2)}), fingerprint(one) == fingerprint({"w": -torch.zeros(2)})
-    (True, False)
-    """
-    digest = sha256()
-    for name, tensor in sorted(tensors.items()):
-        for part, inner in plain_parts(name, tensor):
-            digest.update(f"{part} {inner.dtype} {tuple(inner.shape)}\n".encode())
-            digest.update(inner.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:32]
-
-
-def plain_parts(name: str, tensor: Any) -> Iterator[tuple[str, Tensor]]:
-    """A tensor, or the plain ones within one that is made of others, as a quantised checkpoint's are."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        yield name, tensor
-        return
-    for inner in tensor.__tensor_flatten__()[0]:
-        yield from plain_parts(f"{name}.{inner}", getattr(tensor, inner))
 
 
 def frozen_state(model: nn.Module, tuned: Iterable[Tensor]) -> dict[str, Tensor]:

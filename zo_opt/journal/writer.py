@@ -35,18 +35,18 @@ import torch
 from torch import nn
 
 from zo_opt.errors import ZOError
-from zo_opt.journal.format import COLUMNS, FORMAT, Contents, make_line, read_journal
+from zo_opt.journal.format import Contents, Header, make_line, read_journal
 from zo_opt.journal.provenance import (
     check_described,
     describe,
     device_type,
-    fingerprint,
     frozen_state,
     progress,
     tuned_names,
 )
 from zo_opt.journal.replaying import replay
 from zo_opt.optim import Update, ZerothOrderOptimizer
+from zo_opt.system.checksum import fingerprint
 from zo_opt.system.files import GrowingFile, write_atomically
 
 NAME = "journal"
@@ -95,21 +95,17 @@ class Journal:
                 f"{optimizer.name} has state from {optimizer.step_count} earlier steps that a new journal would lack; begin "
                 "the journal with the run, or go on with the run's own by Journal.open."
             )
-        header = {
-            "format": FORMAT,
-            "columns": COLUMNS,
-            "optimizer": describe(optimizer, model),
-            "start": progress(optimizer),
-            "frozen": fingerprint(frozen_state(model, tuned.values())),
-            "tuned": fingerprint(tuned),
-            "device": device_type(optimizer),
-            "torch": str(torch.__version__),
-        }
-        contents = Contents(header)
-        contents.checksum, line = make_line(header, "")
-        contents.end = len(line)
+        header = Header(
+            optimizer=describe(optimizer, model),
+            start=progress(optimizer),
+            frozen=fingerprint(frozen_state(model, tuned.values())),
+            tuned=fingerprint(tuned),
+            device=device_type(optimizer),
+            torch=str(torch.__version__),
+        )
+        checksum, line = make_line(vars(header), "")
         write_atomically(path, line)
-        return cls(path, optimizer, model, contents, fsync)
+        return cls(path, optimizer, model, Contents(header, end=len(line), checksum=checksum), fsync)
 
     @classmethod
     def open(
@@ -140,7 +136,7 @@ class Journal:
                 f"{path} holds steps up to {contents.steps}, but the optimizer has done {optimizer.step_count}; replay the "
                 "journal or load the checkpoint that fits it first, or pass cut=True to drop later steps and do them again."
             )
-        check_described(contents.header["optimizer"], optimizer, model)
+        check_described(contents.header.optimizer, optimizer, model)
         recorded = contents.weights.get(contents.steps)
         if recorded is not None and recorded != fingerprint(tuned_names(optimizer, model)):
             raise ZOError(

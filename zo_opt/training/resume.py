@@ -12,13 +12,14 @@ import torch
 from zo_opt.adapters import AdapterModel
 from zo_opt.errors import ZOError
 from zo_opt.journal import NAME, Contents, Journal, read_journal
-from zo_opt.journal.provenance import check_described, device_type, fingerprint, is_portable, tuned_names
+from zo_opt.journal.provenance import check_described, device_type, is_portable, tuned_names
 from zo_opt.optim import Update, ZerothOrderOptimizer
 from zo_opt.optim.first_order import FirstOrder
 from zo_opt.record import checkpoint
 from zo_opt.record.metrics import Line, read_lines
 from zo_opt.record.output import RUN_NAME, never_begun
 from zo_opt.record.progress import Reporter
+from zo_opt.system.checksum import fingerprint
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.evaluate_run import read_config, read_record
 
@@ -184,7 +185,7 @@ class _Steps:
     ) -> None:
         self.model, self.optimizer, self.lr_scheduler = model, optimizer, lr_scheduler
         self.path, self.contents, self.first = path, contents, optimizer.step_count
-        check_described(contents.header["optimizer"], optimizer, model)
+        check_described(contents.header.optimizer, optimizer, model)
         self.lines = {line.values["step"]: line for line in read_lines(path.parent)}
         self._differs = False
 
@@ -217,18 +218,14 @@ class _Steps:
     def _fits(self, update: Update, line: Line) -> bool:
         lrs = self.lr_scheduler.get_last_lr()
         queries = len(line.values["projected_grads"])
-        return line.exact and list(update.lrs) == lrs and line.values["lr"] == lrs[0] and (
-            len(update.coefficients) in (0, queries)
-        )  # fmt: skip
+        return list(update.lrs) == lrs and line.values["lr"] == lrs[0] and len(update.coefficients) in (0, queries)
 
     def _foreign(self) -> str | None:
         """Why this machine would make other weights of the same steps."""
-        header = self.contents.header
-        there = (header["device"], header["torch"])
-        here = (device_type(self.optimizer), str(torch.__version__))
-        if there == here or is_portable(header["optimizer"]) or self.contents.steps <= self.first:
+        header, here = self.contents.header, f"{device_type(self.optimizer)} with torch {torch.__version__}"
+        if header.machine == here or is_portable(header.optimizer) or self.contents.steps <= self.first:
             return None
-        return f"{self.path} was written on {there[0]} with torch {there[1]}, this is {here[0]} with torch {here[1]}"
+        return f"{self.path} was written on {header.machine}, this is {here}"
 
     def _fingerprint(self) -> str:
         return fingerprint(tuned_names(self.optimizer, self.model))
