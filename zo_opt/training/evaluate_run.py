@@ -22,15 +22,24 @@ def read_config(run_dir: Path, *, trust_remote_code: bool = False) -> TrainConfi
     Raises:
         ZOError: the directory holds no readable run.json.
     """
-    path = run_dir / RUN_NAME
+    config = config_of(read_record(run_dir), run_dir / RUN_NAME)
+    return replace(config, trust_remote_code=trust_remote_code)
+
+
+def config_of(record: dict[str, Any], path: Path) -> TrainConfig:
+    """The options in a run's record, save ``trust_remote_code``; ``path``: where the record is.
+
+    Raises:
+        ZOError: they are none that this version has.
+    """
     try:
-        saved: dict[str, Any] = read_record(run_dir)["config"]
-        return replace(TrainConfig.from_dict(saved), trust_remote_code=trust_remote_code)
+        return replace(TrainConfig.from_dict(record["config"]), trust_remote_code=False)
     except ZOError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ZOError(
-            f"{path} is missing or damaged ({error}); give the output_dir of a run of zo-opt train."
+            f"{path} is damaged, or of another version of zo_opt ({error}); give the output_dir of a run of zo-opt train, and "
+            "resume with the version that began it."
         ) from error
 
 
