@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,8 +23,21 @@ from zo_opt.queries.trainables import Trainables
 from zo_opt.system.checksum import checksum, fingerprint
 
 T = TypeVar("T")
-# Of a message, int64 numbers: failed, plan, checksums of trainables and batch, rows, stop; then losses (their bits).
-HEADER, SLOTS, TEXT_BYTES = 6, 32, 1024
+SLOTS, TEXT_BYTES = 32, 1024  # for losses in a message; of what a rank says
+
+
+class _Head(NamedTuple):
+    """What a rank's message begins with, as int64 numbers; losses (their bits) follow. ``plan``, ``trainables``, ``batch``: checksums."""
+
+    failed: int
+    plan: int
+    trainables: int
+    batch: int
+    rows: int
+    stop: int
+
+
+_HEAD = len(_Head._fields)
 
 
 class Ranks:
@@ -118,7 +131,7 @@ class Ranks:
         except BaseException as raised:  # Ctrl-C, too: the others must not wait for this rank
             failure = raised
         plan = f"{self._plan}, {points} x {width} losses"
-        head = [int(failure is not None), _number(checksum([plan.encode()])), *self._sums, rows, self.stop_wanted]
+        head = _Head(int(failure is not None), _number(checksum([plan.encode()])), *self._sums, rows, self.stop_wanted)
         widest = max(width * (b - a) for a, b in spans)
         try:
             heads, losses = self._exchange(
@@ -126,15 +139,15 @@ class Ranks:
             )
         except (RankError, ZOError) as problem:
             failure = failure or problem
-        except RuntimeError as lost:
+        except (RuntimeError, ValueError) as lost:  # ValueError: of a group that was left when a rank was lost
             failure = failure or self._loss(str(lost))
         if failure is not None:
             raise failure
-        self.stop = max(stop for *_, stop in heads)
+        self.stop = max(head.stop for head in heads)
         if self._sums != (0, 0):
             self._compared, self._sums = self._step, (0, 0)
         parts = [row[: width * (b - a)] for row, (a, b) in zip(losses, spans, strict=True)]
-        return _together(parts, [head[4] for head in heads], members)
+        return _together(parts, [head.rows for head in heads], members)
 
     def _group(self) -> Any:
         """A gloo group of all ranks, in which rank 0 waits for ``timeout`` seconds, and the others for rank 0 twice as long."""
@@ -143,45 +156,43 @@ class Ranks:
         except RuntimeError as lost:
             raise self._loss(str(lost)) from lost
 
-    def _exchange(
-        self, group: Any, head: list[int], text: str, values: Tensor, widest: int
-    ) -> tuple[list[list[int]], Tensor]:
+    def _exchange(self, group: Any, head: _Head, text: str, values: Tensor, widest: int) -> tuple[list[_Head], Tensor]:
         """All ranks' heads, and their losses, shape (ranks, at least ``widest``); ``text``: what this rank does, or why it failed."""
         try:
             dist.monitored_barrier(group, timedelta(seconds=self.options.timeout))
         except RuntimeError:
             dist.destroy_process_group(group)  # so that the others do not wait for a rank that this one knows is gone
             raise
-        message = torch.zeros(HEADER + SLOTS, dtype=torch.int64)
-        message[:HEADER] = torch.tensor(head)
-        message[HEADER:].view(torch.float64)[: len(values)] = values[:SLOTS]
+        message = torch.zeros(_HEAD + SLOTS, dtype=torch.int64)
+        message[:_HEAD] = torch.tensor(head)
+        message[_HEAD:].view(torch.float64)[: len(values)] = values[:SLOTS]
         messages = _gathered(message, group)
-        heads = messages[:, :HEADER].tolist()
-        if any(failed or plan != head[1] for failed, plan, *_ in heads):
+        heads = [_Head(*numbers) for numbers in messages[:, :_HEAD].tolist()]
+        if any(other.failed or other.plan != head.plan for other in heads):
             texts = [
                 bytes(row).rstrip(b"\0").decode(errors="ignore") for row in _gathered(_written(text), group).numpy()
             ]
             raise self._disagreement(heads, texts)
         self._compare(heads)
-        losses = messages[:, HEADER:].view(torch.float64)
+        losses = messages[:, _HEAD:].view(torch.float64)
         if widest > SLOTS:
             rest = torch.zeros(widest - SLOTS, dtype=torch.float64)
             rest[: max(0, len(values) - SLOTS)] = values[SLOTS:]
             losses = torch.cat([losses, _gathered(rest, group)], dim=1)
         return heads, losses
 
-    def _disagreement(self, heads: list[list[int]], texts: list[str]) -> Exception:
+    def _disagreement(self, heads: list[_Head], texts: list[str]) -> Exception:
         """The first rank that failed, or that does something else than rank 0."""
-        for rank, (failed, *_) in enumerate(heads):
-            if failed:
+        for rank, head in enumerate(heads):
+            if head.failed:
                 return RankError(f"rank {rank} failed at step {self._step} ({texts[rank]}).")
-        rank = next(rank for rank, head in enumerate(heads) if head[1] != heads[0][1])
+        rank = next(rank for rank, head in enumerate(heads) if head.plan != heads[0].plan)
         return ZOError(
             f"rank {rank} does not do what rank 0 does: {texts[0]}. On rank {rank}: {texts[rank]}. Give all ranks the same options, "
             "data and number of steps."
         )
 
-    def _compare(self, heads: list[list[int]]) -> None:
+    def _compare(self, heads: list[_Head]) -> None:
         """Whether healthy ranks can go on together.
 
         Raises:
@@ -189,23 +200,23 @@ class Ranks:
             RankError: the weights were the same and are no longer.
         """
         _, members = self.options.grid(self.size)
-        for rank, (_, _, trainables, batch, *_) in enumerate(heads):
-            if trainables != heads[0][2] and self._compared < 0:
+        for rank, head in enumerate(heads):
+            if head.trainables != heads[0].trainables and self._compared < 0:
                 raise ZOError(
                     f"the trainables of rank {rank} differ from rank 0's before the first step; load the same weights, with the "
                     "same seed and on the same kind of machine, on all ranks."
                 )
-            if trainables != heads[0][2]:
+            if head.trainables != heads[0].trainables:
                 raise RankError(
                     f"the trainables of rank {rank} differ from rank 0's at step {self._step}; they were the same at step "
                     f"{self._compared}. Resume from a checkpoint up to there, and look after that machine."
                 )
-            if batch != heads[rank % members][3]:
+            if head.batch != heads[rank % members].batch:
                 raise ZOError(
                     f"rank {rank} was given another batch than rank {rank % members}; ranks that share queries see the same rows: "
                     'give them the same batch, or share="data".'
                 )
-        if not any(head[4] for head in heads):
+        if not any(head.rows for head in heads):
             raise ZOError("no rank was given a row; leave out empty batches.")
 
     def _loss(self, said: str) -> RankError:
