@@ -625,7 +625,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path, small):
 def test_an_exception_leaves_no_seal(tmp_path):
     model = Model()
     optimizer = make(model)
-    with pytest.raises(MemoryError), Journal.create(tmp_path / "journal", optimizer, model, fsync=True) as journal:
+    with pytest.raises(MemoryError), Journal.create(tmp_path / "journal", optimizer, model) as journal:
         run(optimizer, model, 2, journal)
         raise MemoryError
     contents = read_journal(tmp_path / "journal")
