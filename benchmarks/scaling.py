@@ -190,11 +190,10 @@ def on_paper(found: dict[str, Any]) -> list[dict[str, Any]]:
         compute = compute_of(groups, members)
         exchange = 0.0 if ranks == 1 else hub[first] + (ranks - first) * a_rank
         total = compute + EXAMPLE["update_seconds"] + exchange
-        sent = 304 + 8 * max(0, math.ceil(points / groups) - 32)
+        message = 304 + 8 * max(0, math.ceil(points / groups) - 32)
         lines.append({
             "ranks": ranks, "grid": f"{groups}x{members}", "compute": compute, "exchange": exchange, "step": total,
-            "bytes sent by a rank": sent if ranks > 1 else 0,
-            "bytes sent by rank 0": (ranks - 1) * 304 + 8 * max(0, points - 32) if ranks > 1 else 0,
+            "bytes passed on by a rank": (ranks - 1) * message,
         })  # fmt: skip
     for line in lines:
         line["speed"] = lines[0]["step"] / line["step"]

@@ -6,6 +6,7 @@ input as a stranger would: values of JSON, bytes, whole parts. An input of sever
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import random
@@ -30,9 +31,10 @@ from zo_opt.comparison.options import CompareConfig, run_config
 from zo_opt.comparison.results import summarise
 from zo_opt.comparison.runs import Run as OneRun
 from zo_opt.journal import Journal, read_journal, replay
-from zo_opt.journal.format import _checksum, make_line
+from zo_opt.journal.format import make_line
 from zo_opt.optim import OPTIMIZERS
 from zo_opt.record import checkpoint
+from zo_opt.record.metrics import make_line as make_metrics_line
 from zo_opt.record.metrics import read_metrics
 from zo_opt.record.watch import Watched
 from zo_opt.tasks.rows import column_values, hold_out, make_examples, read_rows
@@ -200,8 +202,8 @@ def journals(directory: Path) -> list[bytes]:
 def read_checksummed(content: bytes, directory: Path) -> None:
     path, checksum, lines = directory / "journal", "", []
     for text in content.split(b"\n"):
-        checksum = _checksum(text, checksum)
-        lines.append(text + b" " + checksum.encode() + b"\n")
+        checksum, line = make_line(text, checksum)
+        lines.append(line)
     path.write_bytes(b"".join(lines))
     read_journal(path, needed=1)
     model = nn.utils.skip_init(nn.Linear, 3, 2)
@@ -282,14 +284,20 @@ def metrics(directory: Path) -> list[bytes]:
         "queries": 1,
         "dropped": 0,
         "forwards": 2,
-        "seconds": 0.5,
         "projected_grads": [1.0],
     }
-    return [b"".join(json.dumps(line | {"step": i}).encode() + b"\n" for i in range(3))]
+    return [b"".join(make_metrics_line(line | {"step": i}, 0.5) + b"\n" for i in range(3))]
 
 
 def read_metric_lines(content: bytes, directory: Path) -> None:
-    (directory / "metrics.jsonl").write_bytes(content)
+    """With checksums that fit where there is room for one, so that what lines say is looked at."""
+    lines = content.split(b"\n")
+    for number, line in enumerate(lines):
+        with contextlib.suppress(ValueError, KeyError, AttributeError, TypeError, RecursionError):
+            values = json.loads(line)
+            values.pop("checksum", None)
+            lines[number] = make_metrics_line(values, values.pop("seconds"))
+    (directory / "metrics.jsonl").write_bytes(b"\n".join(lines))
     (directory / "run.json").write_bytes(records(directory)[0])
     read_metrics(directory)
     Watched(directory).look()

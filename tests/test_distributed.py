@@ -20,7 +20,6 @@ from optimizer_table import NAMES, build
 
 from zo_opt import MeZO, ZOError
 from zo_opt.distributed import Distributed, RankError, part_of
-from zo_opt.distributed.ranks import HEADER, SLOTS
 from zo_opt.errors import NonFiniteLossError
 from zo_opt.optim import Adam, ClipProjectedGrads
 from zo_opt.schedules import constant_queries
@@ -181,22 +180,16 @@ def test_modes_within_a_rank(ranks, within):
 
 
 def test_bytes_between_ranks(ranks, monkeypatch):
-    """Counted where torch.distributed takes them: at most 32 bytes a query and a constant, from any rank in any step."""
-    queries, constant = (1, 40, 240), 8 * (HEADER + SLOTS)
+    """Counted where torch.distributed takes them: at most 32 bytes a query and a constant, from every rank in every step."""
+    queries, constant = (1, 40, 240), 8 * (6 + 32)  # what a message says besides losses, and the losses it has room for
 
     def sent(rank):
-        counted = []
-        send, broadcast = dist.isend, dist.broadcast
+        counted, gather = [], dist.all_gather
         monkeypatch.setattr(
-            dist, "isend", lambda tensor, *a, **k: (counted.append(tensor.nbytes), send(tensor, *a, **k))[1]
+            dist, "all_gather", lambda found, tensor, **k: (counted.append(tensor.nbytes), gather(found, tensor, **k))
         )
-
-        def from_rank_0(tensor, *rest, **named):
-            counted.extend([tensor.nbytes] * (rank == 0))
-            return broadcast(tensor, *rest, **named)
-
-        monkeypatch.setattr(dist, "broadcast", from_rank_0)
-        monkeypatch.setattr(dist, "all_gather", None)  # and by no other way
+        for other in ("broadcast", "isend", "send", "all_reduce", "all_gather_object"):
+            monkeypatch.setattr(dist, other, None)  # and by no other way
         found = []
         for share in ("queries", "data"):
             model = Model()
@@ -204,17 +197,13 @@ def test_bytes_between_ranks(ranks, monkeypatch):
             optimizer = make(model, query_schedule=lambda step, *_: queries[step], **options)
             for _ in queries:
                 counted.clear()
-                before = optimizer.ranks.bytes_sent
                 optimizer.step(model, BATCH)
-                assert optimizer.ranks.bytes_sent - before == sum(counted)
                 found.append(sum(counted))
         return found
 
-    hub, *others = ranks(4, sent)
-    for found in others:
+    for found in ranks(4, sent):
         assert all(n <= 32 * q + constant for n, q in zip(found, 2 * queries, strict=True)), found
         assert found[0] == constant  # one query
-    assert all(n <= 32 * q + 3 * constant for n, q in zip(hub, 2 * queries, strict=True)), hub
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_is_the_same_decision_on_all(ranks):
@@ -280,14 +269,16 @@ def test_a_rank_that_is_killed_stops_the_others(ranks, victim):
             return model(batch)
 
         error = raised(lambda: [optimizer.step(closure, BATCH) for _ in range(5)])
-        return [*error, optimizer.step_count]
+        again = raised(lambda: optimizer.step(closure, BATCH))
+        return [*error, again[0], optimizer.step_count]
 
     found = ranks(3, work)
     assert found[victim] is None
-    for kind, sentence, steps in (f for f in found if f is not None):
-        assert kind == RankError.__name__
-        assert sentence.startswith(f"rank {victim} is gone at step 2: its process ended")
-        assert steps == 2
+    for kind, sentence, again, steps in (f for f in found if f is not None):
+        assert (kind, again, steps) == (RankError.__name__, RankError.__name__, 2)
+        assert "step 2" in sentence and "look at what" in sentence
+    if victim != 0:  # whom rank 0 misses it names
+        assert found[0][1].startswith(f"rank {victim} is gone at step 2: its process ended")
 
 
 def test_a_rank_that_hangs_is_named(ranks):
@@ -299,9 +290,9 @@ def test_a_rank_that_hangs_is_named(ranks):
 
     found = ranks(3, work)
     assert found[0] == ["RankError", "rank 1 sent nothing for 1 s at step 0; look whether it still runs."]
-    for error in found[1:]:  # a timeout closes all of gloo's connections
+    for error in found[1:]:
         assert error[0] == "RankError"
-        assert error[1].startswith("rank 0 is gone at step 0")
+        assert "step 0 broke off" in error[1] and "rank 0 first" in error[1]
 
 
 MISTAKES = {

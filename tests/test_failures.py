@@ -39,8 +39,9 @@ MODES = ["sequential", "batched", "split", "auto"]
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("error", [RuntimeError, ValueError, KeyboardInterrupt, MemoryError, torch.OutOfMemoryError])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("error", "dtype"), [
+    (RuntimeError, torch.float32), (KeyboardInterrupt, torch.bfloat16), (torch.OutOfMemoryError, torch.float32),
+])  # fmt: skip
 def test_an_exception_on_any_call_leaves_the_weights_to_the_bit(mode, error, dtype, monkeypatch):
     """And the next step is the one that would have been taken."""
     monkeypatch.setitem(query_modes.BATCHED_TOKENS, "cpu", 16)  # 16 // 8 examples: two copies in one forward
@@ -65,7 +66,7 @@ def test_an_exception_on_any_call_leaves_the_weights_to_the_bit(mode, error, dty
 
 
 @every_optimizer
-@pytest.mark.parametrize(("small", "dtype"), [(True, torch.float32), (True, torch.bfloat16), (False, torch.float32)])
+@pytest.mark.parametrize(("small", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_after_an_exception_every_optimizer_goes_on_as_if_there_had_been_none(name, small, dtype, monkeypatch):
     """Raised on any call of a step that is not the first."""
     if not small:
@@ -116,8 +117,7 @@ def nonfinite_at(model, calls, bad):
     return lambda batch=BATCH: bad if next(count) in calls else float(model(batch))
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("calls", [{2}, {3}, {2, 3}])
+@pytest.mark.parametrize(("bad", "calls"), [(math.nan, {2}), (math.inf, {3}), (-math.inf, {2, 3})])
 def test_a_query_with_a_bad_loss_is_dropped_and_counted(bad, calls):
     """Of four queries the second is lost; the step is the mean of the other three."""
     model = Model()
@@ -138,8 +138,7 @@ CALLS = [n for n in NAMES if n not in ("grzo", "forward-gradient")]  # the other
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("bad", [math.nan, -math.inf])
-def test_one_bad_loss_on_any_call_leaves_finite_weights_and_state(name, bad):
+def test_one_bad_loss_on_any_call_leaves_finite_weights_and_state(name):
     """In a step that is not the first, of three queries (FZOO: four)."""
     options = {} if name == "fzoo" else {"query_schedule": constant_queries(3)}
     for n in range(ROWS[name].forwards(1, 4 if name == "fzoo" else 3)):
@@ -147,7 +146,7 @@ def test_one_bad_loss_on_any_call_leaves_finite_weights_and_state(name, bad):
         optimizer = build(name, model, **options)
         optimizer.step(model, BATCH)
         before = flat(model)
-        optimizer.step(nonfinite_at(model, {n}, bad))
+        optimizer.step(nonfinite_at(model, {n}, -math.inf))
         assert flat(model).isfinite().all()
         assert (flat(model) - before).abs().max() < 1
         assert all(t.isfinite().all() for s in optimizer.state.values() for t in s.values())

@@ -263,13 +263,10 @@ def test_lines_that_no_run_writes(tmp_path: Path, line: str) -> None:
             "update_rule_settings": {}, "groups": [],
         },
     }  # fmt: skip
-    from zo_opt.journal.format import _checksum
-
     first, start = make_line(header, "")
     assert read_journal(written(tmp_path / "journal", start)).steps == 0
-    second = line.encode() + b" " + _checksum(line.encode(), first).encode() + b"\n"
-    with pytest.raises(ZOError, match=r"is damaged in line 2|has a gap"):
-        read_journal(written(tmp_path / "journal", start + second))
+    with pytest.raises(ZOError, match=r"is damaged in line 2"):
+        read_journal(written(tmp_path / "journal", start + make_line(line.encode(), first)[1]))
 
 
 def written(path: Path, content: bytes) -> Path:

@@ -17,10 +17,11 @@ from zo_opt import LoRAConfig, MeZO, get_adapter_model, trainable_parameters
 from zo_opt.adapters import ADAPTERS
 from zo_opt.adapters.weights import matrix, rows
 from zo_opt.errors import ZOError
-from zo_opt.journal.provenance import fingerprint, frozen_state
+from zo_opt.journal.provenance import frozen_state
 from zo_opt.models.models import load_model
 from zo_opt.models.precision import set_precision
 from zo_opt.models.quantisation import KINDS, weight_bytes
+from zo_opt.system.checksum import fingerprint
 
 Options = Callable[..., list[str]]
 CPU = torch.device("cpu")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from hashlib import sha256
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from zo_opt.choices import Table
@@ -30,30 +28,6 @@ _MACHINES: Table[Any] = Table(
         if isinstance(kind, type) and issubclass(kind, ZerothOrderOptimizer)
     },
 )
-
-
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes, whatever the device and the order: 32 hexadecimal digits; 1 GB a second.
-
-    >>> one = {"w": torch.zeros(2)}
-    >>> fingerprint(one) == fingerprint({"w": torch.zeros(2)}), fingerprint(one) == fingerprint({"w": -torch.zeros(2)})
-    (True, False)
-    """
-    digest = sha256()
-    for name, tensor in sorted(tensors.items()):
-        for part, inner in plain_parts(name, tensor):
-            digest.update(f"{part} {inner.dtype} {tuple(inner.shape)}\n".encode())
-            digest.update(inner.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:32]
-
-
-def plain_parts(name: str, tensor: Any) -> Iterator[tuple[str, Tensor]]:
-    """A tensor, or the plain ones within one that is made of others, as a quantised checkpoint's are."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        yield name, tensor
-        return
-    for inner in tensor.__tensor_flatten__()[0]:
-        yield from plain_parts(f"{name}.{inner}", getattr(tensor, inner))
 
 
 def frozen_state(model: nn.Module, tuned: Iterable[Tensor]) -> dict[str, Tensor]:

@@ -8,18 +8,18 @@ import torch
 from torch import nn
 
 from zo_opt.errors import ZOError
-from zo_opt.journal.format import Contents, read_journal
+from zo_opt.journal.format import Header, read_journal
 from zo_opt.journal.provenance import (
     check_described,
     device_type,
     difference,
-    fingerprint,
     frozen_state,
     progress,
     rebuild,
     tuned_names,
 )
 from zo_opt.optim import Update, ZerothOrderOptimizer, apply
+from zo_opt.system.checksum import fingerprint
 
 
 def replay(
@@ -47,20 +47,18 @@ def replay(
     contents = read_journal(path, steps)
     if steps is not None and steps != contents.steps:
         raise ZOError(f"{path} holds steps {contents.start} to {contents.steps}; steps={steps} is not among them.")
-    _check_model(contents, model)
+    header = contents.header
+    _check_model(header, model)
     if optimizer is None:
-        optimizer = rebuild(contents.header["optimizer"], contents.header["start"], model)
-    check_described(contents.header["optimizer"], optimizer, model)
-    found = difference(contents.header["start"], progress(optimizer))
+        optimizer = rebuild(header.optimizer, header.start, model)
+    check_described(header.optimizer, optimizer, model)
+    found = difference(header.start, progress(optimizer))
     if found is not None or optimizer.state_dict()["state"]:
         raise ZOError(
             f"the optimizer is not as it was when the journal began ({found or 'it has state'}); build it anew."
         )
-    there, here = (
-        f"{contents.header['device']} with torch {contents.header['torch']}",
-        f"{device_type(optimizer)} with torch {torch.__version__}",
-    )
-    if exact and not contents.weights and there != here and not contents.header["optimizer"]["portable"]:
+    there, here = header.machine, f"{device_type(optimizer)} with torch {torch.__version__}"
+    if exact and not contents.weights and there != here and not header.optimizer["portable"]:
         raise ZOError(
             f"the journal was written on {there} and has no fingerprint of later weights, so that a different outcome on {here} "
             "would go unnoticed; replay where it was trained, or pass exact=False to take what comes out."
@@ -90,20 +88,19 @@ def _apply(optimizer: ZerothOrderOptimizer, update: Update) -> None:
         ) from error
 
 
-def _check_model(contents: Contents, model: nn.Module) -> None:
+def _check_model(header: Header, model: nn.Module) -> None:
     """The base model and the start of the tuned weights are those of the run."""
     parameters = dict(model.named_parameters())
-    names = [n for group in contents.header["optimizer"]["groups"] for n in group["parameters"]]
-    missing = [n for n in names if n not in parameters]
+    missing = [name for name in header.parameters if name not in parameters]
     if missing:
         raise ZOError(
             f"this model has no {missing[0]!r}, which was tuned; build it as for training, adapters included."
         )
-    tuned = {n: parameters[n] for n in names}
-    if fingerprint(frozen_state(model, tuned.values())) != contents.header["frozen"]:
+    tuned = {name: parameters[name] for name in header.parameters}
+    if fingerprint(frozen_state(model, tuned.values())) != header.frozen:
         raise ZOError(
             "this is another base model than the journal's (its frozen weights differ in name, shape, dtype or value); load the "
             "one that was trained, in the same precision."
         )
-    if fingerprint(tuned) != contents.header["tuned"]:
+    if fingerprint(tuned) != header.tuned:
         raise ZOError("the weights to be tuned are not those that training began with; load the start, not the result.")

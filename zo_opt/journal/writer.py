@@ -35,18 +35,18 @@ import torch
 from torch import nn
 
 from zo_opt.errors import ZOError
-from zo_opt.journal.format import COLUMNS, FORMAT, Contents, make_line, read_journal
+from zo_opt.journal.format import Contents, Header, make_line, read_journal
 from zo_opt.journal.provenance import (
     check_described,
     describe,
     device_type,
-    fingerprint,
     frozen_state,
     progress,
     tuned_names,
 )
 from zo_opt.journal.replaying import replay
 from zo_opt.optim import Update, ZerothOrderOptimizer
+from zo_opt.system.checksum import fingerprint
 from zo_opt.system.files import GrowingFile, write_atomically
 
 NAME = "journal"
@@ -57,14 +57,13 @@ __all__ = ["NAME", "Contents", "Journal", "read_journal", "replay"]
 class Journal:
     """An append-only file with a line a step. Use as a context manager; made by ``create`` or ``open``.
 
-    A line is one write to the end of the file, without buffers: a process that is killed loses nothing it appended.
+    A line is one write to the end of the file, without buffers: a process that is killed loses nothing it appended. ``seal`` brings
+    all to the disk, so that a power cut loses nothing either.
     """
 
-    def __init__(
-        self, path: Path, optimizer: ZerothOrderOptimizer, model: nn.Module, contents: Contents, fsync: bool
-    ) -> None:
+    def __init__(self, path: Path, optimizer: ZerothOrderOptimizer, model: nn.Module, contents: Contents) -> None:
         self.path, self.steps = path, contents.steps
-        self._optimizer, self._model, self._fsync = optimizer, model, fsync
+        self._optimizer, self._model = optimizer, model
         self._checksum = contents.checksum
         self._sealed = self.steps if self.steps in contents.weights or not contents.updates else -1
         # The newest step that stands alone: what control variates refer to.
@@ -72,16 +71,13 @@ class Journal:
         self._file = GrowingFile(path, contents.end)
 
     @classmethod
-    def create(
-        cls, path: str | Path, optimizer: ZerothOrderOptimizer, model: nn.Module, *, fsync: bool = False
-    ) -> Self:
+    def create(cls, path: str | Path, optimizer: ZerothOrderOptimizer, model: nn.Module) -> Self:
         """A new journal, before the first step.
 
         Args:
             path: a file that does not exist.
             optimizer: as it will be used; its seed, directions, update rule, weight decay and parameters must stay.
             model: owns the optimizer's parameters; all its weights are fingerprinted.
-            fsync: wait for the disk after every step, so that a power cut loses nothing either.
 
         Raises:
             ZOError: the file exists or cannot be written; or the optimizer has state that the journal would lack.
@@ -95,32 +91,20 @@ class Journal:
                 f"{optimizer.method.name} has state from {optimizer.step_count} earlier steps that a new journal would lack; begin "
                 "the journal with the run, or go on with the run's own by Journal.open."
             )
-        header = {
-            "format": FORMAT,
-            "columns": COLUMNS,
-            "optimizer": describe(optimizer, model),
-            "start": progress(optimizer),
-            "frozen": fingerprint(frozen_state(model, tuned.values())),
-            "tuned": fingerprint(tuned),
-            "device": device_type(optimizer),
-            "torch": str(torch.__version__),
-        }
-        contents = Contents(header)
-        contents.checksum, line = make_line(header, "")
-        contents.end = len(line)
+        header = Header(
+            optimizer=describe(optimizer, model),
+            start=progress(optimizer),
+            frozen=fingerprint(frozen_state(model, tuned.values())),
+            tuned=fingerprint(tuned),
+            device=device_type(optimizer),
+            torch=str(torch.__version__),
+        )
+        checksum, line = make_line(vars(header), "")
         write_atomically(path, line)
-        return cls(path, optimizer, model, contents, fsync)
+        return cls(path, optimizer, model, Contents(header, end=len(line), checksum=checksum))
 
     @classmethod
-    def open(
-        cls,
-        path: str | Path,
-        optimizer: ZerothOrderOptimizer,
-        model: nn.Module,
-        *,
-        cut: bool = False,
-        fsync: bool = False,
-    ) -> Self:
+    def open(cls, path: str | Path, optimizer: ZerothOrderOptimizer, model: nn.Module, *, cut: bool = False) -> Self:
         """Go on with a journal, where the optimizer stands (after ``replay``, or with a checkpoint loaded). A torn last line is removed.
 
         Args:
@@ -128,7 +112,6 @@ class Journal:
             optimizer: as in training.
             model: owns the optimizer's parameters.
             cut: remove the journal's steps beyond the optimizer's, to do them again; they may even be damaged.
-            fsync: as for ``create``.
 
         Raises:
             ZOError: damaged; of another optimizer or other weights; or it has fewer or (without ``cut``) more steps.
@@ -140,13 +123,13 @@ class Journal:
                 f"{path} holds steps up to {contents.steps}, but the optimizer has done {optimizer.step_count}; replay the "
                 "journal or load the checkpoint that fits it first, or pass cut=True to drop later steps and do them again."
             )
-        check_described(contents.header["optimizer"], optimizer, model)
+        check_described(contents.header.optimizer, optimizer, model)
         recorded = contents.weights.get(contents.steps)
         if recorded is not None and recorded != fingerprint(tuned_names(optimizer, model)):
             raise ZOError(
                 f"the tuned weights are not those that {path} has after {contents.steps} steps; load the checkpoint that fits it."
             )
-        return cls(path, optimizer, model, contents, fsync)
+        return cls(path, optimizer, model, contents)
 
     def append(self, update: Update | None) -> None:
         """Record a step that the optimizer took (its ``last_update``).
@@ -164,13 +147,8 @@ class Journal:
                 f"{self.path} goes on with step {self.steps}, but the update is of step {update.step}; append every step once, "
                 "in order (steps taken by write_grad cannot be replayed)."
             )
-        alone = self._alone
-        older = [
-            step
-            if alone is not None and (step, coefficients) == (alone.step, alone.coefficients)
-            else [step, coefficients]
-            for step, coefficients in update.older
-        ]
+        alone = (self._alone.step, self._alone.coefficients) if self._alone is not None else None
+        older = [step if (step, numbers) == alone else [step, numbers] for step, numbers in update.older]
         row: list[Any] = [update.step, update.lrs, update.coefficients, update.curvatures, older, update.lost]
         while len(row) > 3 and not row[-1]:
             row.pop()
@@ -215,5 +193,3 @@ class Journal:
         checksum, line = make_line(content, self._checksum)
         self._file.append(line.removesuffix(b"\n"))
         self._checksum = checksum
-        if self._fsync:
-            self._file.sync()

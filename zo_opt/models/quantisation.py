@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from zo_opt.adapters.weights import is_quantised
 from zo_opt.errors import ZOError
-from zo_opt.journal.provenance import plain_parts
 from zo_opt.models.quantised_layers import QuantisedEmbedding, QuantisedLinear, bitsandbytes_layers
+from zo_opt.system.checksum import plain_parts
 from zo_opt.system.layers import layer_of
 
 # kind -> the package that it needs

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from zo_opt.adapters import AdapterModel
-from zo_opt.journal.provenance import fingerprint
 from zo_opt.prompts.forwards import replaced
 from zo_opt.prompts.prefix_store import FILE_NAME, FileStore, MemoryStore
+from zo_opt.system.checksum import fingerprint
 from zo_opt.system.layers import layer_of
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
-from hashlib import sha256
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,12 @@ from zo_opt.adapters.model import restore_schedule
 from zo_opt.adapters.storage import read_tensors, restore
 from zo_opt.errors import ZOError
 from zo_opt.optim import CountingOptimizer
+from zo_opt.system.checksum import checksum
 from zo_opt.system.files import write_atomically
 
 NAME = "checkpoint.safetensors"
 PREVIOUS_NAME = "checkpoint.previous.safetensors"
 FORMAT = "zo_opt.checkpoint/2"
-_UNSEALED = "zo_opt.checkpoint/1"  # of earlier versions, without a digest
 _KEY, _ZEROS = b'"sha256":"', b"0" * 64  # quotes within the state are escaped: nothing else reads so
 _BLOCK = 1 << 20
 
@@ -65,8 +66,8 @@ def sealed(tensors: dict[str, Tensor], plain: dict[str, Any]) -> tuple[memoryvie
     """The bytes of a checkpoint file, in three parts: tensors and plain values, with the digest of them all in the middle."""
     tensors = {k: v.contiguous().cpu() for k, v in tensors.items()}
     content = safetensors_bytes(tensors, {"state": json.dumps(plain), "sha256": _ZEROS.decode()})
-    start, digest, view = content.index(_KEY + _ZEROS) + len(_KEY), sha256(content).hexdigest(), memoryview(content)
-    return view[:start], digest.encode(), view[start + len(_ZEROS) :]
+    start, view = content.index(_KEY + _ZEROS) + len(_KEY), memoryview(content)
+    return view[:start], checksum([content], digits=64).encode(), view[start + len(_ZEROS) :]
 
 
 def newest(directory: Path, say: Callable[[str], None]) -> Path:
@@ -113,43 +114,24 @@ def load_checkpoint(
         ZOError: missing, damaged, or of another model or optimizer.
     """
     plain = read_state(path)
-    try:
-        return _put_back(path, plain, model, optimizer, lr_scheduler)
-    except ZOError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
-        raise _damaged(path, f"{type(error).__name__}: {str(error)[:200]}") from error
-
-
-def _put_back(
-    path: Path,
-    plain: dict[str, Any],
-    model: AdapterModel,
-    optimizer: CountingOptimizer,
-    lr_scheduler: Any,
-) -> dict[str, Any]:
-    tensors = read_tensors(path)
-    restore(model.adapter_state(), _under("adapter.", tensors), f"the checkpoint {path}")
-    restore_schedule(model, _under("schedule.", tensors), f"the checkpoint {path}")
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, slot = name.split(".")
+    with _of_strangers(path):
+        tensors = read_tensors(path)
+        restore(model.adapter_state(), _under("adapter.", tensors), f"the checkpoint {path}")
+        restore_schedule(model, _under("schedule.", tensors), f"the checkpoint {path}")
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in _under("optimizer.", tensors).items():
+            index, slot = name.split(".")
             state.setdefault(int(index), {})[slot] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": plain["param_groups"], "zo": plain["zo"]})
-    lr_scheduler.load_state_dict(plain["lr_scheduler"] | {"lr_lambdas": [None] * len(plain["param_groups"])})
-    extra: dict[str, Any] = plain["extra"]
-    return extra if plain["format"] == FORMAT else {"progress": extra}
+        optimizer.load_state_dict({"state": state, "param_groups": plain["param_groups"], "zo": plain["zo"]})
+        lr_scheduler.load_state_dict(plain["lr_scheduler"] | {"lr_lambdas": [None] * len(plain["param_groups"])})
+        extra: dict[str, Any] = plain["extra"]
+        return extra
 
 
 def step_of(path: Path) -> int:
     """The number of steps that a checkpoint has done."""
-    try:
+    with _of_strangers(path):
         return int(read_state(path)["zo"]["step"])
-    except ZOError:
-        raise
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise _damaged(path, f"{type(error).__name__}: {error}") from error
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -158,15 +140,12 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises:
         ZOError: it cannot be read, or another version wrote it.
     """
-    try:
+    with _of_strangers(path):
         with safe_open(path, framework="pt") as file:
-            plain = json.loads(file.metadata()["state"])
-        known = plain["format"] in (FORMAT, _UNSEALED)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _damaged(path, str(error)) from error
-    if not known:
-        raise ZOError(f"{path} was not written by this version of zo_opt.")
-    return dict(plain)
+            plain = dict(json.loads(file.metadata()["state"]))
+        if plain["format"] != FORMAT:
+            raise ZOError(f"{path} was not written by this version of zo_opt.")
+        return plain
 
 
 def verify(path: Path) -> None:
@@ -175,26 +154,39 @@ def verify(path: Path) -> None:
     Raises:
         ZOError: it is damaged, or another version wrote it.
     """
-    plain = read_state(path)
-    with path.open("rb") as file:
-        header = file.read(int.from_bytes(file.read(8), "little"))
-        found = re.search(re.escape(_KEY) + b"([0-9a-f]{64})", header)
+    read_state(path)
+    with _of_strangers(path), path.open("rb") as file:
+        length = file.read(8)
+        header = length + file.read(int.from_bytes(length, "little"))
+        found = re.search(_KEY + b"([0-9a-f]{64})", header)
         if found is None:
-            if plain["format"] == _UNSEALED:
-                return
-            raise _damaged(path, "its sha256 is missing")
+            raise ValueError("its sha256 is missing")
         start, stop = found.span(1)
-        file.seek(0)
-        digest = sha256(file.read(8) + header[:start] + _ZEROS + header[stop:])
-        file.seek(8 + len(header))
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    if digest.hexdigest().encode() != found[1]:
-        raise _damaged(path, "its sha256 is another than when it was written")
+        blocks = iter(lambda: file.read(_BLOCK), b"")
+        if checksum(chain([header[:start], _ZEROS, header[stop:]], blocks), digits=64) != found[1].decode():
+            raise ValueError("its sha256 is another than when it was written")
 
 
-def _damaged(path: Path, why: str) -> ZOError:
-    return ZOError(f"{path} is damaged ({why}); delete it and start anew, or restore it from a copy.")
+@contextmanager
+def _of_strangers(path: Path) -> Iterator[None]:
+    """Whatever a damaged file makes fail, in one sentence."""
+    try:
+        yield
+    except ZOError:
+        raise
+    except (
+        SafetensorError,
+        OSError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise ZOError(
+            f"{path} is damaged ({type(error).__name__}: {str(error)[:200]}); delete it and start anew, or restore it from a copy."
+        ) from error
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

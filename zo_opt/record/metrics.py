@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from zo_opt.optim import StepRecord
 from zo_opt.schedules import History
+from zo_opt.system.checksum import checksum
 from zo_opt.system.files import GrowingFile
 from zo_opt.system.plain_json import is_number
 
 NAME = "metrics.jsonl"
-_CHECKSUM = ', "crc32": "'  # of all before it; seconds come after, so that equal runs have equal checksums
+_CHECKSUM = b', "checksum": "'  # of all before it; seconds come after, so that equal runs have equal checksums
+_COUNTS, _NUMBERS = ("step", "epoch", "queries", "dropped", "forwards"), ("loss", "lr", "seconds")
 
 
 class MetricsWriter:
@@ -35,10 +36,9 @@ class MetricsWriter:
 
     def write(self, record: StepRecord, lr: float, history: History, seconds: float) -> None:
         """One step."""
-        values = _finite(step_values(record, lr, history, seconds))
+        values = step_values(record, lr, history, seconds)
         seconds = values.pop("seconds")
-        text = json.dumps(values)[:-1]
-        self._file.append(f'{text}{_CHECKSUM}{zlib.crc32(text.encode()):08x}", "seconds": {seconds}}}'.encode())
+        self._file.append(make_line({name: _finite(value) for name, value in values.items()}, seconds))
 
     def sync(self) -> None:
         """Bring all to the disk."""
@@ -49,6 +49,12 @@ class MetricsWriter:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+
+def make_line(values: dict[str, Any], seconds: float) -> bytes:
+    """A step's line, without its end."""
+    text = json.dumps(values).encode()[:-1]
+    return text + _CHECKSUM + f'{checksum([text])}", "seconds": {seconds}}}'.encode()
 
 
 def step_values(record: StepRecord, lr: float, history: History, seconds: float) -> dict[str, Any]:
@@ -73,12 +79,10 @@ class Line:
     Attributes:
         values: what it says; null stands for a number that is not finite, except in the loss, which is nan then.
         end: where it ends in the file, in bytes.
-        exact: whether it has a checksum and its numbers are whole; not so in runs of earlier versions.
     """
 
     values: dict[str, Any]
     end: int
-    exact: bool = True
 
     def record(self, forwards_before: int) -> StepRecord:
         """What the optimizer had measured; ``forwards_before``: all forwards up to the step."""
@@ -106,36 +110,29 @@ def read_lines(directory: Path, start: int = 0) -> list[Line]:
     for line in content.split(b"\n")[:-1]:
         end += len(line) + 1
         if (values := _verified(line)) is not None:
-            lines.append(Line(values, end, _CHECKSUM.encode() in line))
+            lines.append(Line(values, end))
     return lines
 
 
 def _verified(line: bytes) -> dict[str, Any] | None:
     try:
-        values, checksum = json.loads(line), f"{zlib.crc32(line[: line.rfind(_CHECKSUM.encode())]):08x}"
-        if values.pop("crc32", checksum) != checksum:  # runs of earlier versions have none
+        values: dict[str, Any] = json.loads(line)
+        if values.pop("checksum") != checksum([line[: line.rfind(_CHECKSUM)]]):
             return None
         values["seconds"] = float(values["seconds"])
-        counts = (values[name] for name in ("step", "epoch", "queries", "dropped", "forwards"))
-        numbers = (values["loss"], values["lr"], *values["projected_grads"], values["seconds"])
-        whole = all(type(count) is int and count >= 0 for count in counts)
-        return _nan(values) if whole and all(is_number(number, null=True) for number in numbers) else None
+        whole = all(type(values[name]) is int and values[name] >= 0 for name in _COUNTS)
+        numbers = (*(values[name] for name in _NUMBERS), *values["projected_grads"])
+        if not whole or not all(is_number(number, null=True) for number in numbers):
+            return None
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return None
+    if values["loss"] is None:
+        values["loss"] = math.nan
+    return values
 
 
-def _finite(line: dict[str, Any]) -> dict[str, Any]:
+def _finite(value: Any) -> Any:
     """JSON has no NaN: null stands for it."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, list):
-            return [plain(v) for v in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return {k: plain(v) for k, v in line.items()}
-
-
-def _nan(line: dict[str, Any]) -> dict[str, Any]:
-    if line["loss"] is None:
-        line["loss"] = math.nan
-    return line
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

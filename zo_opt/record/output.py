@@ -16,7 +16,7 @@ from zo_opt.errors import ZOError
 from zo_opt.journal import NAME as JOURNAL_NAME
 from zo_opt.prompts import prefix_store
 from zo_opt.record import checkpoint
-from zo_opt.system.files import remove_unfinished, try_lock, unfinished
+from zo_opt.system.files import try_lock, unfinished
 
 LOCK_NAME = ".lock"
 RUN_NAME = "run.json"  # command, options, versions: the first file of a run, the checkpoint before step 0 the last before it trains
@@ -52,7 +52,8 @@ def output_directory(
     except OSError as error:
         raise ZOError(f"{what} {directory} cannot be written ({error.strerror}); give a directory that can.") from error
     try:
-        remove_unfinished(directory, *_WRITTEN)
+        for path in unfinished(directory, *_WRITTEN):
+            path.unlink(missing_ok=True)
         if not resume:
             if not never_begun(directory):
                 to_resume = ", or --resume to continue the run in it" if what == "output_dir" else ""
@@ -77,7 +78,8 @@ def never_begun(directory: Path) -> bool:
     if not _is_record(directory / RUN_NAME):
         return False  # somebody else's file of that name
     journal = directory / JOURNAL_NAME
-    return names <= {RUN_NAME, START_NAME, JOURNAL_NAME} and not (journal.is_file() and _lines(journal) > 1)
+    steps = journal.is_file() and journal.read_bytes().count(b"\n") > 1
+    return names <= {RUN_NAME, START_NAME, JOURNAL_NAME} and not steps
 
 
 def _is_record(path: Path) -> bool:
@@ -88,12 +90,13 @@ def _is_record(path: Path) -> bool:
 
 def writer(directory: Path) -> str | None:
     """Which process writes to a directory now, in words; None if none does. Changes nothing."""
+    path = directory / LOCK_NAME
     try:
-        descriptor = os.open(directory / LOCK_NAME, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY)
     except OSError:
         return None
     try:
-        return None if try_lock(descriptor, shared=True) else _holder(descriptor)
+        return None if _locked(descriptor) else _holder(path)
     finally:
         os.close(descriptor)
 
@@ -103,11 +106,10 @@ def _lock(directory: Path, what: str) -> int:
     path = directory / LOCK_NAME
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        if not (try_lock(descriptor) or _locked_soon(descriptor)):
-            holder = _holder(descriptor)
+        if not _locked(descriptor):
             os.close(descriptor)
             raise ZOError(
-                f"{what} {directory} is being written by {holder}; wait for its end, or give another directory."
+                f"{what} {directory} is being written by {_holder(path)}; wait for its end, or give another directory."
             )
         with suppress(FileNotFoundError):
             if path.stat().st_ino == os.fstat(descriptor).st_ino:
@@ -119,15 +121,17 @@ def _lock(directory: Path, what: str) -> int:
     return descriptor
 
 
-def _locked_soon(descriptor: int) -> bool:
-    """Who only looks whether somebody writes has the lock for an instant."""
+def _locked(descriptor: int) -> bool:
+    """Lock it; who only looks whether somebody writes has the lock for an instant."""
+    if try_lock(descriptor):
+        return True
     time.sleep(0.1)
     return try_lock(descriptor)
 
 
-def _holder(descriptor: int) -> str:
-    with suppress(ValueError, KeyError, OSError):
-        found = json.loads(os.pread(descriptor, 1000, 0))
+def _holder(path: Path) -> str:
+    with suppress(ValueError, KeyError, TypeError, OSError):
+        found = json.loads(path.read_bytes())
         return f"process {found['pid']} on {found['host']}"
     return "another process"
 
@@ -147,7 +151,3 @@ def _clear(directory: Path) -> None:
     for path in directory.iterdir():
         if path.name not in (prefix_store.FILE_NAME, LOCK_NAME):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n")

@@ -7,8 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
-from rich.text import Text
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
 class Reporter:
@@ -31,10 +39,11 @@ class Reporter:
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
-            _Done(unit),
+            MofNCompleteColumn(),
+            TextColumn(unit),
             TimeElapsedColumn(),
-            _Left(),
-            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+            TextColumn("left  {task.fields[note]}"),
         )
         with Progress(*columns, console=self.console, transient=False) as progress:
             yield _Bar(progress, progress.add_task(what, total=total, completed=done, note=""))
@@ -49,11 +58,11 @@ class Tracker:
 
 
 class _Bar(Tracker):
-    def __init__(self, progress: Progress, task: object) -> None:
+    def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress, self._task = progress, task
 
     def advance(self, count: int, note: str = "") -> None:
-        self._progress.update(self._task, advance=count, note=note)  # type: ignore[arg-type]
+        self._progress.update(self._task, advance=count, note=note)
 
 
 class _Lines(Tracker):
@@ -79,18 +88,3 @@ class _Lines(Tracker):
                 note,
             ]
             self._reporter.say("  ".join(p for p in parts if p))
-
-
-class _Done(ProgressColumn):
-    def __init__(self, unit: str) -> None:
-        super().__init__()
-        self._unit = unit
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{int(task.completed)}/{int(task.total or 0)} {self._unit}")
-
-
-class _Left(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        left = task.time_remaining
-        return Text("" if left is None else f"{int(left) // 60}:{int(left) % 60:02d} left", style="cyan")

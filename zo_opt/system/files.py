@@ -8,6 +8,8 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from filelock import lock_descriptor
+
 from zo_opt.errors import ZOError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -27,7 +29,7 @@ def write_atomically(path: Path, *parts: bytes | memoryview, previous: Path | No
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=temporary_prefix(path))
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(descriptor, "wb") as file:
                 for part in parts:
@@ -41,14 +43,14 @@ def write_atomically(path: Path, *parts: bytes | memoryview, previous: Path | No
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
-        sync_directory(path.parent)
+        _sync_directory(path.parent)
     except OSError as error:
         raise cannot_write(path, error) from error
 
 
 def _keep(path: Path, previous: Path) -> None:
     """Give a file a second name, so that the first one is there all the time; where the file system cannot, another name."""
-    link = path.with_name(f"{temporary_prefix(previous)}previous")
+    link = path.with_name(f".{previous.name}.previous")
     link.unlink(missing_ok=True)
     try:
         os.link(path, link)
@@ -59,23 +61,12 @@ def _keep(path: Path, previous: Path) -> None:
     link.unlink(missing_ok=True)  # renaming does nothing where both are names of one file already
 
 
-def temporary_prefix(path: Path) -> str:
-    """What the name of an unfinished file begins with."""
-    return f".{path.name}."
-
-
 def unfinished(directory: Path, *names: str) -> list[Path]:
     """What a killed process left of files that it was writing."""
     return [path for name in names for path in directory.glob(f".{name}.????????")]
 
 
-def remove_unfinished(directory: Path, *names: str) -> None:
-    """Remove what a killed process left of files that it was writing."""
-    for path in unfinished(directory, *names):
-        path.unlink(missing_ok=True)
-
-
-def sync_directory(directory: Path) -> None:
+def _sync_directory(directory: Path) -> None:
     """Bring names of files to the disk, where the file system can."""
     with suppress(OSError):
         descriptor = os.open(directory, os.O_RDONLY)
@@ -85,22 +76,15 @@ def sync_directory(directory: Path) -> None:
             os.close(descriptor)
 
 
-def try_lock(descriptor: int, *, shared: bool = False) -> bool:
-    """Lock an open file (``shared``: beside others that only look); False if another process has it. It ends with the process.
+def try_lock(descriptor: int) -> bool:
+    """Lock an open file; False if another process has it. The lock ends with the process, or when the file is closed.
 
-    True where the system or the file system has no such locks.
+    True where the system or the file system has no locks.
     """
     try:
-        import fcntl
-    except ImportError:
+        return lock_descriptor(descriptor, blocking=False)
+    except OSError:
         return True
-    try:
-        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True
 
 
 def cannot_write(path: Path, error: OSError) -> ZOError:
@@ -135,7 +119,8 @@ class GrowingFile:
     def __init__(self, path: Path, size: int | None = None) -> None:
         self.path = path
         try:
-            self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
+            self._descriptor = os.open(path, flags, 0o644)
             if size is not None:
                 os.ftruncate(self._descriptor, size)
             self._size = os.fstat(self._descriptor).st_size

@@ -24,35 +24,36 @@ def read_config(run_dir: Path, *, trust_remote_code: bool = False) -> TrainConfi
     Raises:
         ZOError: the directory holds no readable run.json, or it names code that nobody allowed.
     """
-    return config_of(read_record(run_dir)["config"], run_dir / RUN_NAME, trust_remote_code=trust_remote_code)
+    return config_of(read_record(run_dir), run_dir / RUN_NAME, trust_remote_code=trust_remote_code)
 
 
 def config_of(
-    saved: dict[str, Any], path: Path, *, trust_remote_code: bool, named: Collection[str] = ()
+    record: dict[str, Any], path: Path, *, trust_remote_code: bool = False, named: Collection[str] = ()
 ) -> TrainConfig:
-    """The options that a file has.
+    """The options in a run's record.
 
     Args:
-        saved: as ``to_dict`` gave them.
-        path: the file, for sentences.
-        trust_remote_code: whether code that the file names may run.
+        record: the record.
+        path: where it is, for sentences.
+        trust_remote_code: whether code that the record names may run.
         named: code of the user's own that was named on the command line, too.
 
     Raises:
-        ZOError: they are damaged, or name code that nobody allowed.
+        ZOError: they are none that this version has, or name code that nobody allowed.
     """
-    strange = sorted(own_code(saved) - set(named))
-    if strange and not trust_remote_code:
-        raise ZOError(
-            f"{path} names code outside zo_opt ({', '.join(strange)}); give the option again, or --trust_remote_code to let it run."
-        )
     try:
-        return replace(TrainConfig.from_dict(saved), trust_remote_code=trust_remote_code)
-    except ZOError as error:
-        raise ZOError(f"{path} is damaged, or of another version ({error})") from error
+        strange = sorted(own_code(record["config"]) - set(named))
+        if strange and not trust_remote_code:
+            raise ZOError(
+                f"{path} names code outside zo_opt ({', '.join(strange)}); give the option again, or --trust_remote_code to let it run."
+            )
+        return replace(TrainConfig.from_dict(record["config"]), trust_remote_code=trust_remote_code)
+    except ZOError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ZOError(
-            f"{path} is missing or damaged ({error}); give the output_dir of a run of zo-opt train."
+            f"{path} is damaged, or of another version of zo_opt ({error}); give the output_dir of a run of zo-opt train, and "
+            "resume with the version that began it."
         ) from error
 
 

@@ -12,14 +12,16 @@ import torch
 from zo_opt.adapters import AdapterModel
 from zo_opt.errors import ZOError
 from zo_opt.journal import NAME, Contents, Journal, read_journal
-from zo_opt.journal.provenance import check_described, device_type, fingerprint, tuned_names
+from zo_opt.journal.provenance import check_described, device_type, tuned_names
 from zo_opt.optim import CountingOptimizer, Update, ZerothOrderOptimizer, redo
 from zo_opt.record import checkpoint
 from zo_opt.record.metrics import Line, read_lines
 from zo_opt.record.output import RUN_NAME, never_begun
 from zo_opt.record.progress import Reporter
+from zo_opt.system.checksum import fingerprint
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.evaluate_run import read_config, read_record
+from zo_opt.training.evaluate_run import config_of, read_record
+from zo_opt.training.parsing import own_code
 
 # What a resumed run can be told otherwise.
 _ANEW = (
@@ -47,17 +49,14 @@ def resumed_config(
         raise ZOError("--resume needs --output_dir, the directory of the interrupted run.")
     if given is None:
         given = [f.name for f in fields(TrainConfig) if getattr(config, f.name) != f.default]
+    allowed: Any = {"trust_remote_code": config.trust_remote_code, "named": own_code(config.to_dict())}
     record: dict[str, Any] | None = None
     if begins := (directory / RUN_NAME).is_file() and never_begun(directory):
-        saved = read_config(directory)
+        saved = config_of(read_record(directory), directory / RUN_NAME, **allowed)
     else:
         path = checkpoint.newest(directory, reporter.say)
         record = checkpoint.read_state(path)["extra"].get("run")
-        if record is None:  # of an earlier version
-            saved, record = read_config(directory), read_record(directory)
-        else:
-            saved = _config_of(path, record)
-    saved = replace(saved, trust_remote_code=False)  # a file may not allow itself to run code
+        saved = config_of(record, path, **allowed)
     check_given(config, saved, given, (*_ANEW, "output_dir", "resume"))
     anew = {name: getattr(config, name) for name in _ANEW if name in given}
     if begins:
@@ -89,13 +88,6 @@ def check_given(now: Any, then: Any, given: Collection[str], free: Collection[st
 
 def _absolute(value: Any) -> Any:
     return value.resolve() if isinstance(value, Path) else value
-
-
-def _config_of(path: Path, record: dict[str, Any]) -> TrainConfig:
-    try:
-        return TrainConfig.from_dict(record["config"])
-    except (KeyError, TypeError) as error:
-        raise ZOError(f"{path} was written by another version of zo_opt ({error}); resume with that one.") from error
 
 
 @dataclass(frozen=True)
@@ -138,96 +130,71 @@ def resume(
         ZOError: the checkpoint is damaged or does not fit; or the journal is of another run.
     """
     extra = checkpoint.load_checkpoint(path, model, optimizer, lr_scheduler)
-    journal_path = path.with_name(NAME)
     if not isinstance(optimizer, ZerothOrderOptimizer) or not keeps_journal(optimizer, model):
         return Resumed(extra, [], None)
-    if not journal_path.exists():
-        say(f"{journal_path} is not there; the run goes on without a journal and cannot be replayed.")
-        return Resumed(extra, [], None)
+    journal_path = path.with_name(NAME)
     contents, problem = _read(journal_path, optimizer.step_count)
     if contents is None:
-        aside = journal_path.rename(journal_path.with_name(f"{NAME}.damaged"))
-        say(f"{problem} It is now {aside.name}; the run goes on without a journal and cannot be replayed.")
+        say(f"{problem} The run goes on without a journal and cannot be replayed.")
         return Resumed(extra, [], None)
-    steps = _Steps(journal_path, contents, model, optimizer, lr_scheduler)
-    done, objection = steps.redo()
-    if objection is not None:
-        say(f"{objection}; steps after that are done again.")
-    if not steps.verified():
-        say(f"the steps in {journal_path} lead to other weights than those of training; they are done again.")
+    done, objection = _redo(contents, journal_path, model, optimizer, lr_scheduler)
+    if done is None:
         extra, done = checkpoint.load_checkpoint(path, model, optimizer, lr_scheduler), []
+    if objection is not None:
+        say(f"{objection}; steps after step {optimizer.step_count} are done again.")
     return Resumed(extra, done, Journal.open(journal_path, optimizer, model, cut=True))
 
 
 def _read(path: Path, steps: int) -> tuple[Contents | None, str]:
-    """The journal; or what is wrong with its first ``steps`` steps."""
+    """The journal; or what is wrong with its first ``steps`` steps, and it is put aside."""
+    if not path.exists():
+        return None, f"{path} is not there."
     try:
         contents = read_journal(path, needed=steps)
+        if contents.steps >= steps:
+            return contents, ""
+        problem = f"{path} ends after {contents.steps} steps, before the checkpoint after step {steps}."
     except ZOError as error:
-        return None, str(error)
-    if contents.steps < steps:
-        return None, f"{path} ends after {contents.steps} steps, before the checkpoint after step {steps}."
-    return contents, ""
+        problem = str(error)
+    aside = path.rename(path.with_name(f"{NAME}.damaged"))
+    return None, f"{problem} It is now {aside.name}."
 
 
-class _Steps:
-    """The steps on record beyond a checkpoint."""
+def _redo(
+    contents: Contents, path: Path, model: AdapterModel, optimizer: ZerothOrderOptimizer, lr_scheduler: Any
+) -> tuple[list[dict[str, Any]] | None, str | None]:
+    """Take the steps beyond the checkpoint again, in order, as far as journal and metrics.jsonl go.
 
-    def __init__(
-        self,
-        path: Path,
-        contents: Contents,
-        model: AdapterModel,
-        optimizer: ZerothOrderOptimizer,
-        lr_scheduler: Any,
-    ) -> None:
-        self.model, self.optimizer, self.lr_scheduler = model, optimizer, lr_scheduler
-        self.path, self.contents, self.first = path, contents, optimizer.step_count
-        check_described(contents.header["optimizer"], optimizer, model)
-        self.lines = {line.values["step"]: line for line in read_lines(path.parent)}
-        self._differs = False
+    Returns what metrics.jsonl says of them (None if they lead to other weights than the journal's), and why it ended before the
+    journal does.
+    """
+    header, here = contents.header, f"{device_type(optimizer)} with torch {torch.__version__}"
+    check_described(header.optimizer, optimizer, model)
+    updates = contents.updates[optimizer.step_count - contents.start :]
+    if updates and header.machine != here and not header.optimizer["portable"]:
+        return [], f"{path} was written on {header.machine}, this is {here}"
+    lines = {line.values["step"]: line for line in read_lines(path.parent)}
+    done: list[dict[str, Any]] = []
+    # The scheduler looks for a call of step(), which a redone step is not.
+    optimizer._opt_called = True  # type: ignore[attr-defined]
+    for update in updates:
+        line = lines.get(update.step)
+        if line is None or not _fits(update, line, lr_scheduler.get_last_lr()):
+            if update.step + 1 == contents.steps:
+                break  # killed between the two records
+            return done, f"metrics.jsonl has no whole line of step {update.step}"
+        redo(optimizer, update, line.record(optimizer.history.forwards))
+        lr_scheduler.step()
+        done.append(line.values)
+        recorded = contents.weights.get(optimizer.step_count)
+        if recorded is not None and recorded != fingerprint(tuned_names(optimizer, model)):
+            return None, f"the steps in {path} lead to other weights than those of training"
+    if contents.damaged is not None:
+        return done, f"{path} is damaged in line {contents.damaged}, after step {contents.steps}"
+    return done, None
 
-    def redo(self) -> tuple[list[dict[str, Any]], str | None]:
-        """Take the steps again, in order, as far as both records go; what they say, and why it ended before the journal does."""
-        if (foreign := self._foreign()) is not None:
-            return [], foreign
-        done: list[dict[str, Any]] = []
-        # The scheduler looks for a call of step(), which a redone step is not.
-        self.optimizer._opt_called = True  # type: ignore[attr-defined]
-        for update in self.contents.updates[self.first - self.contents.start :]:
-            line = self.lines.get(update.step)
-            if line is None or not self._fits(update, line):
-                if update.step + 1 == self.contents.steps:
-                    break  # killed between the two records
-                return done, f"metrics.jsonl has no whole line of step {update.step}"
-            redo(self.optimizer, update, line.record(self.optimizer.history.forwards))
-            self.lr_scheduler.step()
-            done.append(line.values)
-            recorded = self.contents.weights.get(self.optimizer.step_count)
-            self._differs |= recorded not in (None, self._fingerprint())
-        if self.contents.damaged is not None:
-            return done, f"{self.path} is damaged in line {self.contents.damaged}, after step {self.contents.steps}"
-        return done, None
 
-    def verified(self) -> bool:
-        """Whether the weights are those that the journal says, wherever it does."""
-        return not self._differs
-
-    def _fits(self, update: Update, line: Line) -> bool:
-        lrs = self.lr_scheduler.get_last_lr()
-        queries = len(line.values["projected_grads"])
-        return line.exact and list(update.lrs) == lrs and line.values["lr"] == lrs[0] and (
-            len(update.coefficients) in (0, queries)
-        )  # fmt: skip
-
-    def _foreign(self) -> str | None:
-        """Why this machine would make other weights of the same steps."""
-        header = self.contents.header
-        there = (header["device"], header["torch"])
-        here = (device_type(self.optimizer), str(torch.__version__))
-        if there == here or header["optimizer"]["portable"] or self.contents.steps <= self.first:
-            return None
-        return f"{self.path} was written on {there[0]} with torch {there[1]}, this is {here[0]} with torch {here[1]}"
-
-    def _fingerprint(self) -> str:
-        return fingerprint(tuned_names(self.optimizer, self.model))
+def _fits(update: Update, line: Line, lrs: list[float]) -> bool:
+    """Whether both records are of one step, at the learning rates that this run has there."""
+    queries = len(line.values["projected_grads"])
+    return list(update.lrs) == lrs and line.values["lr"] == lrs[0] and len(update.coefficients) in (0, queries)
