@@ -74,7 +74,7 @@ def _weigh(options: list[str]) -> dict[str, int]:
     from zo_opt.models.quantisation import KINDS, quiet, weight_bytes
     from zo_opt.record.progress import Reporter
     from zo_opt.system.memory import reset_peak_memory
-    from zo_opt.tasks.tasks import get_task
+    from zo_opt.tasks.builtin import get_task
     from zo_opt.training.config import TrainConfig
     from zo_opt.training.setup import load_base
 

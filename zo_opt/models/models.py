@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 
 from zo_opt.errors import ZOError
 from zo_opt.journal.provenance import plain_parts
+from zo_opt.models import builtin
 from zo_opt.models.quantisation import quiet
-from zo_opt.tasks import builtin
 
 HEADS = ("lm", "classification")
 

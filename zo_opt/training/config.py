@@ -11,13 +11,14 @@ from zo_opt.adapters import ADAPTERS, AdapterConfig, make_config
 from zo_opt.adapters.tt_init import FEATURES
 from zo_opt.distributed import Distributed
 from zo_opt.errors import ZOError
+from zo_opt.models import builtin
 from zo_opt.models.quantisation import check_kind
 from zo_opt.optim import OPTIMIZERS, UPDATE_RULES, Adam, ClipProjectedGrads, StepControl, UpdateRule, first_order
 from zo_opt.prompts.prefix_store import PLACES
 from zo_opt.record.trackers import check_trackers
 from zo_opt.schedules import QuerySchedule
 from zo_opt.schedules.options import make_schedule
-from zo_opt.tasks import builtin, objectives
+from zo_opt.tasks import objectives
 from zo_opt.tasks.batches import ORDERS
 
 _ADAPTER_FIELDS = ("rank", "rank_pattern", "tt_rank", "scale", "bottleneck", "activation", "target_modules", "layers")
