@@ -21,7 +21,8 @@ from zo_opt.queries.nesting import map_tensors
 from zo_opt.schedules import constant_queries
 from zo_opt.tasks.evaluation import Prepared, evaluate
 from zo_opt.tasks.rows import Example
-from zo_opt.tasks.scoring import Generator, Scorer, make_scorer, text
+from zo_opt.tasks.scoring import Scorer, causal, make_scorer
+from zo_opt.tasks.scoring.texts import TextScorer, Writer
 from zo_opt.tasks.tasks import custom_generation_task
 
 ARCHITECTURES = ("llama", "gpt2", "opt", "t5")
@@ -37,17 +38,17 @@ EXAMPLES = [
 ]
 
 
-def scorer_for(architecture: str, max_new_tokens: int = 6, max_length: int | None = None) -> Generator:
+def scorer_for(architecture: str, max_new_tokens: int = 6, max_length: int | None = None) -> Any:
     from dataclasses import replace
 
     task = replace(TASK, max_new_tokens=max_new_tokens)
     scorer = make_scorer(make_model(architecture), tokenizer_for(architecture), task, max_length)
-    assert isinstance(scorer, Generator)
+    assert isinstance(scorer, TextScorer) and isinstance(scorer, Writer)
     return scorer
 
 
 @torch.no_grad()
-def loss_of_row(model: Any, scorer: Generator, example: Example) -> Tensor:
+def loss_of_row(model: Any, scorer: Any, example: Example) -> Tensor:
     """By the model's own loss, one row without padding."""
     encoded = scorer.encode(example)
     prompt, [target] = scorer.prompt(encoded), encoded.words
@@ -62,7 +63,7 @@ def test_the_loss_is_the_mean_of_the_rows_own_losses(architecture: str, monkeypa
     expected = [loss_of_row(model, scorer, e) for e in EXAMPLES]
     prepared = Prepared(EXAMPLES, scorer, CPU, None)
     for chunk in (512, 3):  # positions through the output head at once
-        monkeypatch.setattr(text, "HEAD_TOKENS", chunk)
+        monkeypatch.setattr(causal, "HEAD_TOKENS", chunk)
         for rows in ([0, 1, 2, 3], [2], [3, 1]):
             loss = prepared.loss(model, prepared.batch(rows))
             assert loss.dtype == torch.float32
@@ -86,7 +87,7 @@ def test_targets_end(architecture: str) -> None:
 
 
 @torch.no_grad()
-def written_slowly(model: Any, scorer: Generator, example: Example) -> str:
+def written_slowly(model: Any, scorer: Any, example: Example) -> str:
     """One row, the whole sequence anew for every token, without padding or cache."""
     ids, end = scorer.prompt(scorer.encode(example)), scorer.tokenizer.eos_token_id
     new: list[int] = []

@@ -19,10 +19,10 @@ from zo_opt import MeZO, trainable_parameters
 from zo_opt.errors import ZOError
 from zo_opt.prompts.prefix_cache import PrefixCache
 from zo_opt.schedules import constant_queries
+from zo_opt.tasks.builtin import get_task
 from zo_opt.tasks.evaluation import Prepared, evaluate
 from zo_opt.tasks.rows import Example, hold_out, read_rows
 from zo_opt.tasks.scoring import make_scorer
-from zo_opt.tasks.tasks import get_task
 
 ARCHITECTURES = ("llama", "gpt2", "opt")  # the first and last begin a text with a token of their own
 LINES = ["the film is a story of two friends", "", "  and their long way home in winter", "boring " * 9]

@@ -17,14 +17,20 @@ from zo_opt import LoRAConfig, MeZO, get_adapter_model, trainable_parameters
 from zo_opt.adapters import ADAPTERS
 from zo_opt.adapters.weights import matrix, rows
 from zo_opt.errors import ZOError
-from zo_opt.journal.provenance import fingerprint, frozen_state
+from zo_opt.journal.provenance import fingerprint, frozen_state, plain_parts
 from zo_opt.models.models import load_model
 from zo_opt.models.precision import set_precision
-from zo_opt.models.quantisation import KINDS, weight_bytes
+from zo_opt.models.quantisation import KINDS
 
 Options = Callable[..., list[str]]
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the packages' own, when they are imported
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all that a checkpoint of the model holds."""
+    tensors = [part for name, t in frozen_state(model, ()).items() for _, part in plain_parts(name, t)]
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def needs(kind: str) -> Any:

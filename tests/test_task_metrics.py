@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zo_opt.tasks.builtin import TASKS
 from zo_opt.tasks.metrics import (
     KINDS,
     METRICS,
@@ -18,7 +19,6 @@ from zo_opt.tasks.metrics import (
     normalise,
     perplexity,
 )
-from zo_opt.tasks.tasks import TASKS
 
 LABELS = st.integers(2, 4).flatmap(
     lambda classes: st.tuples(

@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 
 from zo_opt import ZOError
+from zo_opt.tasks.builtin import TASKS, get_task
 from zo_opt.tasks.metrics import CLASSIFICATION, GENERATION
 from zo_opt.tasks.rows import make_examples
 from zo_opt.tasks.tasks import (
-    TASKS,
     Task,
     custom_generation_task,
     custom_task,
-    get_task,
     parse_verbalizers,
     placeholders,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -68,38 +68,33 @@ def _adapter_inputs(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Each adapter's input at every row's label position, (N, H) float32 on the CPU; and the labels (N,)."""
     seen: dict[str, Tensor] = {}
+    collected: dict[str, list[Tensor]] = {name: [] for name in model.adapted}
+    labels = []
 
-    def watch(name: str, last: bool) -> Any:
+    def watch(name: str) -> Any:
         def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
             seen[name] = arguments[0]
-            if last:
+            if name == model.adapted[-1]:
                 raise _SeenError
 
         return hook
 
-    handles = []
-    for name in model.adapted:
-        target: Any = model.wrapped.get_submodule(name)
-        handles.append(target.adapter.register_forward_pre_hook(watch(name, name == model.adapted[-1])))
-    collected: dict[str, list[Tensor]] = {name: [] for name in model.adapted}
-    labels = []
-    try:
+    with ExitStack() as hooks:
+        for name in model.adapted:
+            adapter: Any = model.wrapped.get_submodule(name).adapter
+            hooks.callback(adapter.register_forward_pre_hook(watch(name)).remove)
         for indices in prepared.by_length(batch_size):
             batch = prepared.batch(indices)
             with suppress(_SeenError):
                 prepared.scores(model, batch)
             places = prepared.scorer.label_positions(batch)
             assert places is not None, "ask can_place() first"
-            rows, positions = places
             for name, x in seen.items():
                 # Some feed-forwards (OPT's) see all tokens on one axis.
                 x_NSH = x if x.ndim == 3 else x.unflatten(0, (-1, batch["input_ids"].shape[-1]))
-                collected[name].append(x_NSH[rows, positions].float().cpu())
+                collected[name].append(x_NSH[places].float().cpu())
             labels.append(batch["labels"].cpu())
             progress(len(indices))
-    finally:
-        for handle in handles:
-            handle.remove()
     return {name: torch.cat(parts) for name, parts in collected.items()}, torch.cat(labels)
 
 
