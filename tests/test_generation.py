@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,6 @@ EXAMPLES = [
 
 
 def scorer_for(architecture: str, max_new_tokens: int = 6, max_length: int | None = None) -> Any:
-    from dataclasses import replace
-
     task = replace(TASK, max_new_tokens=max_new_tokens)
     scorer = make_scorer(make_model(architecture), tokenizer_for(architecture), task, max_length)
     assert isinstance(scorer, TextScorer) and isinstance(scorer, Writer)
@@ -123,7 +122,7 @@ def test_the_checkpoints_way_of_generating_is_left_aside() -> None:
     assert model.wrapped.generation_config is own
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("architecture", ["gpt2", "opt"])
 def test_a_cached_prefix_changes_nothing(architecture: str) -> None:
     model, scorer = adapted(architecture), scorer_for(architecture)
     cache = PrefixCache(model, 1 << 23)
@@ -136,7 +135,7 @@ def test_a_cached_prefix_changes_nothing(architecture: str) -> None:
     assert (found.metrics, found.row_scores) == (expected.metrics, expected.row_scores)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["llama", "t5"])
 def test_query_modes_agree(architecture: str) -> None:
     """Batched copies see what sequential ones do; split ones what each row gives alone, by its derivative along z."""
     scorer, found = scorer_for(architecture), {}
@@ -168,7 +167,7 @@ def grads_of_row(model: Any, closure: Callable[[Any], Tensor], batch: Any, row: 
     return torch.tensor(optimizer.last_record.projected_grads)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["llama", "t5"])
 def test_it_can_be_differentiated(architecture: str) -> None:
     model, scorer = adapted(architecture), scorer_for(architecture)
     prepared = Prepared(EXAMPLES, scorer, CPU, None)
@@ -178,7 +177,7 @@ def test_it_can_be_differentiated(architecture: str) -> None:
     assert any(g.abs().max() > 0 for g in grads if g is not None)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["llama", "t5"])
 def test_prompts_leave_room_for_what_is_written(architecture: str) -> None:
     scorer = scorer_for(architecture, max_new_tokens=10, max_length=40)
     long = Example({"text": "the film is charming " * 40}, references=("great",))
@@ -223,10 +222,9 @@ def test_scores_come_in_the_rows_order(monkeypatch: pytest.MonkeyPatch) -> None:
         _ = found.accuracy
 
 
-@pytest.mark.parametrize("architecture", ["bert"])
-def test_models_that_cannot_write_are_refused(architecture: str) -> None:
+def test_models_that_cannot_write_are_refused() -> None:
     with pytest.raises(ZOError, match="BertForMaskedLM cannot write text"):
-        make_scorer(make_model(architecture), tokenizer_for(architecture), TASK)
+        make_scorer(make_model("bert"), tokenizer_for("bert"), TASK)
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def test_perplexity_is_exp_of_the_mean_loss_of_a_token(architecture: str) -> Non
     assert trained.item() == pytest.approx(sum(float(e.mean()) for e in expected) / len(expected), rel=1e-5)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_a_cached_prefix_changes_nothing(architecture: str) -> None:
     model = adapted(architecture)
     scorer, cache = (

@@ -75,7 +75,7 @@ def test_the_same_bits_every_time(kind: str) -> None:
     assert first != fingerprint(frozen_state(build("llama"), ()))
 
 
-@kinds
+@pytest.mark.parametrize("kind", [needs("int4"), needs("bnb-int8")])
 @pytest.mark.parametrize("method", [m for m in ADAPTERS if m not in ("full", "lisa")])
 def test_every_adapter_sits_on_it(kind: str, method: str) -> None:
     """Those that start from the weight start from what the few bits stand for; none is merged into them."""

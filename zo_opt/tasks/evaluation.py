@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from operator import itemgetter
@@ -75,9 +75,9 @@ class Evaluation:
     def standard_error(self) -> float:
         """One standard error of the primary metric over the held-out rows (of perplexity: of the mean loss, times the perplexity)."""
         weights = self.row_weights or [1] * len(self.row_scores)
-        total = sum(weights)
-        mean = sum(w * s for w, s in zip(weights, self.row_scores, strict=True)) / total
-        variance = sum((w * (s - mean)) ** 2 for w, s in zip(weights, self.row_scores, strict=True)) / total**2
+        total, pairs = sum(weights), list(zip(weights, self.row_scores, strict=True))
+        mean = sum(w * s for w, s in pairs) / total
+        variance = sum((w * (s - mean)) ** 2 for w, s in pairs) / total**2
         return math.sqrt(variance) * (self.value if self.primary == "perplexity" else 1.0)
 
     def describe(self) -> str:
@@ -86,21 +86,16 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, the metrics by their names; null where a number is not finite."""
-        rows = {"row_scores": [_plain(s) for s in self.row_scores]}
-        weights = {"row_weights": list(self.row_weights)} if self.row_weights else {}
-        metrics = {name: _plain(value) for name, value in self.metrics.items()}
-        return metrics | {"loss": _plain(self.loss), "rows": self.rows} | rows | weights
+        plain: dict[str, Any] = {name: _plain(value) for name, value in self.metrics.items()}
+        plain |= {"loss": _plain(self.loss), "rows": self.rows, "row_scores": [_plain(s) for s in self.row_scores]}
+        return plain | ({"row_weights": list(self.row_weights)} if self.row_weights else {})
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Evaluation:
         """What :meth:`to_dict` gave; null becomes nan."""
-        return cls(
-            {name: _number(plain[name]) for name in plain if name in METRICS},
-            _number(plain["loss"]),
-            plain["rows"],
-            [_number(s) for s in plain.get("row_scores", ())],
-            plain.get("row_weights", ()),
-        )
+        metrics = {name: _number(plain[name]) for name in plain if name in METRICS}
+        scores = [_number(s) for s in plain.get("row_scores", ())]
+        return cls(metrics, _number(plain["loss"]), plain["rows"], scores, plain.get("row_weights", ()))
 
 
 class Prepared:
@@ -115,20 +110,24 @@ class Prepared:
     """
 
     def __init__(
-        self,
-        examples: Sequence[Example],
-        scorer: Scorer,
-        device: torch.device,
-        cache: PrefixCache | None,
+        self, examples: Sequence[Example], scorer: Scorer, device: torch.device, cache: PrefixCache | None,
         objective: Objective | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.encoded = scorer.encode_all(examples)
         self.scorer, self.device, self._cache, self.objective = scorer, device, cache, objective
-        self.labels = [e.label for e in self.encoded]
-        self.truncated = sum(e.truncated for e in self.encoded)
 
     def __len__(self) -> int:
         return len(self.encoded)
+
+    @property
+    def labels(self) -> list[int]:
+        """The right labels' numbers."""
+        return [e.label for e in self.encoded]
+
+    @property
+    def truncated(self) -> int:
+        """How many examples were cut to fit the context."""
+        return sum(e.truncated for e in self.encoded)
 
     @property
     def writes(self) -> bool:
@@ -139,8 +138,6 @@ class Prepared:
         """Some of the examples, with the same cache."""
         some = copy(self)
         some.encoded = [self.encoded[i] for i in indices]
-        some.labels = [self.labels[i] for i in indices]
-        some.truncated = sum(e.truncated for e in some.encoded)
         return some
 
     def by_length(self, batch_size: int) -> list[list[int]]:
@@ -201,16 +198,11 @@ class Prepared:
             measured.texts = self.scorer.generate(model, [self.encoded[i] for i in indices], self.device)
         return measured
 
-    @contextmanager
-    def _prefix(self, batch: Batch) -> Iterator[None]:
+    def _prefix(self, batch: Batch) -> AbstractContextManager[None]:
         """Within this context the model goes on from the batch's cached prefix, where it has one."""
-        prefix = batch.get("prefix")
-        with (
-            self._cache.replay(prefix.flatten(0, 1))
-            if prefix is not None and self._cache is not None
-            else nullcontext()
-        ):
-            yield
+        if "prefix" not in batch or self._cache is None:
+            return nullcontext()
+        return self._cache.replay(batch["prefix"].flatten(0, 1))
 
     def _record(self, plain: Batch) -> None:
         if self._cache is not None:

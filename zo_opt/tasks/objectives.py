@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -18,10 +19,10 @@ from torch.nn import functional as F
 from zo_opt.choices import Table
 from zo_opt.errors import ZOError
 from zo_opt.tasks.metrics import CLASSIFICATION, GENERATION, answer, normalise
-from zo_opt.tasks.reward import Reward, place_of
 from zo_opt.tasks.scoring import Batch, Encoded, LabelScorer, Scorer, Writer
 
 LOSS = "loss"
+SIGNATURE = "reward(predictions: list[str], references: list[list[str]]) -> list[float]"
 ZO_EPS = 0.1  # for objectives that move in steps: benchmarks/objectives.py
 
 
@@ -80,14 +81,25 @@ class ExactMatch(Objective):
         return 1 - sum(normalise(answer(t, r)) in map(normalise, r) for t, r in pairs) / len(encoded)
 
 
-class Rewarded(Objective):
-    """Minus the mean of the user's own rewards: of the texts that the model writes, or the names of the labels it chooses."""
+class Reward(Objective):
+    """Minus the mean of the user's own rewards: of the texts that the model writes, or the names of the labels it chooses.
+
+    Args:
+        name: "module:function".
+        function: ``reward(predictions, references)`` -> one number a row, the larger the better. ``predictions``: what the model wrote
+            (its first line, where the right text has one), or the name of the label it chose. ``references``: the right texts of each
+            row, at least one, or the name of the right label.
+
+    >>> length = Reward("mine:length", lambda predictions, references: [-len(p) for p in predictions])
+    >>> length.rewards(["a", "bcd"], [["a"], ["b"]])
+    [-1.0, -3.0]
+    """
 
     trained = "minus the mean reward of each batch"
     reads_rows = True
 
-    def __init__(self, reward: Reward) -> None:
-        self.reward = reward
+    def __init__(self, name: str, function: Callable[[list[str], list[list[str]]], Any]) -> None:
+        self.name, self.function = name, function
 
     def writes(self, scorer: Scorer) -> bool:
         return scorer.task.kind == GENERATION
@@ -101,7 +113,31 @@ class Rewarded(Objective):
             labels = scorer.task.labels
             predictions = [labels[i] for i in scorer.scores(model, batch).argmax(dim=1).tolist()]
             references = [[labels[e.label]] for e in encoded]
-        return -math.fsum(self.reward(predictions, references)) / len(encoded)
+        return -math.fsum(self.rewards(predictions, references)) / len(encoded)
+
+    def rewards(self, predictions: list[str], references: list[list[str]]) -> list[float]:
+        """The rewards, one a row.
+
+        Raises:
+            ZOError: the function failed, or gave something else than one finite number a row.
+        """
+        try:
+            found = self.function(predictions, references)
+        except Exception as error:
+            raise ZOError(
+                f"{self.name} failed{_place(error)} with {type(error).__name__}: {error}; mend it."
+            ) from error
+        values = found.tolist() if hasattr(found, "tolist") else found
+        if not isinstance(values, list | tuple) or not all(isinstance(v, Real) for v in values):
+            raise ZOError(f"{self.name} returned {_short(found)}; it must return a list of numbers: {SIGNATURE}.")
+        if len(values) != len(predictions):
+            raise ZOError(f"{self.name} returned {len(values)} rewards for {len(predictions)} rows; return one a row.")
+        for row, value in enumerate(values):
+            if not math.isfinite(value):
+                raise ZOError(
+                    f"{self.name} returned {value} for {predictions[row]!r} (right: {references[row]}); return finite numbers."
+                )
+        return [float(v) for v in values]
 
 
 # what a run may train besides the loss; or the user's own reward
@@ -114,7 +150,7 @@ def make_objective(name: str, scorer: Scorer) -> Objective | None:
     """The objective of that name for a task; None stands for the loss.
 
     Args:
-        name: of ``OBJECTIVES``, or "module:function" (:class:`~zo_opt.tasks.reward.Reward`), whose module is imported.
+        name: of ``OBJECTIVES``, or "module:function" (:class:`Reward`), whose module is imported.
         scorer: of the task's kind.
 
     Raises:
@@ -136,12 +172,12 @@ def make_objective(name: str, scorer: Scorer) -> Objective | None:
         made: Objective = OBJECTIVES[name]()
         return made
     try:
-        return Rewarded(Reward(name, OBJECTIVES.find(name)))
+        return Reward(name, OBJECTIVES.find(name))
     except ZOError:
         raise
     except Exception as error:  # whatever the user's module raises
         raise ZOError(
-            f"objective={name!r} cannot be imported{place_of(error)} ({type(error).__name__}: {error}); mend it."
+            f"objective={name!r} cannot be imported{_place(error)} ({type(error).__name__}: {error}); mend it."
         ) from error
 
 
@@ -168,3 +204,18 @@ def f1(predicted_B: Tensor, labels_B: Tensor, classes: int) -> Tensor:
     right_C, seen_C = (predicted_BC * labels_BC).sum(0), (predicted_BC + labels_BC).sum(0)
     f1_C = 2 * right_C / seen_C.clamp(min=1)
     return f1_C[1] if classes == 2 else f1_C.sum() / (seen_C > 0).sum()
+
+
+def _place(error: BaseException) -> str:
+    """The line of the user's code where it happened."""
+    trace = error.__traceback__
+    if isinstance(error, SyntaxError) or trace is None:
+        return ""
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return f" at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

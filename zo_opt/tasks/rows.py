@@ -48,10 +48,8 @@ def read_rows(path: Path) -> list[Row]:
         raise ZOError(f"{path} cannot be read ({error}); give a readable file in UTF-8.") from error
     rows = _READERS[path.suffix](path, text)
     if not rows:
-        needs = {".txt": "text", ".jsonl": "at least one row"}.get(
-            path.suffix, "at least one row under its header line"
-        )
-        raise ZOError(f"{path} is empty; it needs {needs}.")
+        needs = {".txt": "text", ".jsonl": "at least one row"}
+        raise ZOError(f"{path} is empty; it needs {needs.get(path.suffix, 'at least one row under its header line')}.")
     return rows
 
 
@@ -74,10 +72,8 @@ def make_examples(rows: Sequence[Row], task: Task, source: str) -> list[Example]
 
 def _make_example(row: Row, task: Task, place: str) -> Example:
     if task.kind == LANGUAGE_MODELLING:
-        [name] = placeholders(task.template)
-        return Example(
-            {name: str(row[task.columns.get(name, name)])}
-        )  # as it is: blank lines and indentation are text too
+        [name] = placeholders(task.template)  # its text as it is: blank lines and indentation are text too
+        return Example({name: str(row[task.columns.get(name, name)])})
     if task.kind == GENERATION:
         references = task.references_of(row[task.target_column])
         if not references:

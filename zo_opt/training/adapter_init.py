@@ -18,25 +18,17 @@ from zo_opt.tasks.tasks import Task, placeholders
 
 def can_place(scorer: Scorer, task: Task, example: Example) -> bool:
     """Whether hidden states at a label position and fixed, distinct label words are there to place adapters by."""
-    if type(scorer).label_positions is Scorer.label_positions or any(
-        placeholders(w) for w in task.verbalizers.values()
-    ):
+    fixed = not any(placeholders(words) for words in task.verbalizers.values())
+    if not fixed or type(scorer).label_positions is Scorer.label_positions:
         return False
-    first_tokens = {words[0] for words in scorer.encode(example).words}
-    return len(first_tokens) == len(task.labels)
+    return len({words[0] for words in scorer.encode(example).words}) == len(task.labels)
 
 
 @torch.no_grad()
 def initialise(
-    model: AdapterModel,
-    prepared: Prepared,
-    features: str,
-    *,
-    components: int,
-    output_scale: float,
-    batch_size: int,
-    progress: Progress,
-) -> None:
+    model: AdapterModel, prepared: Prepared, features: str,
+    *, components: int, output_scale: float, batch_size: int, progress: Progress,
+) -> None:  # fmt: skip
     """Place every adapter by the hidden states it sees at the label positions of the training rows.
 
     Args:
@@ -53,11 +45,10 @@ def initialise(
     states, labels = _adapter_inputs(model, prepared, batch_size, progress)
     rows_CH = _label_rows(model, [w[0] for w in prepared.encoded[0].words])
     for name, x_NH in states.items():
-        found = (
-            class_mean_features(x_NH, labels, config.bottleneck, components=components)
-            if features == "class_means"
-            else component_features(x_NH, config.bottleneck)
-        )
+        if features == "class_means":
+            found = class_mean_features(x_NH, labels, config.bottleneck, components=components)
+        else:
+            found = component_features(x_NH, config.bottleneck)
         norm = float(x_NH.norm(dim=1).square().mean().sqrt())
         adapter: Any = model.wrapped.get_submodule(name).adapter
         place(adapter, found, label_word_directions(rows_CH, output_scale * norm))

@@ -146,9 +146,8 @@ class Scorer(ABC):
         """The text without its last tokens (at least one character shorter)."""
         keep = max(len(self._ids(text, special=False)) - tokens, 0)
         if self.tokenizer.is_fast:
-            offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
-                "offset_mapping"
-            ]
+            shown = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            offsets = shown["offset_mapping"]
             end = offsets[keep][0] if keep < len(offsets) else len(text) - 1
         else:
             end = len(text) * keep // (keep + tokens)
