@@ -83,9 +83,7 @@ def course(arguments: argparse.Namespace, name: str) -> dict[str, float]:
     model, prepared = load(arguments, torch.float32 if name == "float32" else torch.bfloat16)
     order = BatchOrder(prepared.labels, arguments.batch_size, 0, "balanced")
     optimizer = MeZO(model.parameters(), lr=arguments.lr, zo_eps=1e-2, directions="rademacher", seed=0)
-    fixed = Prepared.__new__(Prepared)
-    fixed.__dict__.update(vars(prepared))
-    fixed.encoded, fixed.labels = prepared.encoded[-128:], prepared.labels[-128:]
+    fixed = prepared.subset(range(len(prepared) - 128, len(prepared)))
     losses: dict[str, float] = {}
     rounding = mock.patch.object(base, "round_into", _to_nearest) if name.endswith("nearest") else mock.MagicMock()
     with rounding:

@@ -71,10 +71,11 @@ def _weigh(options: list[str]) -> dict[str, int]:
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401 (what loading imports is not its memory)
 
-    from zo_opt.models.quantisation import KINDS, quiet, weight_bytes
+    from zo_opt.journal.provenance import frozen_state, plain_parts
+    from zo_opt.models.quantisation import KINDS, quiet
     from zo_opt.record.progress import Reporter
     from zo_opt.system.memory import reset_peak_memory
-    from zo_opt.tasks.tasks import get_task
+    from zo_opt.tasks.builtin import get_task
     from zo_opt.training.config import TrainConfig
     from zo_opt.training.setup import load_base
 
@@ -96,9 +97,11 @@ def _weigh(options: list[str]) -> dict[str, int]:
     base = load_base(TrainConfig(**values), get_task("sst2"), Reporter())
     done.set()
     watcher.join()
-    found = {"weights": weight_bytes(base.model), "loading_peak": peak[0] - before, "loaded": anonymous() - before}
+    found = {"loading_peak": peak[0] - before, "loaded": anonymous() - before}
     reset_peak_memory(torch.device("cpu"))
-    return found | {"training": anonymous() - before}
+    found["training"] = anonymous() - before
+    parts = [part for name, t in frozen_state(base.model, ()).items() for _, part in plain_parts(name, t)]
+    return {"weights": sum(t.numel() * t.element_size() for t in parts)} | found
 
 
 def anonymous() -> int:

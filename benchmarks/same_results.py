@@ -369,7 +369,7 @@ LOOPS: dict[str, Options] = {
     "shared prefix/split": {"share_prefix": True, "layers": 1, "query_mode": "split"},
     **{
         f"whole model/{dtype}, {kind}": {"adapter": None, "dtype": dtype, "directions": (kind, {}), "lr": 1e-4}
-        for dtype, kind in product(("float32", "bfloat16"), ("gaussian", "rademacher"))
+        for dtype, kind in product(("float32", "bfloat16", "float16"), ("gaussian", "rademacher"))
     },
     "whole model/of many weights": {"adapter": None, "model": "wide", "directions": ("rademacher", {}), "lr": 1e-4},
     "loop/two micro-batches": {"parts": 2},

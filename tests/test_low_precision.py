@@ -77,12 +77,11 @@ def test_every_optimizer_tracks_its_float32_run(dtype, name):
     assert (flat(model).double() - flat(wide).double()).norm() < noise * moved
 
 
-@low
 @pytest.mark.parametrize("name", NAMES)
-def test_the_same_bits_twice_and_other_bits_with_another_seed(dtype, name):
-    first = bits(run(name, 3, Model(dtype)))
-    assert same(bits(run(name, 3, Model(dtype))), first)
-    assert not same(bits(run(name, 3, Model(dtype), seed=6)), first)
+def test_the_same_bits_twice_and_other_bits_with_another_seed(name):
+    first = bits(run(name, 3, Model(torch.bfloat16)))
+    assert same(bits(run(name, 3, Model(torch.bfloat16))), first)
+    assert not same(bits(run(name, 3, Model(torch.bfloat16), seed=6)), first)
 
 
 @low

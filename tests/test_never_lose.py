@@ -26,7 +26,6 @@ from zo_opt.record.metrics import MetricsWriter, read_lines
 from zo_opt.record.output import LOCK_NAME, output_directory
 from zo_opt.schedules import constant_queries, variance_queries
 from zo_opt.system.files import write_atomically
-from zo_opt.tasks import builtin
 from zo_opt.training import stepper
 
 Options = Callable[..., list[str]]
@@ -385,17 +384,3 @@ def test_a_stated_number_of_failed_steps_ends_the_run(
     monkeypatch.undo()
     assert resume(out) == 0  # what was wrong is mended
     assert [line.values["dropped"] > 0 for line in read_lines(out)] == [s in (4, 5) for s in range(12)]
-
-
-def test_what_a_killed_download_left_is_removed(cache_dir: Path) -> None:
-    """And what another process is at work on is not."""
-    killed = cache_dir / ".staging-killed"
-    killed.mkdir(parents=True)
-    (killed / "in-use").touch()
-    (killed / "half.whl").write_bytes(b"half")
-    with builtin._staging() as one:
-        assert not killed.exists()
-        (one / "half.whl").write_bytes(b"half")
-        with builtin._staging():
-            assert (one / "half.whl").exists()
-    assert list(cache_dir.iterdir()) == []

@@ -74,7 +74,7 @@ def test_the_residual_stream_and_the_head_stay_in_fp32() -> None:
     assert set(seen.values()) == {torch.float32}
 
 
-@pytest.mark.parametrize("architecture", ALL)
+@pytest.mark.parametrize("architecture", ["gpt2", "t5"])
 def test_fp32_form(architecture: str) -> None:
     model = make_model(architecture).to(torch.bfloat16)
     weights = {name: p.clone() for name, p in model.named_parameters()}

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
+from conftest import run_main
+from text_tasks import command, results
 
 from zo_opt import ZOError
+from zo_opt.tasks.builtin import TASKS, get_task, task_rows
 from zo_opt.tasks.metrics import CLASSIFICATION, GENERATION
 from zo_opt.tasks.rows import make_examples
 from zo_opt.tasks.tasks import (
-    TASKS,
     Task,
     custom_generation_task,
     custom_task,
-    get_task,
     parse_verbalizers,
     placeholders,
 )
@@ -85,14 +89,13 @@ def test_every_task_of_the_table_has_a_row_here() -> None:
     assert set(TARGETS) == {name for name, task in TASKS.items() if task.kind == GENERATION}
 
 
-@pytest.mark.parametrize("name", sorted(TARGETS))
-def test_a_row_becomes_prompt_and_right_texts(name: str) -> None:
-    row, prompt, references = TARGETS[name]
-    task = get_task(name)
-    [example] = make_examples([row], task, "here")
-    assert task.template.format(**example.fields) == prompt
-    assert example.references == references
-    assert task.labels == []
+def test_a_row_becomes_prompt_and_right_texts() -> None:
+    for name, (row, prompt, references) in TARGETS.items():
+        task = get_task(name)
+        [example] = make_examples([row], task, "here")
+        assert task.template.format(**example.fields) == prompt
+        assert example.references == references
+        assert task.labels == []
 
 
 def test_targets_may_be_lists_numbers_and_truth_values() -> None:
@@ -111,24 +114,22 @@ def test_running_text_is_taken_as_it_is() -> None:
         make_examples([{"text": " "}, {"text": ""}], get_task("lm"), "here")
 
 
-@pytest.mark.parametrize("name", sorted(ROWS))
-def test_a_row_becomes_prompt_label_and_label_words(name: str) -> None:
-    row, number, prompt, words = ROWS[name]
-    task = get_task(name)
-    [example] = make_examples([row], task, "here")
-    assert task.template.format(**example.fields) == prompt
-    assert [text.format(**example.fields) for text in task.verbalizers.values()] == words
-    assert example.label == number
+def test_a_row_becomes_prompt_label_and_label_words() -> None:
+    for name, (row, number, prompt, words) in ROWS.items():
+        task = get_task(name)
+        [example] = make_examples([row], task, "here")
+        assert task.template.format(**example.fields) == prompt
+        assert [text.format(**example.fields) for text in task.verbalizers.values()] == words
+        assert example.label == number
 
 
-@pytest.mark.parametrize("name", sorted(LABELLED))
-def test_labels_are_known_by_name_and_by_number(name: str) -> None:
-    task = get_task(name)
-    for number, label in enumerate(task.labels):
-        for value in (label, f" {label}\n", number, str(number)):
-            assert task.label_of(value) == number, value
-    for wrong in (len(task.labels), -1, "", "nonsense", None, 0.5):
-        assert task.label_of(wrong) is None, wrong
+def test_labels_are_known_by_name_and_by_number() -> None:
+    for task in map(get_task, LABELLED):
+        for number, label in enumerate(task.labels):
+            for value in (label, f" {label}\n", number, str(number)):
+                assert task.label_of(value) == number, value
+        for wrong in (len(task.labels), -1, "", "nonsense", None, 0.5):
+            assert task.label_of(wrong) is None, wrong
 
 
 def test_names_win_over_numbers() -> None:
@@ -187,24 +188,16 @@ def test_text_with_braces_is_shown_as_it_is() -> None:
     assert task.template.format(**example.fields) == "f{x} = {} It was"
 
 
-@pytest.mark.parametrize("template", ["{text", "text}", "{text}}", "{text:{a}", "{text!z}", "{text:d}"])
-def test_malformed_templates_are_refused(template: str) -> None:
-    with pytest.raises(ZOError, match="template"):
-        custom_task(["0", "1"], text_column="text", label_column="label", template=template, verbalizers=None)
-
-
-@pytest.mark.parametrize("template", ["{}", "{0}", "{text.upper}", "{text[0]}", "{nowhere}"])
-def test_placeholders_that_name_no_column_are_refused(template: str) -> None:
-    """A placeholder is a column's name: no positions, attributes or items. At the latest the first row tells."""
-    with pytest.raises(ZOError):
+@pytest.mark.parametrize(
+    ("template", "sentence"),
+    [("{text", "template"), ("{text}}", "template"), ("{text:{a}", "template"), ("{text!z}", "template"), ("{text:d}", "template"),
+     ("{}", "column"), ("{text.upper}", "column"), ("{nowhere}", "column"),  # a placeholder is a column's name; at the latest the first row tells
+     ("It was", "shows nothing of the row"), ("{{text}} It was", "shows nothing of the row"), ("It was {mask}.", "shows nothing of the row")],
+)  # fmt: skip
+def test_templates_that_cannot_be_filled_are_refused(template: str, sentence: str) -> None:
+    with pytest.raises(ZOError, match=sentence):
         task = custom_task(["0", "1"], text_column="text", label_column="label", template=template, verbalizers=None)
         make_examples([{"text": "a", "label": 0}], task, "here")
-
-
-@pytest.mark.parametrize("template", ["It was", "", "{{text}} It was", "It was {mask}."])
-def test_a_template_that_shows_nothing_of_the_row_is_refused(template: str) -> None:
-    with pytest.raises(ZOError, match="shows nothing of the row"):
-        custom_task(["0", "1"], text_column="text", label_column="label", template=template, verbalizers=None)
 
 
 def test_placeholders_in_order() -> None:
@@ -219,22 +212,66 @@ def test_verbalizers_by_label_or_by_order() -> None:
     assert parse_verbalizers("very terrible,great", labels) == expected
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "terrible",
-        "a,b,c",
-        "bad=a,b",
-        "a,a",
-        "a,",
-        "bad=a,good=",
-        "bad=a,good=a",
-        "",
-        "bad=a",  # a label without words
-        "bad=a,good=b,ugly=c",  # words for a label that there is not
-        "bad=a,good=b,bad=c",  # two for one label
-    ],
-)
-def test_wrong_verbalizers_are_refused(text: str) -> None:
-    with pytest.raises(ZOError, match="verbalizers"):
-        parse_verbalizers(text, ["bad", "good"])
+def test_wrong_verbalizers_are_refused() -> None:
+    """Too few and too many words, half named, twice the same, empty; labels without words, unknown ones, one named twice."""
+    for text in ("terrible", "a,b,c", "bad=a,b", "a,a", "a,", "bad=a,good=", "bad=a,good=a", "", "bad=a", "bad=a,good=b,ugly=c",
+                 "bad=a,good=b,bad=c"):  # fmt: skip
+        with pytest.raises(ZOError, match="verbalizers"):
+            parse_verbalizers(text, ["bad", "good"])
+
+
+# --- the user's own ---------------------------------------------------------------------------------------------------
+
+RESEARCH = """
+from zo_opt.tasks.tasks import Task
+
+def rows(split):
+    if split == "train":
+        for i in range(24):
+            yield {"text": f"a film, the {i}th", "label": i % 2}
+
+mine = Task("mine", "{text} It was", {"0": "terrible", "1": "great"}, source=rows)
+
+def made():
+    return mine
+
+def wrong():
+    return "mine"
+"""
+
+
+@pytest.fixture
+def research(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a module in the working directory."""
+    name = f"research_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(RESEARCH)
+    monkeypatch.chdir(tmp_path)
+    return name
+
+
+def test_a_task_of_ones_own_stands_wherever_a_name_does(
+    research: str, tiny_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    assert get_task(f"{research}:mine") is get_task(f"{research}:made")
+    assert len(task_rows(f"{research}:mine")) == 24
+    assert task_rows(f"{research}:mine", split="held_out") == []
+    assert (
+        run_main(
+            command(model_name_or_path=tiny_dir("llama"), task=f"{research}:mine", steps=2, output_dir=tmp_path / "out")
+        )
+        == 0
+    )
+    assert results(tmp_path / "out")["after"]["rows"] == 7  # 30 %
+    assert run_main(["eval", str(tmp_path / "out")]) == 0
+
+
+def test_what_is_no_task_is_refused(research: str) -> None:
+    for name, sentence in (
+        ("wrong", "gives a str"),
+        ("rows", "cannot be called without arguments"),
+        ("nothing", "cannot be imported"),
+    ):
+        with pytest.raises(ZOError, match=sentence):
+            get_task(f"{research}:{name}")
+    with pytest.raises(ZOError, match="kind 'poetry'"):
+        Task("t", "{text}", kind="poetry")

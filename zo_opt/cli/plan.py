@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from zo_opt.errors import ZOError
+from zo_opt.models import builtin
 from zo_opt.planning.plan import Footprint, plan_method
 from zo_opt.planning.plan_step import Setting
 from zo_opt.planning.skeleton import make_skeleton, read_config
 from zo_opt.record.progress import Reporter
 from zo_opt.system.files import write_atomically
 from zo_opt.system.memory import parse_bytes, readable
-from zo_opt.tasks import builtin
 from zo_opt.training.config import to_plain
 from zo_opt.training.methods import METHODS, get_method
 

@@ -10,12 +10,12 @@ from torch import nn
 
 from zo_opt.comparison.options import given_options
 from zo_opt.errors import ZOError
+from zo_opt.models import builtin
 from zo_opt.models.models import pick_device
 from zo_opt.planning.dry_run import dry_run
 from zo_opt.planning.plan import plan_method
 from zo_opt.planning.plan_step import Setting
 from zo_opt.planning.skeleton import make_skeleton, read_config
-from zo_opt.tasks import builtin
 from zo_opt.tasks.metrics import CLASSIFICATION
 from zo_opt.tasks.scoring import make_scorer
 from zo_opt.training.config import ADAPTER_OPTIONS, TrainConfig

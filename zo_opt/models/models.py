@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError
 
 from zo_opt.errors import ZOError
+from zo_opt.models import builtin
 from zo_opt.models.quantisation import quiet
 from zo_opt.system.checksum import plain_parts
-from zo_opt.tasks import builtin
 
-HEADS = ("lm", "classification")
+Head = Literal["lm", "classification"]
+HEADS: tuple[str, ...] = get_args(Head)
 
 
 def load_model(
@@ -41,50 +42,25 @@ def load_model(
     """
     if head not in HEADS:
         raise ZOError(f"head={head!r} is not known; choose one of {', '.join(HEADS)}.")
-    built_in = name_or_path == builtin.DEFAULT_MODEL
-    source = str(builtin.model_directory(say)) if built_in else name_or_path
     import transformers
 
     # Its own progress bars and load reports would tear ours.
     logging.getLogger("transformers").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
-    file: dict[str, Any] = {}
-    if Path(source).suffix == ".gguf":
-        if not Path(source).is_file():
-            raise ZOError(f"{source} does not exist or is no file; give the path of a GGUF file.")
-        source, file = str(Path(source).parent), {"gguf_file": Path(source).name}
-    elif Path(source).exists() and not (Path(source) / "config.json").is_file():
-        raise ZOError(
-            f"{source} holds no config.json; give a directory written by save_pretrained, a .gguf file, or a Hugging Face id."
-        )
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code} | file
+    source, file = _source(name_or_path, say)
+    options = {"trust_remote_code": trust_remote_code} | file
     try:
         # Of GGUF files transformers draws a progress bar that it cannot be told to leave.
-        with quiet(stderr=bool(file)):
+        with quiet(stderr=bool(file)), torch.random.fork_rng():  # a new head is drawn from the global random state
             config = transformers.AutoConfig.from_pretrained(source, **options)
             if file:  # which names no architecture
                 config.architectures = ["ForCausalLM"]
             auto = auto_class(transformers, config, head, name_or_path)
-            if head == "classification":
-                options["num_labels"] = labels
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **file)
-            with torch.random.fork_rng():  # a new head is drawn from the global random state
-                model: Any
-                model, loaded = auto.from_pretrained(
-                    source,
-                    dtype=torch.float32 if file else "auto",
-                    use_safetensors=True,
-                    output_loading_info=True,
-                    **options,
-                )
-            if file:
-                _forget_gguf(model, name_or_path)
-            if head == "lm" and loaded["missing_keys"]:
-                raise ZOError(
-                    f"model {name_or_path!r} lacks the weights {', '.join(sorted(loaded['missing_keys'])[:3])}, which would be "
-                    "random; give a checkpoint with its language-model head, or --head classification to train a new one."
-                )
-            _draw_new_weights(model, sorted(loaded["missing_keys"]))
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+            model, loaded = auto.from_pretrained(
+                source, dtype=torch.float32 if file else "auto", use_safetensors=True, output_loading_info=True,
+                **options, **({"num_labels": labels} if head == "classification" else {}),
+            )  # fmt: skip
     except ZOError:
         raise
     except (OSError, ValueError, LookupError, ImportError, RuntimeError, NotImplementedError, SafetensorError) as error:
@@ -94,22 +70,39 @@ def load_model(
         raise ZOError(
             f"model {name_or_path!r} could not be loaded ({reason}); give {builtin.DEFAULT_MODEL!r}, a local directory or a Hugging Face id."
         ) from error
+    if file:
+        builtin.forget_gguf(model)
+        model.config._name_or_path = name_or_path
+    missing = sorted(loaded["missing_keys"])
+    if head == "lm" and missing:
+        raise ZOError(
+            f"model {name_or_path!r} lacks the weights {', '.join(missing[:3])}, which would be random; give a checkpoint with its "
+            "language-model head, or --head classification to train a new one."
+        )
+    _draw_new_weights(model, missing)
     for name, parameter in model.named_parameters():
         if not all(_is_finite(part) for _, part in plain_parts(name, parameter)):
             raise ZOError(f"model {name_or_path!r} holds NaN or infinity in {name!r}; load sound weights.")
     if head == "classification" and model.config.pad_token_id is None:
-        model.config.pad_token_id = (
-            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        )
+        padding = tokenizer.pad_token_id
+        model.config.pad_token_id = padding if padding is not None else tokenizer.eos_token_id
     return model.eval(), tokenizer
 
 
-def _forget_gguf(model: Any, path: str) -> None:
-    """The numbers are plain ones by now, which may be saved and cast."""
-    model.config._name_or_path = path
-    for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "is_quantized")):
-        if name in vars(owner):
-            delattr(owner, name)
+def _source(name_or_path: str, say: Callable[[str], None]) -> tuple[str, dict[str, Any]]:
+    """Where transformers is to look, and which GGUF file there."""
+    if name_or_path == builtin.DEFAULT_MODEL:
+        return str(builtin.model_directory(say)), {}
+    path = Path(name_or_path)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ZOError(f"{path} does not exist or is no file; give the path of a GGUF file.")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.exists() and not (path / "config.json").is_file():
+        raise ZOError(
+            f"{path} holds no config.json; give a directory written by save_pretrained, a .gguf file, or a Hugging Face id."
+        )
+    return name_or_path, {}
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
@@ -126,11 +119,8 @@ def classification_heads(model: Any) -> list[str]:
     """New modules of a classification model (drawn, not loaded), trained and saved whole; BERT's are pooler and classifier."""
     if getattr(model, "new_modules", None):
         return list(model.new_modules)
-    return [
-        n
-        for n, child in model.named_children()
-        if child is not model.base_model and any(True for _ in child.parameters())
-    ]
+    others = {n: child for n, child in model.named_children() if child is not model.base_model}
+    return [n for n, child in others.items() if next(child.parameters(), None) is not None]
 
 
 @torch.no_grad()

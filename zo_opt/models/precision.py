@@ -7,17 +7,18 @@ with fp32's 0.79 at zo_eps 1e-3 and 0.997 at 1e-2, against 0.57 and 0.990 with e
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zo_opt.errors import ZOError
-from zo_opt.models.quantisation import adopt, quantise, quantised_tensors
+from zo_opt.models.quantisation import adopt, quantise, quantised_layers
 from zo_opt.system.layers import layer_of
 
-PRECISIONS = ("auto", "mixed", "fp32")
+Precision = Literal["auto", "mixed", "fp32"]
+PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 
 class MixedLinear(nn.Linear):
@@ -64,17 +65,14 @@ def set_precision(model: nn.Module, precision: str, device: torch.device) -> str
     from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
     kinds: dict[type, type] = {nn.Linear: MixedLinear, Conv1D: _mixed_conv1d(Conv1D)}
-    linear = {
-        n: m for n, m in model.named_modules() if type(m) in kinds and m.weight.is_floating_point() and layer_of(n)
-    }
-    if precision == "mixed":
-        for module in linear.values():
+    kept = {id(t) for layer in quantised_layers(model) for t in [*layer.parameters(), *layer.buffers()]}
+    for name, module in model.named_modules() if precision == "mixed" else ():
+        if type(module) in kinds and module.weight.is_floating_point() and layer_of(name):
             module.__class__ = kinds[type(module)]  # names, hooks and isinstance checks stay as they are
             module.weight.data = module.weight.data.to(torch.bfloat16)
-    low = {id(m.weight) for m in linear.values()} if precision == "mixed" else set()
-    low |= {id(tensor) for tensor in quantised_tensors(model)}
+            kept.add(id(module.weight))
     for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.is_floating_point() and id(tensor) not in low:
+        if tensor.is_floating_point() and id(tensor) not in kept:
             # In mixed form a copy lets go of the checkpoint's file, which otherwise stays mapped into memory as a whole.
             tensor.data = tensor.data.float() if precision == "fp32" else tensor.data.to(torch.float32, copy=True)
     return f"{precision}, {kind}" if kind else precision

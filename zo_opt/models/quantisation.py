@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from zo_opt.adapters.weights import is_quantised
 from zo_opt.errors import ZOError
 from zo_opt.models.quantised_layers import QuantisedEmbedding, QuantisedLinear, bitsandbytes_layers
-from zo_opt.system.checksum import plain_parts
 from zo_opt.system.layers import layer_of
 
+Quantisation = Literal["int8", "int4", "bnb-int8", "bnb-nf4"]
 # kind -> the package that it needs
 KINDS = {"int8": "torchao", "int4": "torchao", "bnb-int8": "bitsandbytes", "bnb-nf4": "bitsandbytes"}
-ROWS = 4096  # of an embedding that are quantised at a time
 _BITSANDBYTES = {"Linear8bitLt": "bnb-int8", "Linear4bit": "bnb-nf4"}  # as transformers loads them
+ROWS = 4096  # of an embedding that are quantised at a time
 GROUP = 32  # neighbouring int4 weights that share a scale and a zero point
 
 
@@ -67,17 +67,17 @@ def quantise(model: Any, kind: str, device: torch.device, dtype: torch.dtype) ->
         raise ZOError(
             f"a {type(model).__name__} has no nn.Linear in its layers, which is all that is quantised; leave --quantise out."
         )
+    make = _by_torchao if KINDS[kind] == "torchao" else _by_bitsandbytes
     with quiet(stderr=True):
         try:
-            make = _torchao(kind, dtype) if KINDS[kind] == "torchao" else _bitsandbytes(kind, dtype)
+            for name, module in linear.items():
+                model.set_submodule(name, make(module.to(device), kind, dtype))
+            if KINDS[kind] == "torchao":
+                _quantise_embeddings(model, device, dtype)
         except ImportError as error:
             raise ZOError(
                 f"the installed {KINDS[kind]} cannot be used for quantise={kind!r} ({error}); install the version in constraints.txt."
             ) from error
-        for name, module in linear.items():
-            _replace(model, name, make(module.to(device)))
-        if KINDS[kind] == "torchao":
-            _quantise_embeddings(model, device, dtype)
     model.eval()
 
 
@@ -92,10 +92,11 @@ def adopt(model: Any, dtype: torch.dtype) -> None:
         ZOError: a weight is kept in a way that is not known here.
     """
     for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and hasattr(module.weight, "__tensor_flatten__"):
-            _replace(model, name, QuantisedLinear(module.weight.data, module.bias, dtype))
-        elif type(module).__module__.startswith("bitsandbytes.nn") and type(module).__name__ in _BITSANDBYTES:
-            module.__class__ = bitsandbytes_layers()[_BITSANDBYTES[type(module).__name__]]
+        kind = type(module)
+        if kind is nn.Linear and hasattr(module.weight, "__tensor_flatten__"):
+            model.set_submodule(name, QuantisedLinear(module.weight.data, module.bias, dtype))
+        elif kind.__module__.startswith("bitsandbytes.nn") and kind.__name__ in _BITSANDBYTES:
+            module.__class__ = bitsandbytes_layers()[_BITSANDBYTES[kind.__name__]]
             if module.bias is not None:
                 module.bias.data = module.bias.data.float()
     for name, parameter in model.named_parameters():
@@ -106,33 +107,9 @@ def adopt(model: Any, dtype: torch.dtype) -> None:
             )
 
 
-def quantised_tensors(model: nn.Module) -> list[Tensor]:
-    """Parameters and buffers of layers that :func:`quantise` made: their dtypes are to stay as they are."""
-    return [t for m in quantised_layers(model) for t in [*m.parameters(), *m.buffers()]]
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, each counted once, and of what quantised tensors keep inside.
-
-    >>> weight_bytes(nn.Linear(3, 5, dtype=torch.bfloat16))
-    40
-    """
-    found: dict[int, int] = {}
-
-    def visit(tensor: Any) -> None:
-        found[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-        state = getattr(tensor, "quant_state", None)  # bitsandbytes' 4-bit weights
-        for part in (state, getattr(state, "state2", None)):
-            for inner in vars(part).values() if part is not None else ():
-                if isinstance(inner, Tensor):
-                    visit(inner)
-        if isinstance(scale := getattr(tensor, "SCB", None), Tensor):
-            visit(scale)
-
-    for tensor in [*model.parameters(), *model.buffers()]:
-        for _, part in plain_parts("", tensor):
-            visit(part)
-    return sum(found.values())
+def quantised_layers(model: nn.Module) -> Iterator[nn.Module]:
+    """Layers whose weights are kept in few bits."""
+    return (m for m in model.modules() if isinstance(m, QuantisedEmbedding) or is_quantised(m))
 
 
 @contextmanager
@@ -148,75 +125,55 @@ def quiet(*, stderr: bool = False) -> Iterator[None]:
         logging.disable(before)
 
 
-def quantised_layers(model: nn.Module) -> Iterator[nn.Module]:
-    """Layers whose weights are kept in few bits."""
-    return (m for m in model.modules() if isinstance(m, QuantisedEmbedding) or is_quantised(m))
+def _by_torchao(layer: nn.Linear, kind: str, dtype: torch.dtype) -> nn.Module:
+    layer.weight.data = layer.weight.data.to(dtype)
+    whole_groups = (
+        layer.in_features % GROUP == 0 and layer.out_features % 16 == 0
+    )  # else the int4 kernel does not take it
+    return QuantisedLinear(_torchao_weight(layer, kind if whole_groups else "int8"), layer.bias, dtype)
 
 
-def _torchao(kind: str, dtype: torch.dtype) -> Callable[[nn.Linear], nn.Module]:
-    from torchao.quantization import quantize_
+def _torchao_weight(layer: nn.Linear, kind: str) -> Tensor:
+    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
-    def make(layer: nn.Linear) -> nn.Module:
-        layer.weight.data = layer.weight.data.to(dtype)
-        config = _int4_config(layer) if kind == "int4" else None
-        quantize_(layer, _int8_config() if config is None else config)
-        return QuantisedLinear(layer.weight.data, layer.bias, dtype)
-
-    return make
-
-
-def _int8_config() -> Any:
-    from torchao.quantization import Int8WeightOnlyConfig
-
-    return Int8WeightOnlyConfig(set_inductor_config=False)
-
-
-def _int4_config(layer: nn.Linear) -> Any:
-    """torchao's int4 for the layer's device; None where the kernel does not take the layer's sizes."""
-    if layer.in_features % GROUP or layer.out_features % 16:
-        return None
-    if layer.weight.device.type == "cpu":
+    config: Any
+    if kind == "int8":
+        config = Int8WeightOnlyConfig(set_inductor_config=False)
+    elif layer.weight.device.type == "cpu":
         from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 
-        return PrototypeInt4WeightOnlyConfig(group_size=GROUP)
-    from torchao.quantization import Int4WeightOnlyConfig
+        config = PrototypeInt4WeightOnlyConfig(group_size=GROUP)
+    else:
+        config = Int4WeightOnlyConfig(
+            group_size=GROUP, int4_packing_format="tile_packed_to_4d", set_inductor_config=False
+        )
+    quantize_(layer, config)
+    return layer.weight.data
 
-    return Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="tile_packed_to_4d", set_inductor_config=False)
 
-
-def _bitsandbytes(kind: str, dtype: torch.dtype) -> Callable[[nn.Linear], nn.Module]:
+def _by_bitsandbytes(layer: nn.Linear, kind: str, dtype: torch.dtype) -> nn.Module:
     import bitsandbytes
 
-    made = bitsandbytes_layers()[kind]
-
-    def make(layer: nn.Linear) -> nn.Module:
-        sizes, device, biased = (layer.in_features, layer.out_features), layer.weight.device, layer.bias is not None
-        new: Any
-        if kind == "bnb-nf4":
-            options = {"quant_type": "nf4", "compress_statistics": True}
-            new = made(*sizes, bias=biased, compute_dtype=dtype, device="meta", **options)
-            new.weight = bitsandbytes.nn.Params4bit(layer.weight.data.to(dtype), requires_grad=False, **options)
-        else:
-            new = made(*sizes, bias=biased, has_fp16_weights=False, threshold=6.0, device="meta")
-            new.weight = bitsandbytes.nn.Int8Params(
-                layer.weight.data.to(dtype), requires_grad=False, has_fp16_weights=False
-            )
-        if biased:
-            new.bias = nn.Parameter(layer.bias.detach().float(), requires_grad=False)
-        made_there: nn.Module = new.to(device)  # this is when it quantises
-        return made_there
-
-    return make
+    how: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": True}
+    more: dict[str, Any] = {"compute_dtype": dtype}
+    weight = bitsandbytes.nn.Params4bit
+    if kind == "bnb-int8":
+        how, more, weight = {"has_fp16_weights": False}, {"threshold": 6.0}, bitsandbytes.nn.Int8Params
+    biased, device = layer.bias is not None, layer.weight.device
+    new: Any = bitsandbytes_layers()[kind](
+        layer.in_features, layer.out_features, bias=biased, device="meta", **how, **more
+    )
+    new.weight = weight(layer.weight.data.to(dtype), requires_grad=False, **how)
+    if biased:
+        new.bias = nn.Parameter(layer.bias.detach().float(), requires_grad=False)
+    made: nn.Module = new.to(device)  # this is when it quantises
+    return made
 
 
 def _quantise_embeddings(model: Any, device: torch.device, dtype: torch.dtype) -> None:
     """Input embedding and output head in int8: once where the head is the embedding's weight."""
-    from torchao.quantization import quantize_
-
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    plain, linear = type(embedding) is nn.Embedding, type(head) is nn.Linear
-    tied = linear and head.weight is getattr(embedding, "weight", None)
-    if not plain:  # one that scales its rows, say
+    if type(embedding) is not nn.Embedding:  # one that scales its rows, say
         return
 
     def int8(weight: Tensor) -> Any:
@@ -225,18 +182,13 @@ def _quantise_embeddings(model: Any, device: torch.device, dtype: torch.dtype) -
         for some in weight.detach().split(ROWS):
             carrier = nn.Linear(some.shape[1], some.shape[0], bias=False, device="meta")
             carrier.weight = nn.Parameter(some.to(device, dtype), requires_grad=False)
-            quantize_(carrier, _int8_config())
-            parts.append(carrier.weight.data)
+            parts.append(_torchao_weight(carrier, "int8"))
         names, context = parts[0].__tensor_flatten__()
         whole = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
         return type(parts[0]).__tensor_unflatten__(whole, context, None, None)
 
-    rows = int8(embedding.weight)
+    rows, weight = int8(embedding.weight), embedding.weight
     model.set_input_embeddings(QuantisedEmbedding(rows))
-    if linear:
-        model.set_output_embeddings(QuantisedLinear(rows if tied else int8(head.weight), head.bias, dtype))
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    if type(head) is nn.Linear:
+        own = rows if head.weight is weight else int8(head.weight)
+        model.set_output_embeddings(QuantisedLinear(own, head.bias, dtype))

@@ -26,55 +26,6 @@ class _Kept(nn.Module):
         return super()._apply(keep, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
 
-class QuantisedLinear(_Kept):
-    """A frozen linear layer around a quantised weight of torchao.
-
-    Args:
-        weight: a tensor subclass of torchao, (out, in).
-        bias: (out,) or None.
-        dtype: of the products.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)
-        self._dtype = dtype
-        flattened: Any = weight
-        self.mixes_rows = getattr(weight, "act_quant_kwargs", None) is not None  # what is multiplied is rounded, too
-        self._kind: Any = type(weight)
-        self._names, self._context = flattened.__tensor_flatten__()
-        for name in self._names:
-            self.register_buffer(name, getattr(weight, name))
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight as torchao's tensor, around this layer's buffers."""
-        weight: Tensor = self._kind.__tensor_unflatten__(
-            {name: getattr(self, name) for name in self._names}, self._context, None, None
-        )
-        return weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        product: Tensor = _product(x.to(self._dtype), self).to(x.dtype)
-        return product if self.bias is None else product + self.bias
-
-    def product(self, x: Tensor) -> Tensor:
-        """x W^T in the dtype of x."""
-        return F.linear(x, self.weight)
-
-    def rows(self, ids: Tensor | list[int]) -> Tensor:
-        """Rows of an int8 weight as numbers, (*ids.shape, in) float32."""
-        return int8_rows(self, ids)
-
-    def dequantised(self) -> Tensor:
-        """The weight as numbers, (in, out) float32: what the products are with."""
-        return dequantised(self)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self._kind.__name__}"
-
-
 class QuantisedEmbedding(_Kept):
     """A frozen embedding whose rows are kept in int8; it gives float32.
 
@@ -88,27 +39,82 @@ class QuantisedEmbedding(_Kept):
         self.register_buffer("qdata", weight.qdata)
         self.register_buffer("scale", weight.scale)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def rows(self, ids: Tensor | list[int]) -> Tensor:
+        """Rows as numbers, (*ids.shape, features) float32."""
         return int8_rows(self, ids)
 
-    rows = forward
+    forward = rows
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, int8"
+
+
+class _Linear(nn.Module):
+    """A linear layer whose ``product(x)``, x W^T without a bias, is a kernel's: known to autograd and to vmap."""
+
+    bias: nn.Parameter | None
+    in_features: int
+
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T in the dtype of x."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = _product(x, self)
+        return product if self.bias is None else product + self.bias
+
+    @torch.no_grad()
+    def dequantised(self) -> Tensor:
+        """The weight as numbers, (in, out) float32: its products with unit vectors, exact in whatever form it is kept."""
+        device = next(t.device for t in [*self.parameters(), *self.buffers()])
+        product: Tensor = self(torch.eye(self.in_features, device=device)).float()
+        return product if self.bias is None else product - self.bias.float()
+
+
+class QuantisedLinear(_Kept, _Linear):
+    """A frozen linear layer around a quantised weight of torchao.
+
+    Args:
+        weight: a tensor subclass of torchao, (out, in).
+        bias: (out,) or None.
+        dtype: of the products.
+    """
+
+    def __init__(self, weight: Any, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)
+        self.mixes_rows = getattr(weight, "act_quant_kwargs", None) is not None  # what is multiplied is rounded, too
+        self._dtype, self._kind = dtype, type(weight)
+        self._names, self._context = weight.__tensor_flatten__()
+        for name in self._names:
+            self.register_buffer(name, getattr(weight, name))
+
+    @property
+    def weight(self) -> Any:
+        """The weight as torchao's tensor, around this layer's buffers."""
+        inner = {name: getattr(self, name) for name in self._names}
+        return self._kind.__tensor_unflatten__(inner, self._context, None, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = _product(x.to(self._dtype), self).to(x.dtype)
+        return product if self.bias is None else product + self.bias
+
+    def product(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+    def rows(self, ids: Tensor | list[int]) -> Tensor:
+        """Rows of an int8 weight as numbers, (*ids.shape, in) float32."""
+        return int8_rows(self, ids)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self._kind.__name__}"
 
 
 def int8_rows(layer: Any, ids: Tensor | list[int]) -> Tensor:
     """Rows of symmetric int8 numbers with a scale a row, float32."""
     ids = torch.as_tensor(ids, device=layer.qdata.device)
     return F.embedding(ids, layer.qdata).float() * F.embedding(ids, layer.scale).float()
-
-
-@torch.no_grad()
-def dequantised(layer: Any) -> Tensor:
-    """A linear layer's weight, (in, out) float32: its products with unit vectors, exact in whatever form it is kept."""
-    device = next(t.device for t in [*layer.parameters(), *layer.buffers()])
-    product: Tensor = layer(torch.eye(layer.in_features, device=device)).float()
-    return product if layer.bias is None else product - layer.bias.float()
 
 
 class _Product(torch.autograd.Function):
@@ -139,46 +145,34 @@ class _Product(torch.autograd.Function):
 _product: Callable[[Tensor, Any], Tensor] = cast(Any, _Product).apply
 
 
-class _BitsAndBytes(nn.Module):
-    """A layer of bitsandbytes, the bias of which stays in float32: its own forward would cast it in place, for good."""
-
-    bias: nn.Parameter | None
-
-    def forward(self, x: Tensor) -> Tensor:
-        product = _product(x, self)
-        return product if self.bias is None else product + self.bias
-
-    def without_bias(self, x: Tensor) -> Tensor:
-        """What bitsandbytes' forward gives of a layer that has none."""
-        bias, self._parameters["bias"] = self._parameters["bias"], None
-        try:
-            product: Tensor = super().forward(x)
-            return product
-        finally:
-            self._parameters["bias"] = bias
-
-    dequantised = dequantised
-
-
 @lru_cache(maxsize=1)
 def bitsandbytes_layers() -> dict[str, type]:
     """bitsandbytes' two linear layers with float32 in and out, whatever they compute in."""
     import bitsandbytes
 
-    class Linear8bit(_BitsAndBytes, bitsandbytes.nn.Linear8bitLt):  # type: ignore[misc]
+    class Linear8bit(_Linear, bitsandbytes.nn.Linear8bitLt):  # type: ignore[misc]
         mixes_rows = True  # columns with an outlier in any row are multiplied in float16
 
         def product(self, x: Tensor) -> Tensor:
             rows = x.flatten(0, -2).half()  # it takes three axes at most, and casts to float16 itself and says so
-            out: Tensor = self.without_bias(rows).to(x.dtype).unflatten(0, x.shape[:-1])
+            out: Tensor = _without_bias(self, bitsandbytes.nn.Linear8bitLt, rows).to(x.dtype).unflatten(0, x.shape[:-1])
             return out
 
-    class Linear4bit(_BitsAndBytes, bitsandbytes.nn.Linear4bit):  # type: ignore[misc]
+    class Linear4bit(_Linear, bitsandbytes.nn.Linear4bit):  # type: ignore[misc]
         # Packing weights for the CPU in the first forward is undone when they are saved.
         support_avx512bf16_for_cpu = property(lambda self: False, lambda self, value: None)
 
         def product(self, x: Tensor) -> Tensor:
-            out: Tensor = self.without_bias(x)
+            out: Tensor = _without_bias(self, bitsandbytes.nn.Linear4bit, x)
             return out
 
     return {"bnb-int8": Linear8bit, "bnb-nf4": Linear4bit}
+
+
+def _without_bias(layer: Any, kind: Any, x: Tensor) -> Any:
+    """What bitsandbytes' forward gives of a layer that has no bias: it would cast one in place, for good."""
+    bias, layer._parameters["bias"] = layer._parameters["bias"], None
+    try:
+        return kind.forward(layer, x)
+    finally:
+        layer._parameters["bias"] = bias

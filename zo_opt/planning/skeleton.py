@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from zo_opt.errors import ZOError
+from zo_opt.models import builtin
 from zo_opt.models.models import HEADS, auto_class
-from zo_opt.tasks import builtin
 from zo_opt.tasks.rows import Example
 from zo_opt.tasks.scoring import Scorer
 from zo_opt.tasks.tasks import Task

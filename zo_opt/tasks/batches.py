@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Literal, get_args
 
 import torch
 
 from zo_opt.errors import ZOError
 
-ORDERS = ("balanced", "shuffled")
+Order = Literal["balanced", "shuffled"]
+ORDERS = get_args(Order)
 
 
 class BatchOrder:

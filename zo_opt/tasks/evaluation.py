@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from zo_opt.errors import ZOError
 from zo_opt.prompts.prefix_cache import PrefixCache
 from zo_opt.tasks.metrics import (
     CLASSIFICATION,
+    GENERATION,
     LANGUAGE_MODELLING,
     METRICS,
     answer,
@@ -26,7 +28,7 @@ from zo_opt.tasks.metrics import (
 )
 from zo_opt.tasks.objectives import Objective
 from zo_opt.tasks.rows import Example
-from zo_opt.tasks.scoring import Batch, Encoded, Generator, LabelScorer, Measured, Scorer
+from zo_opt.tasks.scoring import Batch, Encoded, LabelScorer, Measured, Scorer, Writer
 from zo_opt.tasks.tasks import Task
 
 Progress = Callable[[int], None]
@@ -73,9 +75,9 @@ class Evaluation:
     def standard_error(self) -> float:
         """One standard error of the primary metric over the held-out rows (of perplexity: of the mean loss, times the perplexity)."""
         weights = self.row_weights or [1] * len(self.row_scores)
-        total = sum(weights)
-        mean = sum(w * s for w, s in zip(weights, self.row_scores, strict=True)) / total
-        variance = sum((w * (s - mean)) ** 2 for w, s in zip(weights, self.row_scores, strict=True)) / total**2
+        total, pairs = sum(weights), list(zip(weights, self.row_scores, strict=True))
+        mean = sum(w * s for w, s in pairs) / total
+        variance = sum((w * (s - mean)) ** 2 for w, s in pairs) / total**2
         return math.sqrt(variance) * (self.value if self.primary == "perplexity" else 1.0)
 
     def describe(self) -> str:
@@ -84,25 +86,16 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, the metrics by their names; null where a number is not finite."""
-        rows = {"row_scores": [_plain(s) for s in self.row_scores]}
-        weights = {"row_weights": list(self.row_weights)} if self.row_weights else {}
-        metrics = {name: _plain(value) for name, value in self.metrics.items()}
-        return metrics | {"loss": _plain(self.loss), "rows": self.rows} | rows | weights
+        plain: dict[str, Any] = {name: _plain(value) for name, value in self.metrics.items()}
+        plain |= {"loss": _plain(self.loss), "rows": self.rows, "row_scores": [_plain(s) for s in self.row_scores]}
+        return plain | ({"row_weights": list(self.row_weights)} if self.row_weights else {})
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Evaluation:
         """What :meth:`to_dict` gave; null becomes nan."""
-
-        def number(value: float | None) -> float:
-            return math.nan if value is None else value
-
-        return cls(
-            {name: number(plain[name]) for name in plain if name in METRICS},
-            number(plain["loss"]),
-            plain["rows"],
-            [number(s) for s in plain.get("row_scores", ())],
-            plain.get("row_weights", ()),
-        )
+        metrics = {name: _number(plain[name]) for name in plain if name in METRICS}
+        scores = [_number(s) for s in plain.get("row_scores", ())]
+        return cls(metrics, _number(plain["loss"]), plain["rows"], scores, plain.get("row_weights", ()))
 
 
 class Prepared:
@@ -117,20 +110,24 @@ class Prepared:
     """
 
     def __init__(
-        self,
-        examples: Sequence[Example],
-        scorer: Scorer,
-        device: torch.device,
-        cache: PrefixCache | None,
+        self, examples: Sequence[Example], scorer: Scorer, device: torch.device, cache: PrefixCache | None,
         objective: Objective | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.encoded = scorer.encode_all(examples)
         self.scorer, self.device, self._cache, self.objective = scorer, device, cache, objective
-        self.labels = [e.label for e in self.encoded]
-        self.truncated = sum(e.truncated for e in self.encoded)
 
     def __len__(self) -> int:
         return len(self.encoded)
+
+    @property
+    def labels(self) -> list[int]:
+        """The right labels' numbers."""
+        return [e.label for e in self.encoded]
+
+    @property
+    def truncated(self) -> int:
+        """How many examples were cut to fit the context."""
+        return sum(e.truncated for e in self.encoded)
 
     @property
     def writes(self) -> bool:
@@ -141,8 +138,6 @@ class Prepared:
         """Some of the examples, with the same cache."""
         some = copy(self)
         some.encoded = [self.encoded[i] for i in indices]
-        some.labels = [self.labels[i] for i in indices]
-        some.truncated = sum(e.truncated for e in some.encoded)
         return some
 
     def by_length(self, batch_size: int) -> list[list[int]]:
@@ -153,8 +148,7 @@ class Prepared:
     def record(self, batch_size: int, progress: Progress) -> None:
         """Fill the prefix cache with these examples."""
         for indices in self.by_length(batch_size):
-            if self._cache is not None:
-                self._record(self._cache, self._plain(indices))
+            self._record(self._plain(indices))
             progress(len(indices))
 
     def batch(self, indices: Sequence[int]) -> Batch:
@@ -168,7 +162,7 @@ class Prepared:
         damaged = cache.store.damaged
         states = cache.batch(plain)
         if cache.store.damaged > damaged:  # computed anew, once
-            self._record(cache, plain)
+            self._record(plain)
             states = cache.batch(plain)
         return batch if states is None else batch | {"prefix": states}
 
@@ -194,27 +188,25 @@ class Prepared:
         with self._prefix(batch):
             return self.scorer.losses(model, batch)
 
-    def measure(self, model: nn.Module, indices: Sequence[int]) -> tuple[Measured, list[str]]:
-        """What an evaluation needs of these examples, and what the model writes where it is to write (never from a cached prefix)."""
-        batch, scorer = self.batch(indices), self.scorer
+    def measure(self, model: nn.Module, indices: Sequence[int]) -> Measured:
+        """What an evaluation needs of these examples; the model writes where it is to (never from a cached prefix)."""
+        batch = self.batch(indices)
         with self._prefix(batch):
-            measured = scorer.measure(model, batch)
-        if not isinstance(scorer, Generator):
-            return measured, []
-        return measured, scorer.generate(model, [self.encoded[i] for i in indices], self.device)
+            measured = self.scorer.measure(model, batch)
+        if self.scorer.task.kind == GENERATION:
+            assert isinstance(self.scorer, Writer)
+            measured.texts = self.scorer.generate(model, [self.encoded[i] for i in indices], self.device)
+        return measured
 
-    @contextmanager
-    def _prefix(self, batch: Batch) -> Iterator[None]:
+    def _prefix(self, batch: Batch) -> AbstractContextManager[None]:
         """Within this context the model goes on from the batch's cached prefix, where it has one."""
-        prefix = batch.get("prefix")
-        if prefix is None or self._cache is None:
-            yield
-            return
-        with self._cache.replay(prefix.flatten(0, 1)):
-            yield
+        if "prefix" not in batch or self._cache is None:
+            return nullcontext()
+        return self._cache.replay(batch["prefix"].flatten(0, 1))
 
-    def _record(self, cache: PrefixCache, plain: Batch) -> None:
-        cache.record(plain, self.scorer.inputs(self._on_device(plain)))
+    def _record(self, plain: Batch) -> None:
+        if self._cache is not None:
+            self._cache.record(plain, self.scorer.inputs(self._on_device(plain)))
 
     def _plain(self, indices: Sequence[int]) -> Batch:
         return self.scorer.collate([self.encoded[i] for i in indices])
@@ -227,25 +219,23 @@ class Prepared:
 def evaluate(model: nn.Module, prepared: Prepared, batch_size: int, progress: Progress = lambda _: None) -> Evaluation:
     """The task's metrics and loss over a set of examples."""
     loss, weight = 0.0, 0
-    values: dict[int, float] = {}
-    weights: dict[int, int] = {}
-    texts: dict[int, str] = {}
+    parts, order = [], []
     for indices in prepared.by_length(batch_size):
-        measured, written = prepared.measure(model, indices)
-        loss += measured.loss
-        weight += measured.weight
-        values |= zip(indices, measured.values, strict=True)
-        weights |= zip(indices, measured.weights, strict=False)
-        texts |= zip(indices, written, strict=False)
+        part = prepared.measure(model, indices)
+        loss, weight = loss + part.loss, weight + part.weight
+        parts.append(part)
+        order += indices
         progress(len(indices))
 
-    def in_order(found: dict[int, Any]) -> list[Any]:
-        return [found[i] for i in sorted(found)]
+    def of_rows(name: str) -> list[Any]:
+        """A number or text of each row, in the rows' order."""
+        found = [value for part in parts for value in getattr(part, name)]
+        return [value for _, value in sorted(zip(order, found, strict=False), key=itemgetter(0))]
 
     task, loss = prepared.scorer.task, loss / weight
-    metrics, row_scores = _metrics(task, prepared.encoded, loss, in_order(values), in_order(texts))
+    metrics, row_scores = _metrics(task, prepared.encoded, loss, of_rows("values"), of_rows("texts"))
     ordered = {name: metrics[name] for name in task.metrics}
-    return Evaluation(ordered, loss, len(prepared), row_scores, in_order(weights))
+    return Evaluation(ordered, loss, len(prepared), row_scores, of_rows("weights"))
 
 
 def _metrics(
@@ -267,3 +257,7 @@ def _metrics(
 def _plain(value: float) -> float | None:
     """JSON has no NaN."""
     return value if math.isfinite(value) else None
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value

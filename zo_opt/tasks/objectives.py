@@ -7,31 +7,35 @@ Zeroth-order estimates need values alone, so that any number of a batch will do 
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
+from zo_opt.choices import Table
 from zo_opt.errors import ZOError
 from zo_opt.tasks.metrics import CLASSIFICATION, GENERATION, answer, normalise
-from zo_opt.tasks.reward import Reward
 from zo_opt.tasks.scoring import Batch, Encoded, LabelScorer, Scorer, Writer
 
 LOSS = "loss"
-OBJECTIVES = (LOSS, "accuracy", "f1", "exact_match")
+SIGNATURE = "reward(predictions: list[str], references: list[list[str]]) -> list[float]"
 ZO_EPS = 0.1  # for objectives that move in steps: benchmarks/objectives.py
 
 
-@dataclass(frozen=True)
 class Objective(ABC):
-    """A number of a batch that is to become small."""
+    """A number of a batch that is to become small.
 
-    name: ClassVar[str]
-    trained: ClassVar[str]  # what the number is, in words
-    reads_rows: ClassVar[bool] = False  # looks at rows as Python values, which copies in one forward do not have
+    Attributes:
+        trained: what the number is, in words.
+        reads_rows: whether it looks at rows as Python values, which copies in one forward do not have.
+    """
+
+    trained: str
+    reads_rows = False
 
     @abstractmethod
     def __call__(self, model: Any, scorer: Any, batch: Batch, encoded: Sequence[Encoded]) -> Tensor | float:
@@ -42,22 +46,18 @@ class Objective(ABC):
         return False
 
 
-@dataclass(frozen=True)
 class Accuracy(Objective):
     """The share of labels that are wrong."""
 
-    name = "accuracy"
     trained = "1 - accuracy of each batch"
 
     def __call__(self, model: Any, scorer: LabelScorer, batch: Batch, encoded: Sequence[Encoded]) -> Tensor:
         return (scorer.scores(model, batch).argmax(dim=1) != batch["labels"]).float().mean()
 
 
-@dataclass(frozen=True)
 class F1(Objective):
     """1 - F1: of two labels that of the last one, of more the mean over those that occur, as in an evaluation."""
 
-    name = "f1"
     trained = "1 - F1 of each batch"
 
     def __call__(self, model: Any, scorer: LabelScorer, batch: Batch, encoded: Sequence[Encoded]) -> Tensor:
@@ -65,11 +65,9 @@ class F1(Objective):
         return 1 - f1(scores_BC.argmax(dim=1), batch["labels"], scores_BC.shape[1])
 
 
-@dataclass(frozen=True)
 class ExactMatch(Objective):
     """The share of rows for which the model writes something else than a right text; of a task of labels: than its label words."""
 
-    name = "exact_match"
     trained = "1 - exact match of what the model writes for each batch"
     reads_rows = True
 
@@ -83,14 +81,25 @@ class ExactMatch(Objective):
         return 1 - sum(normalise(answer(t, r)) in map(normalise, r) for t, r in pairs) / len(encoded)
 
 
-@dataclass(frozen=True)
-class Rewarded(Objective):
-    """Minus the mean of the user's own rewards: of the texts that the model writes, or the names of the labels it chooses."""
+class Reward(Objective):
+    """Minus the mean of the user's own rewards: of the texts that the model writes, or the names of the labels it chooses.
 
-    reward: Reward
-    name = "reward"
+    Args:
+        name: "module:function".
+        function: ``reward(predictions, references)`` -> one number a row, the larger the better. ``predictions``: what the model wrote
+            (its first line, where the right text has one), or the name of the label it chose. ``references``: the right texts of each
+            row, at least one, or the name of the right label.
+
+    >>> length = Reward("mine:length", lambda predictions, references: [-len(p) for p in predictions])
+    >>> length.rewards(["a", "bcd"], [["a"], ["b"]])
+    [-1.0, -3.0]
+    """
+
     trained = "minus the mean reward of each batch"
     reads_rows = True
+
+    def __init__(self, name: str, function: Callable[[list[str], list[list[str]]], Any]) -> None:
+        self.name, self.function = name, function
 
     def writes(self, scorer: Scorer) -> bool:
         return scorer.task.kind == GENERATION
@@ -104,14 +113,44 @@ class Rewarded(Objective):
             labels = scorer.task.labels
             predictions = [labels[i] for i in scorer.scores(model, batch).argmax(dim=1).tolist()]
             references = [[labels[e.label]] for e in encoded]
-        return -math.fsum(self.reward(predictions, references)) / len(encoded)
+        return -math.fsum(self.rewards(predictions, references)) / len(encoded)
+
+    def rewards(self, predictions: list[str], references: list[list[str]]) -> list[float]:
+        """The rewards, one a row.
+
+        Raises:
+            ZOError: the function failed, or gave something else than one finite number a row.
+        """
+        try:
+            found = self.function(predictions, references)
+        except Exception as error:
+            raise ZOError(
+                f"{self.name} failed{_place(error)} with {type(error).__name__}: {error}; mend it."
+            ) from error
+        values = found.tolist() if hasattr(found, "tolist") else found
+        if not isinstance(values, list | tuple) or not all(isinstance(v, Real) for v in values):
+            raise ZOError(f"{self.name} returned {_short(found)}; it must return a list of numbers: {SIGNATURE}.")
+        if len(values) != len(predictions):
+            raise ZOError(f"{self.name} returned {len(values)} rewards for {len(predictions)} rows; return one a row.")
+        for row, value in enumerate(values):
+            if not math.isfinite(value):
+                raise ZOError(
+                    f"{self.name} returned {value} for {predictions[row]!r} (right: {references[row]}); return finite numbers."
+                )
+        return [float(v) for v in values]
+
+
+# what a run may train besides the loss; or the user's own reward
+OBJECTIVES: Table[Any] = Table(
+    "objective", None, {LOSS: None, "accuracy": Accuracy, "f1": F1, "exact_match": ExactMatch}
+)
 
 
 def make_objective(name: str, scorer: Scorer) -> Objective | None:
     """The objective of that name for a task; None stands for the loss.
 
     Args:
-        name: "loss", "accuracy", "f1", "exact_match" or "module:function" (:class:`~zo_opt.tasks.reward.Reward`).
+        name: of ``OBJECTIVES``, or "module:function" (:class:`Reward`), whose module is imported.
         scorer: of the task's kind.
 
     Raises:
@@ -129,8 +168,17 @@ def make_objective(name: str, scorer: Scorer) -> Objective | None:
             "objective='exact_match' is of what a model writes, and this kind of model writes nothing for a task of labels; "
             "give --objective accuracy, or load a causal model."
         )
-    known = {kind.name: kind for kind in (Accuracy, F1, ExactMatch)}
-    return known[name]() if name in known else Rewarded(Reward.load(name))
+    if name in OBJECTIVES:
+        made: Objective = OBJECTIVES[name]()
+        return made
+    try:
+        return Reward(name, OBJECTIVES.find(name))
+    except ZOError:
+        raise
+    except Exception as error:  # whatever the user's module raises
+        raise ZOError(
+            f"objective={name!r} cannot be imported{_place(error)} ({type(error).__name__}: {error}); mend it."
+        ) from error
 
 
 def check_name(name: str) -> None:
@@ -139,8 +187,10 @@ def check_name(name: str) -> None:
     Raises:
         ZOError: it is neither.
     """
-    if name not in OBJECTIVES:
-        Reward.check_name(name, OBJECTIVES)
+    if name not in OBJECTIVES and not re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", name):
+        raise ZOError(
+            f"objective={name!r} is not known; choose one of {', '.join(OBJECTIVES)}, or name a function of yours as my_module:reward."
+        )
 
 
 def f1(predicted_B: Tensor, labels_B: Tensor, classes: int) -> Tensor:
@@ -154,3 +204,18 @@ def f1(predicted_B: Tensor, labels_B: Tensor, classes: int) -> Tensor:
     right_C, seen_C = (predicted_BC * labels_BC).sum(0), (predicted_BC + labels_BC).sum(0)
     f1_C = 2 * right_C / seen_C.clamp(min=1)
     return f1_C[1] if classes == 2 else f1_C.sum() / (seen_C > 0).sum()
+
+
+def _place(error: BaseException) -> str:
+    """The line of the user's code where it happened."""
+    trace = error.__traceback__
+    if isinstance(error, SyntaxError) or trace is None:
+        return ""
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return f" at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

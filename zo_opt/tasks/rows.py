@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from zo_opt.errors import ZOError
-from zo_opt.tasks.metrics import CLASSIFICATION, GENERATION, LANGUAGE_MODELLING
+from zo_opt.tasks.metrics import GENERATION, LANGUAGE_MODELLING
 from zo_opt.tasks.tasks import Task, label_text, placeholders
 
 Row = dict[str, Any]
@@ -38,7 +38,7 @@ def read_rows(path: Path) -> list[Row]:
     """
     if not path.is_file():
         raise ZOError(f"{path} does not exist or is no file; give the path of a .jsonl, .csv or .tsv file.")
-    if path.suffix not in (".jsonl", ".csv", ".tsv", ".txt"):
+    if path.suffix not in _READERS:
         raise ZOError(
             f"{path} ends in {path.suffix or 'nothing'!r}; give a .jsonl, .csv or .tsv file, or a .txt file as plain text."
         )
@@ -46,15 +46,10 @@ def read_rows(path: Path) -> list[Row]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ZOError(f"{path} cannot be read ({error}); give a readable file in UTF-8.") from error
-    if path.suffix == ".txt":
-        if not text.strip():
-            raise ZOError(f"{path} is empty; it needs text.")
-        return [{"text": line} for line in text.replace("\r\n", "\n").rstrip("\n").split("\n")]
-    rows = _read_jsonl(path, text) if path.suffix == ".jsonl" else _read_table(path, text)
+    rows = _READERS[path.suffix](path, text)
     if not rows:
-        raise ZOError(
-            f"{path} is empty; it needs at least one row{' under its header line' if path.suffix != '.jsonl' else ''}."
-        )
+        needs = {".txt": "text", ".jsonl": "at least one row"}
+        raise ZOError(f"{path} is empty; it needs {needs.get(path.suffix, 'at least one row under its header line')}.")
     return rows
 
 
@@ -66,37 +61,30 @@ def make_examples(rows: Sequence[Row], task: Task, source: str) -> list[Example]
     """
     examples = []
     for number, row in enumerate(rows, start=1):
+        place = f"{source}, row {number}"
         for column in task.required_columns():
-            if row.get(column) is None:
-                raise ZOError(f"{source}, row {number}: {_missing(row, column)}")
-        examples.append(_EXAMPLE[task.kind](row, task, f"{source}, row {number}"))
+            _check_column(row, column, place)
+        examples.append(_make_example(row, task, place))
     if task.kind == LANGUAGE_MODELLING and not any(text.strip() for e in examples for text in e.fields.values()):
         raise ZOError(f"{source} holds no text; all its {len(examples)} rows are blank.")
     return examples
 
 
-def _labelled(row: Row, task: Task, place: str) -> Example:
+def _make_example(row: Row, task: Task, place: str) -> Example:
+    if task.kind == LANGUAGE_MODELLING:
+        [name] = placeholders(task.template)  # its text as it is: blank lines and indentation are text too
+        return Example({name: str(row[task.columns.get(name, name)])})
+    if task.kind == GENERATION:
+        references = task.references_of(row[task.target_column])
+        if not references:
+            raise ZOError(f"{place}: column {task.target_column!r} holds no text to write; fill it or remove the row.")
+        return Example(task.fields(row), references=references)
     label = task.label_of(row[task.label_column])
     if label is None:
         raise ZOError(
             f"{place}: label {row[task.label_column]!r} is unknown; this task's labels are {', '.join(task.labels)}."
         )
     return Example(task.fields(row), label)
-
-
-def _with_target(row: Row, task: Task, place: str) -> Example:
-    references = task.references_of(row[task.target_column])
-    if not references:
-        raise ZOError(f"{place}: column {task.target_column!r} holds no text to write; fill it or remove the row.")
-    return Example(task.fields(row), references=references)
-
-
-def _text(row: Row, task: Task, _place: str) -> Example:
-    [name] = placeholders(task.template)
-    return Example({name: str(row[task.columns.get(name, name)])})  # as it is: blank lines and indentation are text too
-
-
-_EXAMPLE = {CLASSIFICATION: _labelled, GENERATION: _with_target, LANGUAGE_MODELLING: _text}
 
 
 def check_classes(examples: Sequence[Example], task: Task, source: str) -> None:
@@ -112,8 +100,7 @@ def check_classes(examples: Sequence[Example], task: Task, source: str) -> None:
 def column_values(rows: Sequence[Row], column: str, source: str) -> list[str]:
     """The different values of a column, sorted (numbers by size)."""
     for number, row in enumerate(rows, start=1):
-        if row.get(column) is None:
-            raise ZOError(f"{source}, row {number}: {_missing(row, column)}")
+        _check_column(row, column, f"{source}, row {number}")
     values = {label_text(row[column]) for row in rows}
     return sorted(values, key=lambda v: (0, int(v), v) if _WHOLE.fullmatch(v) else (1, 0, v))
 
@@ -131,10 +118,12 @@ def hold_out(rows: Sequence[Row], held_out: int, *, last: bool = False) -> tuple
     return [rows[i] for i in sorted(order[count:])], [rows[i] for i in sorted(order[:count])]
 
 
-def _missing(row: Row, column: str) -> str:
+def _check_column(row: Row, column: str, place: str) -> None:
+    if row.get(column) is not None:
+        return
     if column in row:
-        return f"column {column!r} is empty; fill it or remove the row."
-    return f"there is no column {column!r}; its columns are {', '.join(map(str, row))}."
+        raise ZOError(f"{place}: column {column!r} is empty; fill it or remove the row.")
+    raise ZOError(f"{place}: there is no column {column!r}; its columns are {', '.join(map(str, row))}.")
 
 
 def _read_jsonl(path: Path, text: str) -> list[Row]:
@@ -171,3 +160,10 @@ def _read_table(path: Path, text: str) -> list[Row]:
     except csv.Error as error:
         raise ZOError(f"{path}, line {reader.line_num}: not readable as a table ({error}).") from error
     return rows
+
+
+def _read_lines(_path: Path, text: str) -> list[Row]:
+    return [{"text": line} for line in text.replace("\r\n", "\n").rstrip("\n").split("\n")] if text.strip() else []
+
+
+_READERS = {".jsonl": _read_jsonl, ".csv": _read_table, ".tsv": _read_table, ".txt": _read_lines}

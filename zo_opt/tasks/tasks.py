@@ -1,18 +1,19 @@
-"""Tasks as data: one row a task. A task turns a table's row into a prompt, and what the row asks for into words.
+"""Tasks as data: a task turns a table's row into a prompt, and what the row asks for into words.
 
-Of three kinds: "classification" has label words (verbalizers), "generation" a target text, "language-modelling" nothing but its
-text. Templates of the first follow MeZO's (arXiv 2305.17333, appendix E.2); SST-2's is the weak one on which zero-shot is near chance.
+Of three kinds: "classification" has label words (verbalizers), "generation" a target text, "language-modelling" nothing but its text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from string import Formatter
-from typing import Any
+from typing import Any, Literal
 
 from zo_opt.errors import ZOError
 from zo_opt.tasks.metrics import CLASSIFICATION, GENERATION, KINDS, LANGUAGE_MODELLING
+
+Split = Literal["train", "held_out"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class Task:
         target_column: generation: the column of the text to write, or of a list of texts that are all right (the first is learned).
         max_new_tokens: generation: the most tokens that are written in an evaluation.
         metrics: those it reports, the primary one first; all of its kind if empty.
+        source: a function that gives the rows of a split, "train" or "held_out"; without one, rows come from the user's files.
+
+    >>> task = Task("mine", "{text} It was", {"0": "bad", "1": "good"}, source=lambda split: [{"text": "a film", "label": 1}])
+    >>> task.fields({"text": " fine "}), task.label_of(1)
+    ({'text': 'fine'}, 1)
     """
 
     name: str
@@ -41,31 +47,37 @@ class Task:
     target_column: str = "target"
     max_new_tokens: int = 32
     metrics: tuple[str, ...] = ()
+    source: Callable[[Split], Iterable[dict[str, Any]]] | None = None
 
     def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ZOError(f"task {self.name!r} is of kind {self.kind!r}; choose one of {', '.join(KINDS)}.")
         if not self.metrics:
             object.__setattr__(self, "metrics", KINDS[self.kind])
+
+    def __call__(self) -> Task:
+        """Itself: where a function that makes a task will do, so does a task."""
+        return self
 
     @property
     def labels(self) -> list[str]:
         """Label names; a label's number is its position."""
         return list(self.verbalizers)
 
+    def shown(self) -> list[str]:
+        """The placeholders of its template and label words."""
+        texts = [self.template, *self.verbalizers.values()]
+        return list(dict.fromkeys(name for text in texts for name in placeholders(text) if name != "mask"))
+
     def required_columns(self) -> list[str]:
         """Columns that a row must have, that of the label or the target included."""
-        texts = [self.template, *self.verbalizers.values()]
-        names = dict.fromkeys(name for text in texts for name in placeholders(text) if name != "mask")
         asked_for = {CLASSIFICATION: [self.label_column], GENERATION: [self.target_column], LANGUAGE_MODELLING: []}
-        return [self.columns.get(name, name) for name in names] + asked_for[self.kind]
+        return [self.columns.get(name, name) for name in self.shown()] + asked_for[self.kind]
 
     def fields(self, row: Mapping[str, Any]) -> dict[str, str]:
         """Placeholder -> text for one row."""
-        texts = [self.template, *self.verbalizers.values()]
-        values = {}
-        for name in dict.fromkeys(n for text in texts for n in placeholders(text) if n != "mask"):
-            value = str(row[self.columns.get(name, name)]).strip()
-            values[name] = self.substitutions.get(name, {}).get(value, value)
-        return values
+        values = {name: str(row[self.columns.get(name, name)]).strip() for name in self.shown()}
+        return {name: self.substitutions.get(name, {}).get(value, value) for name, value in values.items()}
 
     def references_of(self, value: Any) -> tuple[str, ...]:
         """The right texts that a target column's value stands for; those that are empty are left out."""
@@ -99,59 +111,6 @@ def placeholders(template: str) -> list[str]:
         raise ZOError(
             f"template {template!r} is not well formed ({error}); write columns as {{name}} and a literal brace twice."
         ) from error
-
-
-def _short_answer(name: str, template: str, *, max_new_tokens: int = 16) -> Task:
-    metrics = ("exact_match", "rougeL", "rouge1", "rouge2")
-    return Task(name, template, kind=GENERATION, target_column="answer", max_new_tokens=max_new_tokens, metrics=metrics)
-
-
-OWN_TEXT = "lm"  # language modelling on the user's own text
-
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        Task("sst2", "{sentence} It was", {"0": "terrible", "1": "great"}),
-        Task(
-            "rte",
-            '{premise}\nDoes this mean that "{hypothesis}" is true? Yes or No?\n',
-            {"entailment": "Yes", "not_entailment": "No"},
-        ),
-        Task(
-            "cb",
-            'Suppose {premise} Can we infer that "{hypothesis}"? Yes, No, or Maybe?\n',
-            {"entailment": "Yes", "contradiction": "No", "neutral": "Maybe"},
-        ),
-        Task("boolq", "{passage} {question}?\n", {"false": "No", "true": "Yes"}, label_column="answer"),
-        Task(
-            "copa",
-            "{premise} {question}",
-            {"0": "{choice1}", "1": "{choice2}"},
-            substitutions={"question": {"cause": "because", "effect": "so"}},
-            metrics=("accuracy",),
-        ),
-        Task(
-            "mrpc",
-            "Do these two sentences mean the same?\n{sentence1}\n{sentence2}\nYes or No?\n",
-            {"not_equivalent": "No", "equivalent": "Yes"},
-        ),
-        Task("piqa", "Goal: {goal}\nAnswer:", {"0": "{sol1}", "1": "{sol2}"}, metrics=("accuracy",)),
-        _short_answer("arithmetic", "{question}", max_new_tokens=10),
-        _short_answer("nq_open", "Question: {question}?\nAnswer:"),
-        _short_answer("sciq", "{support}\nQuestion: {question}\nAnswer:"),
-        Task("sciq-text", "{text}", kind=LANGUAGE_MODELLING),
-        Task(OWN_TEXT, "{text}", kind=LANGUAGE_MODELLING),
-    )
-}
-
-
-def get_task(name: str) -> Task:
-    """The built-in task of that name."""
-    if name not in TASKS:
-        raise ZOError(
-            f"task {name!r} is not known; choose one of {', '.join(TASKS)}, or give --train_file with --template."
-        )
-    return TASKS[name]
 
 
 def custom_task(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -18,25 +18,17 @@ from zo_opt.tasks.tasks import Task, placeholders
 
 def can_place(scorer: Scorer, task: Task, example: Example) -> bool:
     """Whether hidden states at a label position and fixed, distinct label words are there to place adapters by."""
-    if type(scorer).label_positions is Scorer.label_positions or any(
-        placeholders(w) for w in task.verbalizers.values()
-    ):
+    fixed = not any(placeholders(words) for words in task.verbalizers.values())
+    if not fixed or type(scorer).label_positions is Scorer.label_positions:
         return False
-    first_tokens = {words[0] for words in scorer.encode(example).words}
-    return len(first_tokens) == len(task.labels)
+    return len({words[0] for words in scorer.encode(example).words}) == len(task.labels)
 
 
 @torch.no_grad()
 def initialise(
-    model: AdapterModel,
-    prepared: Prepared,
-    features: str,
-    *,
-    components: int,
-    output_scale: float,
-    batch_size: int,
-    progress: Progress,
-) -> None:
+    model: AdapterModel, prepared: Prepared, features: str,
+    *, components: int, output_scale: float, batch_size: int, progress: Progress,
+) -> None:  # fmt: skip
     """Place every adapter by the hidden states it sees at the label positions of the training rows.
 
     Args:
@@ -53,11 +45,10 @@ def initialise(
     states, labels = _adapter_inputs(model, prepared, batch_size, progress)
     rows_CH = _label_rows(model, [w[0] for w in prepared.encoded[0].words])
     for name, x_NH in states.items():
-        found = (
-            class_mean_features(x_NH, labels, config.bottleneck, components=components)
-            if features == "class_means"
-            else component_features(x_NH, config.bottleneck)
-        )
+        if features == "class_means":
+            found = class_mean_features(x_NH, labels, config.bottleneck, components=components)
+        else:
+            found = component_features(x_NH, config.bottleneck)
         norm = float(x_NH.norm(dim=1).square().mean().sqrt())
         adapter: Any = model.wrapped.get_submodule(name).adapter
         place(adapter, found, label_word_directions(rows_CH, output_scale * norm))
@@ -68,38 +59,33 @@ def _adapter_inputs(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Each adapter's input at every row's label position, (N, H) float32 on the CPU; and the labels (N,)."""
     seen: dict[str, Tensor] = {}
+    collected: dict[str, list[Tensor]] = {name: [] for name in model.adapted}
+    labels = []
 
-    def watch(name: str, last: bool) -> Any:
+    def watch(name: str) -> Any:
         def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
             seen[name] = arguments[0]
-            if last:
+            if name == model.adapted[-1]:
                 raise _SeenError
 
         return hook
 
-    handles = []
-    for name in model.adapted:
-        target: Any = model.wrapped.get_submodule(name)
-        handles.append(target.adapter.register_forward_pre_hook(watch(name, name == model.adapted[-1])))
-    collected: dict[str, list[Tensor]] = {name: [] for name in model.adapted}
-    labels = []
-    try:
+    with ExitStack() as hooks:
+        for name in model.adapted:
+            adapter: Any = model.wrapped.get_submodule(name).adapter
+            hooks.callback(adapter.register_forward_pre_hook(watch(name)).remove)
         for indices in prepared.by_length(batch_size):
             batch = prepared.batch(indices)
             with suppress(_SeenError):
                 prepared.scores(model, batch)
             places = prepared.scorer.label_positions(batch)
             assert places is not None, "ask can_place() first"
-            rows, positions = places
             for name, x in seen.items():
                 # Some feed-forwards (OPT's) see all tokens on one axis.
                 x_NSH = x if x.ndim == 3 else x.unflatten(0, (-1, batch["input_ids"].shape[-1]))
-                collected[name].append(x_NSH[rows, positions].float().cpu())
+                collected[name].append(x_NSH[places].float().cpu())
             labels.append(batch["labels"].cpu())
             progress(len(indices))
-    finally:
-        for handle in handles:
-            handle.remove()
     return {name: torch.cat(parts) for name, parts in collected.items()}, torch.cat(labels)
 
 

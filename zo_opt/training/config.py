@@ -13,7 +13,9 @@ from zo_opt.directions import DIRECTIONS
 from zo_opt.distributed import Distributed
 from zo_opt.errors import ZOError
 from zo_opt.estimators import ESTIMATORS, Estimator
+from zo_opt.models.quantisation import check_kind
 from zo_opt.optim import OPTIMIZERS, STEP_CONTROLS, Method, UpdateRule
+from zo_opt.record.trackers import check_trackers
 from zo_opt.schedules import SCHEDULES, QuerySchedule, RunLength, for_run
 from zo_opt.tasks import objectives
 from zo_opt.training.options import (
@@ -53,6 +55,8 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
         for name in ("eval_file", "target_column"):
             if getattr(self, name) is not None and self.train_file is None:
                 raise ZOError(f"{name} was given without train_file; give both, or neither for the built-in rows.")
+        if self.quantise is not None:
+            check_kind(self.quantise)
         adapter = self.make_adapter()
         if adapter.layers == []:
             raise ZOError("layers=[] leaves nothing to adapt; give a number, a list of layers, or nothing.")
@@ -73,6 +77,7 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
                 "another optimizer than forward-gradient."
             )
         self.check_given_parts()
+        check_trackers(self.report_to)
         if self.share != "queries":
             self.make_distributed()
             if self.objective == "f1":

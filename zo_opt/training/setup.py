@@ -20,18 +20,17 @@ from zo_opt.prompts.prefix_cache import PrefixCache, first_adapted_layer
 from zo_opt.record.progress import Reporter
 from zo_opt.tasks import builtin
 from zo_opt.tasks import rows as data
+from zo_opt.tasks.builtin import OWN_TEXT, get_task
 from zo_opt.tasks.evaluation import Prepared
 from zo_opt.tasks.metrics import CLASSIFICATION, GENERATION, LANGUAGE_MODELLING
 from zo_opt.tasks.objectives import make_objective
 from zo_opt.tasks.rows import Example
 from zo_opt.tasks.scoring import Scorer, make_scorer
 from zo_opt.tasks.tasks import (
-    OWN_TEXT,
     Task,
     check_template,
     custom_generation_task,
     custom_task,
-    get_task,
     parse_verbalizers,
     placeholders,
 )

@@ -1,4 +1,4 @@
-"""How each kind of model learns each kind of task: one file for labels a kind of model, one for generation, one for running text."""
+"""How each kind of model (a file each) learns each kind of task."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ from typing import Any
 
 from zo_opt.errors import ZOError
 from zo_opt.tasks.metrics import CLASSIFICATION, GENERATION, LANGUAGE_MODELLING
-from zo_opt.tasks.scoring.base import Batch, Encoded, LabelScorer, Measured, Scorer
-from zo_opt.tasks.scoring.causal import CausalScorer
-from zo_opt.tasks.scoring.classification import ClassificationScorer
-from zo_opt.tasks.scoring.generation import CausalGenerator, Generator, Seq2SeqGenerator
-from zo_opt.tasks.scoring.language_modelling import LanguageModeller
+from zo_opt.tasks.scoring.base import Batch, Encoded, Measured, Scorer
+from zo_opt.tasks.scoring.causal import CausalGenerator, CausalScorer, LanguageModeller
+from zo_opt.tasks.scoring.labels import ClassificationScorer, LabelScorer
 from zo_opt.tasks.scoring.masked import MaskedScorer
-from zo_opt.tasks.scoring.seq2seq import Seq2SeqScorer
-from zo_opt.tasks.scoring.writing import Writer
+from zo_opt.tasks.scoring.seq2seq import Seq2SeqGenerator, Seq2SeqScorer
+from zo_opt.tasks.scoring.texts import Writer
 from zo_opt.tasks.tasks import Task, placeholders
 
 # kind of task -> ending of the architecture's name -> scorer
@@ -56,4 +54,4 @@ def make_scorer(model: Any, tokenizer: Any, task: Task, max_length: int | None =
     raise ZOError(f"{architecture} {_NEEDS[task.kind]}.")
 
 
-__all__ = ["Batch", "Encoded", "Generator", "LabelScorer", "Measured", "Scorer", "Writer", "make_scorer"]
+__all__ = ["Batch", "Encoded", "LabelScorer", "Measured", "Scorer", "Writer", "make_scorer"]

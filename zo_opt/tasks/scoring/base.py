@@ -1,9 +1,6 @@
-"""Prompts -> tensors -> a loss; for labels by way of one score each.
+"""Examples -> tokens -> tensors -> a loss: what all kinds of models and tasks share.
 
-The score of a label is the log-probability of its label words (whole sequences where they have several tokens), compared among
-the labels alone; with a classification head it is the head's logit. Only label positions go through the output head.
-
-Shape suffixes: B examples, C labels, S tokens, T tokens of label words, V vocabulary.
+Shape suffixes: B examples, C labels, S tokens, T tokens of label words or of a target.
 """
 
 from __future__ import annotations
@@ -16,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from zo_opt.errors import ZOError
 from zo_opt.tasks.rows import Example
@@ -45,7 +41,7 @@ class Encoded:
     references: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Measured:
     """What an evaluation learns from one batch.
 
@@ -54,12 +50,14 @@ class Measured:
         weight: how many losses that is: rows, or tokens.
         values: one number a row: the label predicted, or the mean loss of its tokens.
         weights: how much each row counts for; empty where all count alike.
+        texts: what the model writes for each row; empty where it writes nothing.
     """
 
     loss: float
     weight: int
     values: list[float]
     weights: list[int] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
 
 
 class Scorer(ABC):
@@ -104,28 +102,29 @@ class Scorer(ABC):
         return None
 
     def collate(self, encoded: Sequence[Encoded]) -> Batch:
-        """Pad to one length: input_ids and attention_mask (B, 1 or C, S), labels (B,)."""
-        longest = max(len(p) for e in encoded for p in e.prompts)
-        input_ids = torch.tensor(
-            [[self._pad(p, longest, self.tokenizer.pad_token_id) for p in e.prompts] for e in encoded]
-        )
-        mask = torch.tensor([[self._pad([1] * len(p), longest, 0) for p in e.prompts] for e in encoded])
-        labels = torch.tensor([e.label for e in encoded])
-        return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+        """Pad to one length: input_ids and attention_mask (B, 1 or C, S), labels (B,); words (B, C, T), padded with IGNORED."""
+        batch = {
+            "input_ids": self.padded([e.prompts for e in encoded], self.tokenizer.pad_token_id),
+            "attention_mask": self.padded([[[1] * len(p) for p in e.prompts] for e in encoded], 0),
+            "labels": torch.tensor([e.label for e in encoded]),
+        }
+        if encoded[0].words:
+            batch["words"] = self.padded([e.words for e in encoded], IGNORED)
+        return batch
 
-    def _pad(self, ids: list[int], length: int, value: int) -> list[int]:
-        filling = [value] * (length - len(ids))
-        return filling + ids if self.pad_left else ids + filling
+    def padded(self, ids: Sequence[Sequence[list[int]]], value: int) -> Tensor:
+        """Token lists as one tensor (B, C, S), filled up to the longest on the side that this kind of model takes."""
+        longest = max(len(p) for lists in ids for p in lists)
+
+        def fill(p: list[int]) -> list[int]:
+            filling = [value] * (longest - len(p))
+            return filling + p if self.pad_left else p + filling
+
+        return torch.tensor([[fill(p) for p in lists] for lists in ids])
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """The model's arguments, examples and labels flattened into one axis."""
-        inputs = {
-            "input_ids": batch["input_ids"].flatten(0, 1),
-            "attention_mask": batch["attention_mask"].flatten(0, 1),
-        }
-        if self.pad_left and "position_ids" in self._forward_arguments:
-            inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-        return inputs
+        return {name: batch[name].flatten(0, 1) for name in ("input_ids", "attention_mask")}
 
     def _prompt(self, example: Example, room: int, **extra: str) -> tuple[str, bool]:
         """The filled template with at least ``room`` tokens of the context to spare; its longest fields are cut if need be."""
@@ -147,15 +146,15 @@ class Scorer(ABC):
         """The text without its last tokens (at least one character shorter)."""
         keep = max(len(self._ids(text, special=False)) - tokens, 0)
         if self.tokenizer.is_fast:
-            offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
-                "offset_mapping"
-            ]
+            shown = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            offsets = shown["offset_mapping"]
             end = offsets[keep][0] if keep < len(offsets) else len(text) - 1
         else:
             end = len(text) * keep // (keep + tokens)
         return text[: min(end, len(text) - 1)].rstrip()
 
     def _ids(self, text: str, special: bool = True) -> list[int]:
+        """Tokens of a text, with those that the tokenizer adds to it or without."""
         return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
     def _words(self, example: Example) -> list[list[int]]:
@@ -179,27 +178,6 @@ class Scorer(ABC):
         return both[len(before) :] if both[: len(before)] == before else self._ids(space + text, special=False)
 
 
-class LabelScorer(Scorer):
-    """How one kind of model scores labels."""
-
-    @abstractmethod
-    def scores(self, model: Any, batch: Batch) -> Tensor:
-        """Scores of the labels, float32, shape (B, C)."""
-
-    def loss(self, model: Any, batch: Batch) -> Tensor:
-        """Mean cross entropy of the scores."""
-        # Not the mean of ``losses``: the same to rounding, and these bits are on record in journals.
-        return F.cross_entropy(self.scores(model, batch), batch["labels"])
-
-    def losses(self, model: Any, batch: Batch) -> Tensor:
-        return F.cross_entropy(self.scores(model, batch), batch["labels"], reduction="none")
-
-    def measure(self, model: Any, batch: Batch) -> Measured:
-        scores = self.scores(model, batch)
-        loss = float(F.cross_entropy(scores, batch["labels"], reduction="sum"))
-        return Measured(loss, len(scores), scores.argmax(dim=1).tolist())
-
-
 def context_length(model: Any, tokenizer: Any, max_length: int | None) -> int:
     """The tokens a sequence may have: the least of the model's positions, the tokenizer's limit and ``max_length``."""
     config: Any = getattr(model, "config", None)
@@ -211,26 +189,3 @@ def context_length(model: Any, tokenizer: Any, max_length: int | None) -> int:
     if limit < 1:
         raise ZOError(f"max_length={max_length} leaves no room for text; give a positive number of tokens.")
     return limit
-
-
-def word_logits(logits_BV: Tensor, words_BCT: Tensor) -> Tensor:
-    """Logits of label words of one token; a softmax over labels restricts the vocabulary to them."""
-    return logits_BV.gather(1, words_BCT[:, :, 0])
-
-
-def sequence_scores(logits_BCTV: Tensor, words_BCT: Tensor) -> Tensor:
-    """Sum over the label words' tokens of their log-probabilities; padded positions (IGNORED) count nothing."""
-    log_probs = logits_BCTV.log_softmax(-1).gather(-1, words_BCT.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    scores: Tensor = (log_probs * (words_BCT != IGNORED)).sum(-1)
-    return scores
-
-
-def pad_words(encoded: Sequence[Encoded], left: bool) -> Tensor:
-    """Label words of all examples, shape (B, C, T), padded with IGNORED."""
-    longest = max(len(w) for e in encoded for w in e.words)
-
-    def pad(ids: list[int]) -> list[int]:
-        filling = [IGNORED] * (longest - len(ids))
-        return filling + ids if left else ids + filling
-
-    return torch.tensor([[pad(w) for w in e.words] for e in encoded])

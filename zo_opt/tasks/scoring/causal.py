@@ -1,4 +1,7 @@
-"""Decoder-only models."""
+"""Decoder-only models: padded on the left, so that what is predicted stands at the end.
+
+Shape suffixes: B examples, C labels, S tokens, T tokens of label words or of a target, H hidden, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,20 @@ from torch import Tensor
 
 from zo_opt.adapters.adapted import AdaptedModule
 from zo_opt.adapters.weights import rows
+from zo_opt.errors import ZOError
+from zo_opt.tasks.metrics import GENERATION
 from zo_opt.tasks.rows import Example
-from zo_opt.tasks.scoring.base import IGNORED, Batch, Encoded, LabelScorer, pad_words, sequence_scores, word_logits
-from zo_opt.tasks.scoring.writing import Writer
+from zo_opt.tasks.scoring.base import IGNORED, Batch, Encoded, Measured
+from zo_opt.tasks.scoring.labels import LabelScorer, sequence_scores, word_logits
+from zo_opt.tasks.scoring.texts import TextScorer, Writer, target_lengths, token_nll
 from zo_opt.tasks.tasks import Task
 
+HEAD_TOKENS = 512  # positions that go through the output head at once: all of a batch's would be its memory peak
+BLOCK = 128  # tokens of a block of running text where max_length is not given
 
-class CausalScorer(LabelScorer, Writer):
-    """Decoder-only models: padded on the left, so that label positions are the last ones."""
+
+class Causal(Writer):
+    """What decoder-only models have in common."""
 
     pad_left = True
 
@@ -26,50 +35,67 @@ class CausalScorer(LabelScorer, Writer):
         super().__init__(model, tokenizer, task, max_length)
         self._plain_head = head_is_linear(model)
 
+    def prompt(self, encoded: Encoded) -> list[int]:
+        first, continued = encoded.prompts[0], len(encoded.prompts) > 1 or self.task.kind == GENERATION
+        return first[: len(first) - len(encoded.words[0])] if continued else first
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        inputs = super().inputs(batch)
+        if "position_ids" in self._forward_arguments:
+            inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        return inputs
+
+    def _prompt_ids(self, text: str) -> list[int]:
+        """Tokens of a prompt, without the end token that some tokenizers append."""
+        ids = self._ids(text)
+        return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
+
+    def _hidden(self, model: Any, batch: Batch, positions: int) -> Tensor:
+        """The last hidden states that the output head reads, (N, positions, H)."""
+        hidden: Tensor = model.base_model(**self._arguments(batch)).last_hidden_state[:, -positions:]
+        return hidden
+
+    def _logits(self, model: Any, batch: Batch, positions: int) -> Tensor:
+        """The last logits of a model that does more than multiply by its head, (N, positions, V)."""
+        keep = {"logits_to_keep": positions} if "logits_to_keep" in self._forward_arguments else {}
+        logits: Tensor = model(**self._arguments(batch), **keep).logits[:, -positions:]
+        return logits
+
+    def _arguments(self, batch: Batch) -> dict[str, Any]:
+        return self.inputs(batch) | ({"use_cache": False} if "use_cache" in self._forward_arguments else {})
+
+
+class CausalScorer(Causal, LabelScorer):
+    """Labels: the prompt alone where each has one token, else the prompt and each label's words."""
+
     def encode(self, example: Example) -> Encoded:
         words = self._words(example)
         longest = max(map(len, words))
         text, truncated = self._prompt(example, room=longest)
-        prompt = self._ids(text)
-        if len(prompt) > 1 and prompt[-1] == self.tokenizer.eos_token_id:
-            prompt = prompt[:-1]
+        prompt = self._prompt_ids(text)
         references = (list(self.task.verbalizers.values())[example.label].format(**example.fields),)
         prompts = [prompt] if longest == 1 else [prompt + w for w in words]
         return Encoded(prompts, words, example.label, truncated, references)
 
-    def prompt(self, encoded: Encoded) -> list[int]:
-        alone = len(encoded.prompts) == 1
-        return encoded.prompts[0] if alone else encoded.prompts[0][: -len(encoded.words[0])]
-
-    def most_tokens(self, encoded: Sequence[Encoded]) -> int:
-        return max(len(words) for e in encoded for words in e.words)
-
     def collate(self, encoded: Sequence[Encoded]) -> Batch:
-        multi = any(len(e.prompts) > 1 for e in encoded)
-        if multi:  # a batch that mixes both kinds: single words become sequences too
+        if any(len(e.prompts) > 1 for e in encoded):  # rows whose words have one token each become sequences too
             encoded = [
                 e if len(e.prompts) > 1 else replace(e, prompts=[e.prompts[0] + w for w in e.words]) for e in encoded
             ]
-        return super().collate(encoded) | {"words": pad_words(encoded, left=True)}
+        return super().collate(encoded)
 
     def scores(self, model: Any, batch: Batch) -> Tensor:
         words_BCT = batch["words"]
         alone = batch["input_ids"].shape[1] == 1
         positions = 1 if alone else words_BCT.shape[2] + 1
-        inputs: dict[str, Any] = self.inputs(batch)
-        if "use_cache" in self._forward_arguments:
-            inputs["use_cache"] = False
         head = model.get_output_embeddings()
         if alone and self._plain_head and not isinstance(head, AdaptedModule):  # an adapter acts on the whole head
-            hidden_BH = model.base_model(**inputs).last_hidden_state[:, -1].float()
+            hidden_BH = self._hidden(model, batch, 1)[:, -1].float()
             return _restricted_logits(hidden_BH, head, words_BCT[:, :, 0])
         if self._plain_head:
-            hidden = model.base_model(**inputs).last_hidden_state[:, -positions:]
-            logits = head(hidden.contiguous()).float()
+            logits = head(self._hidden(model, batch, positions).contiguous()).float()
         else:
-            if "logits_to_keep" in self._forward_arguments:
-                inputs["logits_to_keep"] = positions
-            logits = model(**inputs).logits[:, -positions:].float()
+            logits = self._logits(model, batch, positions).float()
         if alone:
             return word_logits(logits[:, -1], words_BCT)
         logits_BCTV = logits[:, :-1].unflatten(0, batch["input_ids"].shape[:2])
@@ -79,6 +105,69 @@ class CausalScorer(LabelScorer, Writer):
         B, labels, S = batch["input_ids"].shape
         own_words = (batch["words"][:, 0] != IGNORED).sum(1) if labels > 1 else torch.zeros_like(batch["labels"])
         return torch.arange(B, device=own_words.device) * labels, S - 1 - own_words
+
+
+class CausalText(Causal, TextScorer):
+    """Targets at the end of the sequence."""
+
+    def token_losses(self, model: Any, batch: Batch) -> Tensor:
+        targets_BT = batch["words"][:, 0]
+        positions = targets_BT.shape[1] + 1  # each token is predicted from the one before it
+        if not self._plain_head:
+            logits_BTV = self._logits(model, batch, positions)[:, :-1]
+            return token_nll(logits_BTV.flatten(0, 1), targets_BT.flatten()).view_as(targets_BT)
+        hidden_BTH = self._hidden(model, batch, positions)[:, :-1]
+        head = model.get_output_embeddings()
+        chunks = zip(hidden_BTH.flatten(0, 1).split(HEAD_TOKENS), targets_BT.flatten().split(HEAD_TOKENS), strict=True)
+        return torch.cat([token_nll(head(hidden), targets) for hidden, targets in chunks]).view_as(targets_BT)
+
+
+class CausalGenerator(CausalText):
+    """A text to write: the target follows the prompt, and the tokenizer's end token the target."""
+
+    def encode(self, example: Example) -> Encoded:
+        end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        whole, most = self._following(example.references[0]) + end, max(self.max_length // 2, 1)
+        target = whole[:most]  # of one that is longer the first tokens are learned
+        text, truncated = self._prompt(example, room=max(len(target), self.task.max_new_tokens))
+        prompts = [self._prompt_ids(text) + target]
+        return Encoded(prompts, [target], truncated=truncated or target != whole, references=example.references)
+
+
+class LanguageModeller(CausalText):
+    """Running text in blocks of ``max_length`` tokens, each of whose tokens is predicted from those before it; the text's rows are
+    joined by line ends first.
+
+    Blocks do not overlap, and the last one may be shorter. Where the tokenizer begins a text with a token of its own (Llama's
+    ``<s>``), each block begins with it; elsewhere a block's first token is context and predicted from nothing. [choice] as
+    in the usual fine-tuning scripts. So perplexity depends on ``max_length``: compare runs of the same one.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, task: Task, max_length: int | None = None) -> None:
+        super().__init__(model, tokenizer, task, max_length if max_length is not None else BLOCK)
+        start = self._ids("")[:1]
+        self._start = start if start and start[0] == tokenizer.bos_token_id else []
+        if self.max_length < 2:
+            raise ZOError(f"max_length={self.max_length} leaves nothing to predict; give blocks of at least 2 tokens.")
+
+    def encode(self, example: Example) -> Encoded:
+        """The first block of an example's text."""
+        return self.encode_all([example])[0]
+
+    def encode_all(self, examples: Sequence[Example]) -> list[Encoded]:
+        ids = self._ids("\n".join(text for e in examples for text in e.fields.values()), special=False)
+        room = self.max_length - len(self._start)
+        blocks = [self._start + ids[i : i + room] for i in range(0, len(ids), room)]
+        if blocks and len(blocks[-1]) < 2:
+            blocks.pop()  # one token, with nothing to predict it from
+        if not blocks:
+            raise ZOError("the text is too short: it has fewer than two tokens; give more of it.")
+        return [Encoded([block], [block[1:]]) for block in blocks]
+
+    def measure(self, model: Any, batch: Batch) -> Measured:
+        losses: Tensor = self.token_losses(model, batch).double().sum(dim=1)
+        tokens = target_lengths(batch)
+        return Measured(float(losses.sum()), int(tokens.sum()), (losses / tokens).tolist(), tokens.tolist())
 
 
 @torch.no_grad()

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from zo_opt.errors import ZOError
 from zo_opt.tasks.rows import Example
-from zo_opt.tasks.scoring.base import Batch, Encoded, LabelScorer, pad_words, sequence_scores, word_logits
+from zo_opt.tasks.scoring.base import Batch, Encoded
+from zo_opt.tasks.scoring.labels import LabelScorer, sequence_scores, word_logits
 from zo_opt.tasks.tasks import Task, placeholders
 
 
@@ -48,7 +49,7 @@ class MaskedScorer(LabelScorer):
     def collate(self, encoded: Sequence[Encoded]) -> Batch:
         if any(len(e.prompts) > 1 for e in encoded):  # rows whose words have one token each: a prompt a label as well
             encoded = [e if len(e.prompts) > 1 else replace(e, prompts=e.prompts * len(e.words)) for e in encoded]
-        return super().collate(encoded) | {"words": pad_words(encoded, left=False)}
+        return super().collate(encoded)
 
     def scores(self, model: Any, batch: Batch) -> Tensor:
         words_BCT, ids = batch["words"], batch["input_ids"]

@@ -1,26 +1,27 @@
-"""Encoder-decoders."""
+"""Encoder-decoders: the prompt is encoded once; label words, or the target, are decoded.
+
+Shape suffixes: B examples, C labels, T tokens of label words or of a target, V vocabulary.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from zo_opt.tasks.rows import Example
-from zo_opt.tasks.scoring.base import Batch, Encoded, LabelScorer, pad_words, sequence_scores, word_logits
+from zo_opt.tasks.scoring.base import Batch, Encoded
+from zo_opt.tasks.scoring.labels import LabelScorer, sequence_scores, word_logits
+from zo_opt.tasks.scoring.texts import TextScorer, Writer, token_nll
 
 
 class Seq2SeqScorer(LabelScorer):
-    """Encoder-decoders: the prompt is encoded once, each label's words are decoded."""
+    """Labels: each one's words are decoded."""
 
     def encode(self, example: Example) -> Encoded:
         text, truncated = self._prompt(example, room=0)
         return Encoded([self._ids(text)], self._words(example), example.label, truncated)
-
-    def collate(self, encoded: Sequence[Encoded]) -> Batch:
-        return super().collate(encoded) | {"words": pad_words(encoded, left=False)}
 
     def scores(self, model: Any, batch: Batch) -> Tensor:
         from transformers.modeling_outputs import BaseModelOutput
@@ -29,11 +30,11 @@ class Seq2SeqScorer(LabelScorer):
         B, C, T = words_BCT.shape
         inputs = self.inputs(batch)
         mask, hidden = inputs["attention_mask"], model.get_encoder()(**inputs).last_hidden_state
-        start = torch.full_like(words_BCT[:, :, :1], model.config.decoder_start_token_id)
-        if T == 1:
-            decoder_ids = start[:, 0]
+        decoder_ids = _shifted(model, words_BCT)
+        if T == 1:  # the start alone, which all labels share
+            decoder_ids = decoder_ids[:, 0]
         else:
-            decoder_ids = torch.cat([start, words_BCT[:, :, :-1].clamp(min=0)], dim=2).flatten(0, 1)
+            decoder_ids = decoder_ids.flatten(0, 1)
             hidden, mask = hidden.repeat_interleave(C, dim=0), mask.repeat_interleave(C, dim=0)
         outputs = BaseModelOutput(last_hidden_state=hidden)
         logits = model(
@@ -42,3 +43,26 @@ class Seq2SeqScorer(LabelScorer):
         if T == 1:
             return word_logits(logits[:, 0], words_BCT)
         return sequence_scores(logits.unflatten(0, (B, C)), words_BCT)
+
+
+class Seq2SeqGenerator(Writer, TextScorer):
+    """A text to write, with the special tokens that the tokenizer gives it."""
+
+    def encode(self, example: Example) -> Encoded:
+        text, truncated = self._prompt(example, room=0)
+        target = self._ids(example.references[0])
+        if len(target) > self.max_length:
+            target, truncated = target[: self.max_length - 1] + target[-1:], True
+        return Encoded([self._ids(text)], [target], truncated=truncated, references=example.references)
+
+    def token_losses(self, model: Any, batch: Batch) -> Tensor:
+        targets_BT = batch["words"][:, 0]
+        decoder_ids = _shifted(model, targets_BT)
+        logits_BTV = model(**self.inputs(batch), decoder_input_ids=decoder_ids, use_cache=False).logits
+        return token_nll(logits_BTV.flatten(0, 1), targets_BT.flatten()).view_as(targets_BT)
+
+
+def _shifted(model: Any, words: Tensor) -> Tensor:
+    """What the decoder is given to predict tokens from, (..., T): the start, and all of them but the last."""
+    start = torch.full_like(words[..., :1], model.config.decoder_start_token_id)
+    return torch.cat([start, words[..., :-1].clamp(min=0)], dim=-1)
