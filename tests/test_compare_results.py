@@ -14,10 +14,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 
 from zo_opt.comparison import output
-from zo_opt.comparison.budget import _Toy, steps_within
+from zo_opt.comparison.budget import make_toy, steps_within
 from zo_opt.comparison.lr_search import best_lr, lr_grid
 from zo_opt.comparison.results import Row, end_loss, interval, summarise
 from zo_opt.comparison.runs import Run
@@ -31,7 +30,7 @@ from zo_opt.training.config import TrainConfig
 
 def spent(config: TrainConfig, steps: int, steps_per_epoch: int) -> int:
     """What a whole run takes, step by step."""
-    toy, config = _Toy(), replace(config, steps=steps)
+    toy, config = make_toy(), replace(config, steps=steps)
     optimizer = make_optimizer(config, toy, list(toy.parameters()), 0.0, steps_per_epoch)
     assert isinstance(optimizer, ZerothOrderOptimizer)
     batch = torch.linspace(-1, 1, config.batch_size * 4).view(config.batch_size, 4)
@@ -255,4 +254,4 @@ def test_reasons_stand_below_the_table() -> None:
     page = output.to_markdown(rows, "zo-opt compare", TrainConfig())
     assert "- lora: failed: a | b" in page
     assert all(line.count("|") == page.splitlines()[4].count("|") for line in page.splitlines()[4:8])
-    assert output.to_terminal(rows, Console(width=80))
+    assert [table.title for table in output.to_terminal(rows)] == ["size", "result"]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
+from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from zo_opt.errors import ZOError
 from zo_opt.optim import ZerothOrderOptimizer, first_order
@@ -33,14 +37,10 @@ def steps_within(config: TrainConfig, forwards: int, steps_per_epoch: int) -> in
     if config.optimizer == first_order.NAME:
         steps = forwards // first_order.FORWARDS_PER_STEP
     else:
-        costs = _Costs(config, forwards, steps_per_epoch)
-        steps, too_many = 0, max(forwards, 0) + 1  # a step costs at least one
-        while too_many - steps > 1:
-            middle = (steps + too_many) // 2
-            if costs.affordable(middle):
-                steps = middle
-            else:
-                too_many = middle
+        if config.query_schedule == "variance":
+            config = replace(config, query_schedule="constant", max_queries=config.max_queries or 15)
+        cost_of_run = _run_costs(config, steps_per_epoch)
+        steps = bisect_right(range(1, forwards + 1), forwards, key=cost_of_run)  # a step costs at least one
     if steps < 1:
         raise ZOError(
             f"a budget of {forwards} forward passes does not pay for one step of optimizer {config.optimizer!r} "
@@ -49,52 +49,43 @@ def steps_within(config: TrainConfig, forwards: int, steps_per_epoch: int) -> in
     return steps
 
 
-class _Costs:
-    """Forward passes of whole runs, from those of single steps."""
+def _run_costs(config: TrainConfig, steps_per_epoch: int) -> Callable[[int], int]:
+    """Steps of a run, over which schedules may spread -> its forward passes."""
 
-    def __init__(self, config: TrainConfig, forwards: int, steps_per_epoch: int) -> None:
-        if config.query_schedule == "variance":
-            config = replace(config, query_schedule="constant", max_queries=config.max_queries or 15)
-        self._config, self._forwards, self._steps_per_epoch = config, forwards, steps_per_epoch
-        self._known: dict[int, list[int]] = {}
+    @cache
+    def costs(queries: int) -> list[int]:
+        """Of one step after another, until they repeat: MeZO-SVRG's differ between snapshots."""
+        toy = make_toy()
+        optimizer = toy_optimizer(config, toy, steps_per_epoch)
+        optimizer.query_schedule = lambda *_: queries
+        batch = torch.linspace(-1, 1, config.batch_size * 4).view(config.batch_size, 4)
+        spent = [0]
+        for _ in range(getattr(optimizer, "interval", 1)):
+            optimizer.step(lambda b: toy(b).square().mean(), batch)
+            spent.append(optimizer.history.forwards)
+        return [after - before for before, after in pairwise(spent)]
 
-    def affordable(self, steps: int) -> bool:
-        """Whether a run of so many steps stays within the budget; schedules may spread over a run's length."""
-        optimizer = self._optimizer(_Toy(), replace(self._config, steps=steps))
+    def cost_of_run(steps: int) -> int:
+        schedule = toy_optimizer(replace(config, steps=steps), make_toy(), steps_per_epoch).query_schedule
         history = History()
         for step in range(steps):
-            queries = int(optimizer.query_schedule(step, step // self._steps_per_epoch, history))
-            costs = self._known.get(queries) or self._measure(queries)
+            queries = int(schedule(step, step // steps_per_epoch, history))
             history.queries += queries
-            history.forwards += costs[step % len(costs)]
-            if history.forwards > self._forwards:
-                return False
-        return True
+            history.forwards += costs(queries)[step % len(costs(queries))]
+        return history.forwards
 
-    def _measure(self, queries: int) -> list[int]:
-        """Of one step after another, until they repeat: MeZO-SVRG's differ between snapshots."""
-        toy = _Toy()
-        optimizer = self._optimizer(toy, self._config)
-        optimizer.query_schedule = lambda *_: queries
-        batch = torch.linspace(-1, 1, self._config.batch_size * 4).view(self._config.batch_size, 4)
-        costs = []
-        for _ in range(getattr(optimizer, "interval", 1)):
-            before = optimizer.history.forwards
-            optimizer.step(lambda b: toy(b).square().mean(), batch)
-            costs.append(optimizer.history.forwards - before)
-        self._known[queries] = costs
-        return costs
-
-    def _optimizer(self, toy: nn.Module, config: TrainConfig) -> ZerothOrderOptimizer:
-        optimizer = make_optimizer(config, toy, list(toy.parameters()), 0.0, self._steps_per_epoch)
-        assert isinstance(optimizer, ZerothOrderOptimizer)
-        return optimizer
+    return cost_of_run
 
 
-class _Toy(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.eye(4))
+def make_toy() -> nn.Linear:
+    """A model whose losses cost nothing; no random numbers are drawn for it."""
+    toy: nn.Linear = nn.utils.skip_init(nn.Linear, 4, 4, bias=False)
+    nn.init.eye_(toy.weight)
+    return toy
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight
+
+def toy_optimizer(config: TrainConfig, toy: nn.Module, steps_per_epoch: int) -> ZerothOrderOptimizer:
+    """The run's optimizer, on the toy."""
+    optimizer = make_optimizer(config, toy, list(toy.parameters()), 0.0, steps_per_epoch)
+    assert isinstance(optimizer, ZerothOrderOptimizer)
+    return optimizer

@@ -73,7 +73,7 @@ def summarise(method: str, runs: Sequence[Run], trials: Sequence[Run]) -> Row:
     search = sum(int(t.steps_done()[-1]["forwards"]) for t in trials if t.steps_done())
     if not done:
         return Row(method, state, reason, 0, search_forwards=search)
-    results = [read_results(run) for run in done]
+    results = [_results_of(run) for run in done]
     curves = [run.steps_done() for run in done]
     first = results[0]
     for run, result, curve in zip(done, results, curves, strict=True):
@@ -104,10 +104,17 @@ def summarise(method: str, runs: Sequence[Run], trials: Sequence[Run]) -> Row:
     )  # fmt: skip
 
 
-def read_results(run: Run) -> dict[str, Any]:
-    """results.json of a finished run."""
+def unlearned(method: str, trials: Sequence[Run]) -> Row:
+    """The row of a method none of whose learning rates did."""
+    failed = [o for run in trials if (o := run.outcome()) is not None and o.state == "failed"]
+    if failed:
+        return Row(method, "failed", failed[0].reason, 0)
+    return Row(method, "diverged", "no learning rate gave a finite loss", 0)
+
+
+def _results_of(run: Run) -> dict[str, Any]:
     results = run.results()
-    assert results is not None
+    assert results is not None  # it finished
     return results
 
 
