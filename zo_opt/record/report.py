@@ -6,76 +6,16 @@ import io
 import json
 import math
 import re
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from zo_opt.record.metrics import read_metrics
+from zo_opt.record.summary import Summary
 from zo_opt.system.files import write_atomically
 from zo_opt.system.memory import readable
-from zo_opt.tasks.evaluation import Evaluation
 from zo_opt.tasks.metrics import METRICS
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#a0aec0"
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a finished run measured."""
-
-    command: str
-    model: str
-    task: str
-    kind: str
-    metric: str
-    optimizer: str
-    adapter: str
-    trainable: int
-    trainable_end: int
-    lr: float
-    before: Evaluation
-    after: Evaluation
-    train_rows: int
-    steps: int
-    queries: int
-    forwards: int
-    forward_depth: float
-    prepared_rows: int
-    cache_bytes: int
-    cache_place: str
-    dropped: int
-    truncated: int
-    train_seconds: float
-    other_seconds: float
-    peak_memory: int
-    train_peak_memory: int
-    adapter_bytes: int
-    device: str
-    precision: str
-    batch_size: int
-    versions: dict[str, str]
-    privacy: str = ""  # the guarantee of a private run
-
-    @property
-    def how(self) -> str:
-        """What a step takes."""
-        return "with forward passes alone" if self.queries else "by backpropagation"
-
-    @property
-    def gain(self) -> float:
-        """Change of the primary metric: in percentage points where it is a share. Of perplexity less is better."""
-        return METRICS[self.metric].unit * (self.after.value - self.before.value)
-
-    @property
-    def outcome(self) -> str:
-        """The primary metric before and after, in words."""
-        metric, before, after = METRICS[self.metric], self.before.value, self.after.value
-        note = "" if metric.higher_is_better else ", less is better"
-        return f"{metric.label} {metric.show(before)} -> {metric.show(after)} ({metric.change(before, after)}{note})"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self) | {"before": self.before.to_dict(), "after": self.after.to_dict()}
 
 
 def write(directory: Path, summary: Summary) -> None:

@@ -19,7 +19,7 @@ from zo_opt.journal import read_journal
 from zo_opt.record import checkpoint, metrics
 from zo_opt.record.output import LOCK_NAME, RUN_NAME, writer
 from zo_opt.record.summary import Progress
-from zo_opt.training.evaluate_run import read_config
+from zo_opt.system.plain_json import read_object
 
 RUNNING, FINISHED, STOPPED, KILLED, STARTING = "running", "finished", "stopped", "killed", "starting"
 _RECENT = 50  # [choice] steps whose pace the time left is reckoned from
@@ -102,8 +102,9 @@ class Watched:
             self._last = values
 
     def _total(self) -> int | None:
-        with suppress(ZOError):
-            return read_config(self.directory).steps
+        with suppress(ZOError, KeyError, TypeError):
+            steps = read_object(self.directory / RUN_NAME, "")["config"]["steps"]
+            return steps if type(steps) is int and steps > 0 else None
         return None
 
     def _left(self, steps: int, total: int | None) -> float | None:
