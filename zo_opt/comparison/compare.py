@@ -29,7 +29,6 @@ from zo_opt.system.memory import parse_bytes
 from zo_opt.system.plain_json import read_object
 from zo_opt.tasks.metrics import LANGUAGE_MODELLING
 from zo_opt.training.config import TrainConfig, from_plain, to_plain
-from zo_opt.training.methods import Method
 from zo_opt.training.resume import check_given
 from zo_opt.training.setup import load_examples
 from zo_opt.training.stop import InterruptedRunError
@@ -71,11 +70,14 @@ def compare(
         if options.budget_memory is not None or examples.task.kind == LANGUAGE_MODELLING:
             sizes = sizes_of(base, examples)
             rows = sizes.rows
-        comparison = _Comparison(options, base, methods, rows, sizes, directory, reporter)
-        comparison.check_budget()
+        comparison = _Comparison(options, base, rows, sizes, directory, reporter)
+        configs = {method.name: replace(run_config(base, method), lr=options.lr) for method in methods}
+        for forwards in (options.forwards, options.lr_forwards):  # can every method make a step?
+            if forwards is not None:
+                comparison.with_steps(configs, forwards)
         write_atomically(directory / RECORD_NAME, (json.dumps(record, indent=2) + "\n").encode())
         try:
-            return comparison.run(command), directory
+            return comparison.run(configs, command), directory
         except KeyboardInterrupt as request:
             signum = getattr(request, "signum", signal.SIGINT)
             raise InterruptedRunError(directory, signum, command="compare") from None
@@ -107,31 +109,26 @@ def resumed_options(
 
 @dataclass
 class _Comparison:
-    """One comparison; ``left_out``: the rows of methods that are not run at the whole budget."""
+    """Configs of methods, by name, on their way to a table; ``left_out``: rows of methods that are not run at the whole budget."""
 
     options: CompareConfig
     base: TrainConfig
-    methods: Sequence[Method]
     rows: int
     sizes: Sizes | None
     directory: Path
     reporter: Reporter
     left_out: dict[str, Row] = field(default_factory=dict)
 
-    def check_budget(self) -> None:
-        """Whether every method can make a step, before anything is run."""
-        for method in self.methods:
-            for forwards in (self.options.forwards, self.options.lr_forwards):
-                if forwards is not None:
-                    self._for(run_config(self.base, method), forwards)
-
-    def run(self, command: str) -> list[Row]:
-        """Learning rates, speeds, runs, table."""
-        configs = {method.name: replace(run_config(self.base, method), lr=self.options.lr) for method in self.methods}
-        if self.options.budget_memory is not None:
-            configs = self._fitting(configs, self.options.budget_memory)
-        trials = self._trials(configs)
-        configs = self._within_budget(self._learning(configs, trials))
+    def run(self, configs: dict[str, TrainConfig], command: str) -> list[Row]:
+        """Batches, learning rates, steps, runs, table."""
+        names = list(configs)
+        configs = self._with_batches(configs)
+        configs, trials = self._with_lrs(configs)
+        configs = (
+            self._within_seconds(configs)
+            if self.options.forwards is None
+            else self.with_steps(configs, self.options.forwards)
+        )
         runs = {
             name: [self._run("runs", name, f"seed-{s}", replace(config, seed=s)) for s in self.options.seed_list]
             for name, config in configs.items()
@@ -139,60 +136,57 @@ class _Comparison:
         try:  # one seed of all methods after another
             self._make([run for of_seed in zip(*runs.values(), strict=True) for run in of_seed], "comparing")
         finally:
-            names = [method.name for method in self.methods]
             table = [self.left_out.get(n) or summarise(n, runs[n], trials.get(n, ())) for n in names]
             output.write(self.directory, table, runs, command, self.base)
         shutil.rmtree(self._prefixes, ignore_errors=True)
         return table
 
-    def _fitting(self, configs: dict[str, TrainConfig], budget: str) -> dict[str, TrainConfig]:
-        """With the largest batch whose step fits in the memory budget."""
+    def with_steps(self, configs: dict[str, TrainConfig], forwards: int) -> dict[str, TrainConfig]:
+        """Runs that end when so many forward passes are spent."""
+        return {
+            name: replace(config, steps=steps_within(config, forwards, -(-self.rows // config.batch_size)))
+            for name, config in configs.items()
+        }
+
+    def _with_batches(self, configs: dict[str, TrainConfig]) -> dict[str, TrainConfig]:
+        """The largest ones whose step fits in the memory budget."""
+        if (budget := self.options.budget_memory) is None:
+            return configs
         assert self.sizes is not None
-        found = {}
+        fitting = {}
         for name, config in configs.items():
             try:
                 batch_size = fitting_batch(config, self.sizes, parse_bytes(budget))
             except (ZOError, RuntimeError) as error:
                 self.left_out[name] = Row(name, "failed", f"its memory is not known: {error}", 0)
                 continue
-            if batch_size is None:
+            if batch_size is not None:
+                fitting[name] = replace(config, batch_size=batch_size)
+            else:
                 reason = f"a step on one row is predicted to take more than {budget}"
                 self.left_out[name] = Row(name, "does not fit", reason, 0)
-            else:
-                found[name] = replace(config, batch_size=batch_size)
-        return found
+        return fitting
 
-    def _trials(self, configs: dict[str, TrainConfig]) -> dict[str, list[Run]]:
-        """Trials of learning rates, each method's on its own grid."""
+    def _with_lrs(self, configs: dict[str, TrainConfig]) -> tuple[dict[str, TrainConfig], dict[str, list[Run]]]:
+        """The learning rates that did best, each method's on its own grid; and the trials."""
         if not self.options.lr_trials:
-            return {}
+            return configs, {}
         forwards = self.options.lr_forwards or max((self.options.forwards or 0) // 5, 1)
         parameters = model_parameters(self.base)
         trials = {
             name: [
-                self._run("lr", name, f"{lr:.3g}", replace(self._for(config, forwards), lr=lr, validation=True))
+                self._run("lr", name, f"{lr:.3g}", replace(config, lr=lr, validation=True))
                 for lr in lr_grid(config, self.options.lr_trials, parameters)
             ]
-            for name, config in configs.items()
+            for name, config in self.with_steps(configs, forwards).items()
         }
         self._make([run for runs in trials.values() for run in runs], "trying learning rates")
-        return trials
+        lrs = {name: best_lr(runs) for name, runs in trials.items()}
+        self.left_out |= {name: unlearned(name, trials[name]) for name, lr in lrs.items() if lr is None}
+        return {name: replace(configs[name], lr=lr) for name, lr in lrs.items() if lr is not None}, trials
 
-    def _learning(self, configs: dict[str, TrainConfig], trials: dict[str, list[Run]]) -> dict[str, TrainConfig]:
-        """With the learning rates that did best."""
-        found = dict(configs)
-        for name, runs in trials.items():
-            if (lr := best_lr(runs)) is not None:
-                found[name] = replace(configs[name], lr=lr)
-            else:
-                self.left_out[name] = unlearned(name, runs)
-                del found[name]
-        return found
-
-    def _within_budget(self, configs: dict[str, TrainConfig]) -> dict[str, TrainConfig]:
-        """With the steps that the budget pays for."""
-        if (forwards := self.options.forwards) is not None:
-            return {name: self._for(config, forwards) for name, config in configs.items()}
+    def _within_seconds(self, configs: dict[str, TrainConfig]) -> dict[str, TrainConfig]:
+        """Runs of as many forward passes as the budget buys at the speed of a few steps."""
         seconds = self.options.budget_seconds
         assert seconds is not None
         probes = {
@@ -200,20 +194,16 @@ class _Comparison:
             for name, config in configs.items()
         }
         self._make(list(probes.values()), "measuring seconds a step")
-        found = {}
+        found: dict[str, TrainConfig] = {}
         for name, config in configs.items():
             curve = probes[name].steps_done()
             a_step = float(np.median(step_seconds(curve))) if curve else seconds
             forwards = round(seconds / max(a_step, 1e-4) * (curve[-1]["forwards"] / len(curve) if curve else 1))
             try:
-                found[name] = self._for(config, forwards)
+                found |= self.with_steps({name: config}, forwards)
             except ZOError:  # a step takes longer than that
                 found[name] = replace(config, steps=1)
         return found
-
-    def _for(self, config: TrainConfig, forwards: int) -> TrainConfig:
-        """With the steps that so many forward passes pay for."""
-        return replace(config, steps=steps_within(config, forwards, -(-self.rows // config.batch_size)))
 
     def _run(self, kind: str, method: str, name: str, config: TrainConfig) -> Run:
         directory = self.directory / kind / method.replace(":", "_") / name
