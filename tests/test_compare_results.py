@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from dataclasses import replace
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from zo_opt.comparison import output
 from zo_opt.comparison.budget import make_toy, steps_within
@@ -251,3 +253,19 @@ def test_reasons_stand_below_the_table() -> None:
     assert "- lora: failed: a | b" in page
     assert all(line.count("|") == page.splitlines()[4].count("|") for line in page.splitlines()[4:8])
     assert [table.title for table in output.to_terminal(rows)] == ["size", "result"]
+
+
+def test_what_is_too_wide_for_80_columns_is_folded_and_never_cut() -> None:
+    wide = Row(
+        "zo-conservative:adapter", "finished", "", 3, lr=1.23e-6, lr_at_edge=True, batch_size=128, trainable=1234567890,
+        trainable_end=123456789, adapter_bytes=1023 << 20, peak_memory=1023 << 20, step_seconds=0.00123, steps=100000,
+        forwards=1000000, search_forwards=300000, train_loss=12.345, loss=12.345, metric="perplexity", before=123456.7,
+        score=123456.7, low=12345.6, high=234567.8,
+    )  # fmt: skip
+    console = Console(width=80, file=io.StringIO())
+    for table in output.to_terminal([wide, Row("lora", "does not fit", "too large", 0)]):
+        console.print(table)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    assert all(figure in shown for figure in ("1,234,567,890", "1.23e-06*", "123,456.70", "234,567.80"))

@@ -77,14 +77,13 @@ def parts(rows: Sequence[Row]) -> dict[str, dict[str, list[str]]]:
 
 
 def to_terminal(rows: Sequence[Row]) -> list[Table]:
-    """For a terminal or a pipe: how large methods are, what they cost, and what they give."""
+    """For a terminal or a pipe: how large methods are, what they cost, and what they give; what is too wide is folded, never cut."""
     tables = []
     for part, columns in parts(rows).items():
         if columns:
             table = Table(box=box.SIMPLE, title=part, title_justify="left", padding=(0, 1, 0, 0))
-            table.add_column("method", overflow="fold")
-            for head in columns:
-                table.add_column(head, justify="left" if head in _WORDS else "right", no_wrap=True)
+            for head in ("method", *columns):
+                table.add_column(head, justify="left" if head in _WORDS else "right", overflow="fold")
             for row, cells in zip(rows, zip(*columns.values(), strict=True), strict=True):
                 table.add_row(row.method, *cells)
             tables.append(table)

@@ -70,9 +70,11 @@ class Watched:
         saved, age, sound = self._checkpoint(verify)
         journal, whole = self._journal() if verify else (None, True)
         return Status(
-            state, held, steps, total, self._progress.loss, self._queries, last["forwards"] if last else 0, self._dropped,
-            last["seconds"] if last else 0.0, self._left(steps, total) if state == RUNNING else None, _memory(held),
-            saved, age, journal, sound and whole,
+            state=state, writer=held, memory=_memory(held), steps=steps, total=total, loss=self._progress.loss,
+            queries=self._queries, dropped=self._dropped, forwards=last["forwards"] if last else 0,
+            seconds=last["seconds"] if last else 0.0,
+            seconds_left=self._left(steps, total) if state == RUNNING else None,
+            checkpoint_step=saved, checkpoint_age=age, journal=journal, sound=sound and whole,
         )  # fmt: skip
 
     def _state(self, held: str | None) -> str:
