@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from dataclasses import replace
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from zo_opt.comparison import output
-from zo_opt.comparison.budget import _Toy, steps_within
+from zo_opt.comparison.budget import make_toy, steps_within
 from zo_opt.comparison.lr_search import best_lr, lr_grid
 from zo_opt.comparison.results import Row, end_loss, interval, summarise
 from zo_opt.comparison.runs import Run
@@ -31,7 +32,7 @@ from zo_opt.training.config import TrainConfig
 
 def spent(config: TrainConfig, steps: int, steps_per_epoch: int) -> int:
     """What a whole run takes, step by step."""
-    toy, config = _Toy(), replace(config, steps=steps)
+    toy, config = make_toy(), replace(config, steps=steps)
     optimizer = make_optimizer(config, toy, list(toy.parameters()), 0.0, steps_per_epoch)
     assert isinstance(optimizer, ZerothOrderOptimizer)
     batch = torch.linspace(-1, 1, config.batch_size * 4).view(config.batch_size, 4)
@@ -40,12 +41,11 @@ def spent(config: TrainConfig, steps: int, steps_per_epoch: int) -> int:
     return optimizer.history.forwards
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_optimizer_stays_within_its_budget(name: str) -> None:
-    config = TrainConfig(optimizer=name, adapter="lora", batch_size=4)
-    for budget in (19, 24):
-        steps = steps_within(config, budget, 5)
-        assert spent(config, steps, 5) <= budget < spent(config, steps + 1, 5)
+def test_every_optimizer_stays_within_its_budget() -> None:
+    for name in OPTIMIZERS:
+        config = TrainConfig(optimizer=name, adapter="lora", batch_size=4)
+        steps = steps_within(config, 19, 5)
+        assert spent(config, steps, 5) <= 19 < spent(config, steps + 1, 5), name
 
 
 @settings(deadline=None, max_examples=12)
@@ -78,13 +78,12 @@ def test_the_variance_schedule_is_taken_at_its_dearest() -> None:
 # --- learning rates ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("trials", [2, 3, 4, 5])
-def test_a_grid_holds_the_methods_own_rate(trials: int) -> None:
-    grid = lr_grid(TrainConfig(optimizer="adamw", adapter="lora"), trials, parameters=10**8)
-    assert len(set(grid)) == trials
-    assert grid == sorted(grid)
-    assert 4e-3 in grid
-    assert [b / a for a, b in pairwise(grid)] == pytest.approx([math.sqrt(10)] * (trials - 1), rel=5e-3)
+def test_a_grid_holds_the_methods_own_rate() -> None:
+    for trials in (2, 5):
+        grid = lr_grid(TrainConfig(optimizer="adamw", adapter="lora"), trials, parameters=10**8)
+        assert len(grid) == trials
+        assert grid[trials // 2] == 4e-3
+        assert [b / a for a, b in pairwise(grid)] == pytest.approx([math.sqrt(10)] * (trials - 1), rel=5e-3)
 
 
 # --- runs that were made up -------------------------------------------------------------------------------------------
@@ -203,9 +202,7 @@ def test_dropped_steps_do_not_spoil_the_mean_loss() -> None:
 # --- intervals --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("seeds", "spread", "difficulty"), [(1, 0.0, 1.0), (2, 0.2, 1.0), (3, 0.0, 3.0), (3, 0.6, 1.0), (5, 0.2, 2.0)]
-)
+@pytest.mark.parametrize(("seeds", "spread", "difficulty"), [(1, 0.0, 1.0), (2, 0.2, 1.0), (3, 0.6, 1.0)])
 def test_intervals_hold_the_truth(seeds: int, spread: float, difficulty: float) -> None:
     """Labels right with log-odds 1 + seed's luck + row's difficulty: of 400 intervals between 90.5 and 98.5 % hold the mean.
 
@@ -255,4 +252,20 @@ def test_reasons_stand_below_the_table() -> None:
     page = output.to_markdown(rows, "zo-opt compare", TrainConfig())
     assert "- lora: failed: a | b" in page
     assert all(line.count("|") == page.splitlines()[4].count("|") for line in page.splitlines()[4:8])
-    assert output.to_terminal(rows, Console(width=80))
+    assert [table.title for table in output.to_terminal(rows)] == ["size", "result"]
+
+
+def test_what_is_too_wide_for_80_columns_is_folded_and_never_cut() -> None:
+    wide = Row(
+        "zo-conservative:adapter", "finished", "", 3, lr=1.23e-6, lr_at_edge=True, batch_size=128, trainable=1234567890,
+        trainable_end=123456789, adapter_bytes=1023 << 20, peak_memory=1023 << 20, step_seconds=0.00123, steps=100000,
+        forwards=1000000, search_forwards=300000, train_loss=12.345, loss=12.345, metric="perplexity", before=123456.7,
+        score=123456.7, low=12345.6, high=234567.8,
+    )  # fmt: skip
+    console = Console(width=80, file=io.StringIO())
+    for table in output.to_terminal([wide, Row("lora", "does not fit", "too large", 0)]):
+        console.print(table)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    assert all(figure in shown for figure in ("1,234,567,890", "1.23e-06*", "123,456.70", "234,567.80"))

@@ -56,6 +56,7 @@ def test_thirty_steps_agree_with_the_twin(name):
     for step in range(30):
         optimizer.step(model, BATCH)
         assert optimizer.last_record.queries == row.queries(step)
+        assert optimizer.forwards(step, row.queries(step)) == row.forwards(step, row.queries(step))
         forwards += row.forwards(step, row.queries(step))
         assert optimizer.history.forwards == forwards
     expected = setting(name)

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from conftest import run_main
 
-from zo_opt.cli.status import _time
 from zo_opt.record import checkpoint
 from zo_opt.record.metrics import MetricsWriter
 from zo_opt.record.output import LOCK_NAME, output_directory
@@ -109,14 +108,10 @@ def test_a_comparisons_runs_in_one_table(tmp_path: Path, capsys: pytest.CaptureF
     assert said.count("stopped") == 2
 
 
-@pytest.mark.parametrize("make", [lambda p: p / "none", lambda p: p])
-def test_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Callable[[Path], Path]) -> None:
-    assert run_main(["status", str(make(tmp_path))]) == 2
-    assert "output_dir" in capsys.readouterr().err
-
-
-def test_times_are_short() -> None:
-    assert [_time(s) for s in (None, 0.2, 61, 7300)] == ["-", "0 s", "1 min 1 s", "2 h 1 min"]
+def test_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for directory in (tmp_path, tmp_path / "none"):
+        assert run_main(["status", str(directory)]) == 2
+        assert "output_dir" in capsys.readouterr().err
 
 
 # --- trackers ---

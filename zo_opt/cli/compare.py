@@ -20,8 +20,7 @@ def run(options: Namespace, command: str) -> None:
     given = set(values)
     own = {f.name: values.pop(f.name) for f in fields(CompareConfig) if f.name in values}
     rows, directory = compare(CompareConfig(**own), TrainConfig(**values), reporter, command, given)
-    for table in output.to_terminal(rows, reporter.console):
-        reporter.console.print(table)
+    reporter.console.print(*output.to_terminal(rows), sep="")
     for reason in output.reasons(rows):
         reporter.say(reason)
     reporter.say(f"table and pictures: {output.NAME}.md, .csv and .png in {directory}")

@@ -51,30 +51,29 @@ def _shown(directory: Path, statuses: dict[Path, Status]) -> RenderableType:
         return _one(directory, statuses[directory])
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name in ("run", "state", "steps", "loss", "dropped", "left"):
-        table.add_column(name, justify="left" if name in ("run", "state") else "right")
+        table.add_column(name, justify="left" if name in ("run", "state") else "right", overflow="fold")
     for path, s in statuses.items():
-        table.add_row(
-            str(path.relative_to(directory)), s.state, _steps(s), _number(s.loss), str(s.dropped), _time(s.seconds_left)
-        )
+        run = str(path.relative_to(directory))
+        table.add_row(run, s.state, _steps(s), _number(s.loss), str(s.dropped), _time(s.seconds_left))
     return table
 
 
 def _one(directory: Path, s: Status) -> RenderableType:
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    dropped = f" ({s.dropped} dropped: loss not finite)" if s.dropped else ""
+    left = f", {_time(s.seconds_left)} left" if s.seconds_left is not None else ""
+    saved = f"after step {s.checkpoint_step}, {_time(s.checkpoint_age)} old" if s.checkpoint_step is not None else None
     rows = {
         "state": s.state + (f", {s.writer}" if s.writer else ""),
         "steps": _steps(s),
         "loss": _number(s.loss),
-        "queries": f"{s.queries:,} ({s.dropped} dropped: loss not finite)" if s.dropped else f"{s.queries:,}",
+        "queries": f"{s.queries:,}{dropped}",
         "forward passes": f"{s.forwards:,}",
-        "time": f"{_time(s.seconds)} training"
-        + (f", {_time(s.seconds_left)} left" if s.seconds_left is not None else ""),
+        "time": f"{_time(s.seconds)} training{left}",
         "memory": readable(s.memory) if s.memory is not None else None,
-        "checkpoint": (
-            f"after step {s.checkpoint_step}, {_time(s.checkpoint_age)} old" if s.checkpoint_step is not None else None
-        ),
+        "checkpoint": saved,
         "journal": s.journal,
     }
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, value in rows.items():
         if value is not None:
             table.add_row(name, value)

@@ -16,9 +16,10 @@ from zo_opt.comparison import output
 from zo_opt.comparison.budget import steps_within
 from zo_opt.comparison.fitting import Sizes, fitting_batch, sizes_of
 from zo_opt.comparison.lr_search import best_lr, lr_grid, model_parameters
-from zo_opt.comparison.options import SECONDS_PROBE_STEPS, CompareConfig, run_config
-from zo_opt.comparison.results import Row, step_seconds, summarise
-from zo_opt.comparison.runs import Run, StoppedError, run_all
+from zo_opt.comparison.options import SECONDS_PROBE_STEPS, CompareConfig, plain, recorded, run_config
+from zo_opt.comparison.results import Row, step_seconds, summarise, unlearned
+from zo_opt.comparison.runs import Run
+from zo_opt.comparison.supervisor import run_all
 from zo_opt.errors import ZOError
 from zo_opt.models.models import pick_device
 from zo_opt.record.output import output_directory
@@ -27,8 +28,7 @@ from zo_opt.system.files import write_atomically
 from zo_opt.system.memory import parse_bytes
 from zo_opt.system.plain_json import read_object
 from zo_opt.tasks.metrics import LANGUAGE_MODELLING
-from zo_opt.training.config import TrainConfig, from_plain, to_plain
-from zo_opt.training.methods import Method
+from zo_opt.training.config import TrainConfig
 from zo_opt.training.resume import check_given
 from zo_opt.training.setup import load_examples
 from zo_opt.training.stop import InterruptedRunError
@@ -62,7 +62,7 @@ def compare(
             raise ZOError(f"method {method.name}: {error}") from error
     directory = options.output_dir or Path("runs") / f"compare-{datetime.now():%Y%m%d-%H%M%S}"
     with output_directory(directory, resume=options.resume, unique=options.output_dir is None) as directory:
-        record = {"command": command, "options": to_plain(options), "base": base.to_dict()}
+        record = {"command": command, "options": plain(options), "base": base.to_dict()}
         if base.prefix_cache == TrainConfig.prefix_cache and pick_device(base.device).type == "cpu":
             base = replace(base, prefix_cache="disk")  # computed once for all runs, read as fast as from memory
         examples = load_examples(base, reporter)
@@ -70,141 +70,17 @@ def compare(
         if options.budget_memory is not None or examples.task.kind == LANGUAGE_MODELLING:
             sizes = sizes_of(base, examples)
             rows = sizes.rows
-        comparison = _Comparison(options, base, methods, rows, sizes, directory, reporter, command)
-        comparison.check_budget()
+        comparison = _Comparison(options, base, rows, sizes, directory, reporter)
+        configs = {method.name: replace(run_config(base, method), lr=options.lr) for method in methods}
+        for forwards in (options.forwards, options.lr_forwards):  # can every method make a step?
+            if forwards is not None:
+                comparison.with_steps(configs, forwards)
         write_atomically(directory / RECORD_NAME, (json.dumps(record, indent=2) + "\n").encode())
         try:
-            return comparison.run(), directory
-        except StoppedError as stop:
-            raise InterruptedRunError(directory, stop.signum, command="compare") from None
-        except KeyboardInterrupt:
-            raise InterruptedRunError(directory, signal.SIGINT, command="compare") from None
-
-
-@dataclass
-class _Comparison:
-    options: CompareConfig
-    base: TrainConfig
-    methods: Sequence[Method]
-    rows: int
-    sizes: Sizes | None
-    directory: Path
-    reporter: Reporter
-    command: str
-    _fitted: dict[str, TrainConfig | Row] = field(default_factory=dict)
-
-    @property
-    def _prefixes(self) -> Path:
-        return self.directory / "prefixes"
-
-    def check_budget(self) -> None:
-        """Whether every method can make a step, before anything is run."""
-        for method in self.methods:
-            for forwards in (self.options.forwards, self.options.lr_forwards):
-                if forwards is not None:
-                    self._steps(run_config(self.base, method), forwards)
-
-    def run(self) -> list[Row]:
-        for method in self.methods:
-            self._fit(method)
-        fitting = {name: fitted for name, fitted in self._fitted.items() if isinstance(fitted, TrainConfig)}
-        trials = self._search(fitting)
-        lrs = {name: best_lr(runs) for name, runs in trials.items()} or dict.fromkeys(fitting, self.options.lr)
-        learning = {name: c for name, c in fitting.items() if not trials or lrs[name] is not None}
-        configs = self._within_budget({name: replace(config, lr=lrs[name]) for name, config in learning.items()})
-        runs = {
-            name: [
-                self._run("runs", name, f"seed-{seed}", replace(config, seed=seed)) for seed in self.options.seed_list
-            ]
-            for name, config in configs.items()
-        }
-        ordered = [of_method[i] for i in range(len(self.options.seed_list)) for of_method in runs.values()]
-        try:
-            self._go(ordered, "comparing")
-        finally:
-            table = [self._row(m.name, runs, trials) for m in self.methods]
-            output.write(self.directory, table, runs, self.command, self.base)
-        shutil.rmtree(self._prefixes, ignore_errors=True)
-        return table
-
-    def _row(self, name: str, runs: dict[str, list[Run]], trials: dict[str, list[Run]]) -> Row:
-        if name in runs:
-            return summarise(name, runs[name], trials.get(name, ()))
-        if name in trials:
-            failed = next((o for run in trials[name] if (o := run.outcome()) is not None and o.state == "failed"), None)
-            reason = failed.reason if failed is not None else "no learning rate gave a finite loss"
-            return Row(name, "failed" if failed is not None else "diverged", reason, 0)
-        fitted = self._fitted[name]
-        assert isinstance(fitted, Row)
-        return fitted
-
-    def _fit(self, method: Method) -> None:
-        """The run's options with the largest batch that fits in the memory budget; or the row that says that there is none."""
-        config, budget = run_config(self.base, method), self.options.budget_memory
-        self._fitted[method.name] = config
-        if budget is None:
-            return
-        assert self.sizes is not None
-        try:
-            batch_size = fitting_batch(config, self.sizes, parse_bytes(budget))
-        except (ZOError, RuntimeError) as error:
-            self._fitted[method.name] = Row(method.name, "failed", f"its memory is not known: {error}", 0)
-            return
-        if batch_size is None:
-            reason = f"a step on one row is predicted to take more than {budget}"
-            self._fitted[method.name] = Row(method.name, "does not fit", reason, 0)
-        else:
-            self._fitted[method.name] = replace(config, batch_size=batch_size)
-
-    def _search(self, configs: dict[str, TrainConfig]) -> dict[str, list[Run]]:
-        """Trials of learning rates, each method's on its own grid."""
-        if not self.options.lr_trials:
-            return {}
-        forwards = self.options.lr_forwards or max((self.options.forwards or 0) // 5, 1)
-        parameters = model_parameters(self.base)
-        trials = {
-            name: [
-                self._run("lr", name, f"{lr:.3g}", replace(self._steps(config, forwards), lr=lr, validation=True))
-                for lr in lr_grid(config, self.options.lr_trials, parameters)
-            ]
-            for name, config in configs.items()
-        }
-        self._go([run for runs in trials.values() for run in runs], "trying learning rates")
-        return trials
-
-    def _within_budget(self, configs: dict[str, TrainConfig]) -> dict[str, TrainConfig]:
-        if (forwards := self.options.forwards) is not None:
-            return {name: self._steps(config, forwards) for name, config in configs.items()}
-        assert self.options.budget_seconds is not None
-        probes = {
-            name: self._run("speed", name, "probe", replace(config, steps=SECONDS_PROBE_STEPS, held_out=8))
-            for name, config in configs.items()
-        }
-        self._go(list(probes.values()), "measuring seconds a step")
-        found = {}
-        for name, config in configs.items():
-            curve = probes[name].steps_done()
-            spent = float(np.median(step_seconds(curve))) if curve else self.options.budget_seconds
-            forwards = curve[-1]["forwards"] / len(curve) if curve else 1
-            try:
-                found[name] = self._steps(config, round(self.options.budget_seconds / max(spent, 1e-4) * forwards))
-            except ZOError:  # a step takes longer than that
-                found[name] = replace(config, steps=1)
-        return found
-
-    def _steps(self, config: TrainConfig, forwards: int) -> TrainConfig:
-        return replace(config, steps=steps_within(config, forwards, -(-self.rows // config.batch_size)))
-
-    def _run(self, kind: str, method: str, name: str, config: TrainConfig) -> Run:
-        directory = self.directory / kind / method.replace(":", "_") / name
-        return Run(method, replace(config, output_dir=directory))
-
-    def _go(self, runs: Sequence[Run], what: str) -> None:
-        run_all(
-            runs, self.reporter, what, jobs=self.options.jobs, prefixes=self._prefixes,
-            keep_models=self.options.keep_models,
-            retry=self.options.resume,
-        )  # fmt: skip
+            return comparison.run(configs, command), directory
+        except KeyboardInterrupt as request:
+            signum = getattr(request, "signum", signal.SIGINT)
+            raise InterruptedRunError(directory, signum, command="compare") from None
 
 
 def resumed_options(
@@ -220,12 +96,125 @@ def resumed_options(
     path = options.output_dir / RECORD_NAME
     record = read_object(path, "give the output_dir of a zo-opt compare")
     try:
-        saved, saved_base = from_plain(CompareConfig, record["options"]), from_plain(TrainConfig, record["base"])
+        saved, saved_base = recorded(record["options"], record["base"])
         command = str(record["command"])
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:  # ZOError among them
         raise ZOError(f"{path} is damaged ({error}); give the output_dir of a zo-opt compare.") from error
     check_given(options, saved, given, ("output_dir", "resume", "jobs"))
     check_given(base, saved_base, given, ("output_dir", "resume", "trust_remote_code"))
     jobs = options.jobs if "jobs" in given else saved.jobs
     saved = replace(saved, output_dir=options.output_dir, resume=True, jobs=jobs)
     return saved, replace(saved_base, trust_remote_code=base.trust_remote_code), command
+
+
+@dataclass
+class _Comparison:
+    """Configs of methods, by name, on their way to a table; ``left_out``: rows of methods that are not run at the whole budget."""
+
+    options: CompareConfig
+    base: TrainConfig
+    rows: int
+    sizes: Sizes | None
+    directory: Path
+    reporter: Reporter
+    left_out: dict[str, Row] = field(default_factory=dict)
+
+    def run(self, configs: dict[str, TrainConfig], command: str) -> list[Row]:
+        """Batches, learning rates, steps, runs, table."""
+        names = list(configs)
+        configs = self._with_batches(configs)
+        configs, trials = self._with_lrs(configs)
+        configs = (
+            self._within_seconds(configs)
+            if self.options.forwards is None
+            else self.with_steps(configs, self.options.forwards)
+        )
+        runs = {
+            name: [self._run("runs", name, f"seed-{s}", replace(config, seed=s)) for s in self.options.seed_list]
+            for name, config in configs.items()
+        }
+        try:  # one seed of all methods after another
+            self._make([run for of_seed in zip(*runs.values(), strict=True) for run in of_seed], "comparing")
+        finally:
+            table = [self.left_out.get(n) or summarise(n, runs[n], trials.get(n, ())) for n in names]
+            output.write(self.directory, table, runs, command, self.base)
+        shutil.rmtree(self._prefixes, ignore_errors=True)
+        return table
+
+    def with_steps(self, configs: dict[str, TrainConfig], forwards: int) -> dict[str, TrainConfig]:
+        """Runs that end when so many forward passes are spent."""
+        return {
+            name: replace(config, steps=steps_within(config, forwards, -(-self.rows // config.batch_size)))
+            for name, config in configs.items()
+        }
+
+    def _with_batches(self, configs: dict[str, TrainConfig]) -> dict[str, TrainConfig]:
+        """The largest ones whose step fits in the memory budget."""
+        if (budget := self.options.budget_memory) is None:
+            return configs
+        assert self.sizes is not None
+        fitting = {}
+        for name, config in configs.items():
+            try:
+                batch_size = fitting_batch(config, self.sizes, parse_bytes(budget))
+            except (ZOError, RuntimeError) as error:
+                self.left_out[name] = Row(name, "failed", f"its memory is not known: {error}", 0)
+                continue
+            if batch_size is not None:
+                fitting[name] = replace(config, batch_size=batch_size)
+            else:
+                reason = f"a step on one row is predicted to take more than {budget}"
+                self.left_out[name] = Row(name, "does not fit", reason, 0)
+        return fitting
+
+    def _with_lrs(self, configs: dict[str, TrainConfig]) -> tuple[dict[str, TrainConfig], dict[str, list[Run]]]:
+        """The learning rates that did best, each method's on its own grid; and the trials."""
+        if not self.options.lr_trials:
+            return configs, {}
+        forwards = self.options.lr_forwards or max((self.options.forwards or 0) // 5, 1)
+        parameters = model_parameters(self.base)
+        trials = {
+            name: [
+                self._run("lr", name, f"{lr:.3g}", replace(config, lr=lr, validation=True))
+                for lr in lr_grid(config, self.options.lr_trials, parameters)
+            ]
+            for name, config in self.with_steps(configs, forwards).items()
+        }
+        self._make([run for runs in trials.values() for run in runs], "trying learning rates")
+        lrs = {name: best_lr(runs) for name, runs in trials.items()}
+        self.left_out |= {name: unlearned(name, trials[name]) for name, lr in lrs.items() if lr is None}
+        return {name: replace(configs[name], lr=lr) for name, lr in lrs.items() if lr is not None}, trials
+
+    def _within_seconds(self, configs: dict[str, TrainConfig]) -> dict[str, TrainConfig]:
+        """Runs of as many forward passes as the budget buys at the speed of a few steps."""
+        seconds = self.options.budget_seconds
+        assert seconds is not None
+        probes = {
+            name: self._run("speed", name, "probe", replace(config, steps=SECONDS_PROBE_STEPS, held_out=8))
+            for name, config in configs.items()
+        }
+        self._make(list(probes.values()), "measuring seconds a step")
+        found: dict[str, TrainConfig] = {}
+        for name, config in configs.items():
+            curve = probes[name].steps_done()
+            a_step = float(np.median(step_seconds(curve))) if curve else seconds
+            forwards = round(seconds / max(a_step, 1e-4) * (curve[-1]["forwards"] / len(curve) if curve else 1))
+            try:
+                found |= self.with_steps({name: config}, forwards)
+            except ZOError:  # a step takes longer than that
+                found[name] = replace(config, steps=1)
+        return found
+
+    def _run(self, kind: str, method: str, name: str, config: TrainConfig) -> Run:
+        directory = self.directory / kind / method.replace(":", "_") / name
+        return Run(method, replace(config, output_dir=directory))
+
+    @property
+    def _prefixes(self) -> Path:
+        return self.directory / "prefixes"
+
+    def _make(self, runs: Sequence[Run], what: str) -> None:
+        run_all(
+            runs, self.reporter, what, jobs=self.options.jobs, prefixes=self._prefixes,
+            keep_models=self.options.keep_models, retry=self.options.resume,
+        )  # fmt: skip

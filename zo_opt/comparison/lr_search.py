@@ -34,11 +34,6 @@ def model_parameters(config: TrainConfig) -> int:
 
 def best_lr(trials: Sequence[Run]) -> float | None:
     """The learning rate whose trial has the lowest loss on the validation rows; None where no trial has a finite one."""
-    losses = {}
-    for run in trials:
-        results = run.results()
-        if results is not None and run.config.lr is not None:
-            loss = results["after"]["loss"]
-            if loss is not None and math.isfinite(loss):
-                losses[run.config.lr] = loss
-    return min(losses, key=lambda lr: losses[lr]) if losses else None
+    measured = [(results["after"]["loss"], run.config.lr) for run in trials if (results := run.results()) is not None]
+    finite = {lr: loss for loss, lr in measured if loss is not None}
+    return min(finite, key=lambda lr: finite[lr], default=None)

@@ -16,6 +16,8 @@ from zo_opt.optim import OPTIMIZERS
 from zo_opt.system.memory import parse_bytes
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.methods import Method, get_method
+from zo_opt.training.options import PARTS
+from zo_opt.training.parsing import typed
 from zo_opt.training.parts import own_options
 
 DEFAULT_METHODS = "adazeta,mezo-lora,lora,lora+,adalora,lamda"
@@ -152,3 +154,19 @@ def unions(methods: Sequence[Method]) -> dict[str, list[Any]]:
         "adapter": [ADAPTERS.find(method.adapter) for method in methods],
         "optimizer": [OPTIMIZERS.find(method.optimizer) for method in methods],
     }
+
+
+def plain(options: CompareConfig) -> dict[str, Any]:
+    """The options as JSON keeps them."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+
+
+def recorded(options: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[CompareConfig, TrainConfig]:
+    """The options of a comparison and of its runs that a record holds.
+
+    Raises:
+        ZOError: they are none that this version has.
+    """
+    parts = {name: value for name, value in base.items() if name in PARTS and value is not None}
+    rest = {name: value for name, value in base.items() if name not in PARTS}
+    return CompareConfig(**typed(options, (CompareConfig,), ())), TrainConfig(**typed(rest, parts=()), **parts)

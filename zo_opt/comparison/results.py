@@ -19,37 +19,26 @@ _TRAIN_LOSS_STEPS = 0.1  # of a run's end, over which its training loss is avera
 
 @dataclass(frozen=True)
 class Row:
-    """A method's figures: means over the seeds whose runs finished; None where none did.
-
-    Attributes:
-        state: "finished", "diverged", "failed", "does not fit", or "running"; the worst of the seeds'.
-        reason: why it is not "finished".
-        trainable: parameters trained; ``trainable_end``: of them at the end of training.
-        lr_at_edge: whether it is the smallest or largest that was tried, so that one beyond may be better.
-        adapter_bytes: of all that the frozen model does not have.
-        peak_memory: bytes while training, the largest over seeds; ``step_seconds``: the median over all steps.
-        forwards: of each run; ``search_forwards``: of all trials of learning rates.
-        before, score, low, high: the task's first metric before, after, and its 95 % interval over seeds and rows.
-    """
+    """A method's figures: means over the seeds whose runs finished; None where none did."""
 
     method: str
-    state: str
-    reason: str
+    state: str  # "finished", "diverged", "failed", "does not fit" or "running": the worst of the seeds'
+    reason: str  # why it is not "finished"
     seeds: int
     lr: float | None = None
-    lr_at_edge: bool = False
+    lr_at_edge: bool = False  # the smallest or largest that was tried, so that one beyond may be better
     batch_size: int | None = None
-    trainable: int | None = None
-    trainable_end: int | None = None
-    adapter_bytes: int | None = None
-    peak_memory: int | None = None
-    step_seconds: float | None = None
+    trainable: int | None = None  # parameters trained
+    trainable_end: int | None = None  # of them at the end of training
+    adapter_bytes: int | None = None  # of all that the frozen model does not have
+    peak_memory: int | None = None  # bytes while training, the largest over seeds
+    step_seconds: float | None = None  # the median over all steps
     steps: int | None = None
-    forwards: int | None = None
-    search_forwards: int = 0
+    forwards: int | None = None  # of each run
+    search_forwards: int = 0  # of all trials of learning rates
     train_loss: float | None = None
     loss: float | None = None
-    metric: str = "accuracy"
+    metric: str = "accuracy"  # the task's first one: before, after, and its 95 % interval over seeds and rows
     before: float | None = None
     score: float | None = None
     low: float | None = None
@@ -67,13 +56,13 @@ def summarise(method: str, runs: Sequence[Run], trials: Sequence[Run]) -> Row:
     state = worst.state if worst is not None else ("finished" if None not in outcomes else "running")
     reason = worst.reason if worst is not None else ""
     if worst is not None and len(runs) > 1:
-        same = sum(o is not None and o.state == state for o in outcomes)
-        reason = f"{same} of {len(runs)} runs; {reason}"
+        alike = sum(o is not None and o.state == state for o in outcomes)
+        reason = f"{alike} of {len(runs)} runs; {reason}"
     done = [run for run, o in zip(runs, outcomes, strict=True) if o is not None and o.state == "finished"]
     search = sum(int(t.steps_done()[-1]["forwards"]) for t in trials if t.steps_done())
     if not done:
         return Row(method, state, reason, 0, search_forwards=search)
-    results = [read_results(run) for run in done]
+    results = [found for run in done if (found := run.results()) is not None]  # which those that finished have
     curves = [run.steps_done() for run in done]
     first = results[0]
     for run, result, curve in zip(done, results, curves, strict=True):
@@ -91,24 +80,23 @@ def summarise(method: str, runs: Sequence[Run], trials: Sequence[Run]) -> Row:
     score = _mean([r["after"][metric] for r in results])
     if metric == "perplexity":  # its rows hold the logarithms, and so does the mean over seeds
         low, high, score = perplexity(low), perplexity(high), perplexity(loss)
+    same = ("lr", "batch_size", "trainable", "trainable_end", "adapter_bytes", "steps", "forwards")  # for all seeds
     return Row(
-        method=method, state=state, reason=reason, seeds=len(done), lr=first["lr"],
-        lr_at_edge=bool(tried) and first["lr"] in (min(tried), max(tried)), batch_size=first["batch_size"],
-        trainable=first["trainable"], trainable_end=first["trainable_end"], adapter_bytes=first["adapter_bytes"],
+        method, state, reason, len(done), **{name: first[name] for name in same}, metric=metric,
+        lr_at_edge=bool(tried) and first["lr"] in (min(tried), max(tried)),
         peak_memory=max(r["train_peak_memory"] for r in results),
         step_seconds=float(np.median(np.concatenate([step_seconds(c) for c in curves]))),
-        steps=first["steps"], forwards=first["forwards"], search_forwards=search,
-        train_loss=_mean([end_loss(c) for c in curves]), loss=loss,
-        metric=metric, before=_mean([r["before"][metric] for r in results]),
-        score=score, low=low, high=high,
+        search_forwards=search, train_loss=_mean([end_loss(c) for c in curves]), loss=loss,
+        before=_mean([r["before"][metric] for r in results]), score=score, low=low, high=high,
     )  # fmt: skip
 
 
-def read_results(run: Run) -> dict[str, Any]:
-    """results.json of a finished run."""
-    results = run.results()
-    assert results is not None
-    return results
+def unlearned(method: str, trials: Sequence[Run]) -> Row:
+    """The row of a method none of whose learning rates did."""
+    failed = [o for run in trials if (o := run.outcome()) is not None and o.state == "failed"]
+    if failed:
+        return Row(method, "failed", failed[0].reason, 0)
+    return Row(method, "diverged", "no learning rate gave a finite loss", 0)
 
 
 def interval(scores_SR: np.ndarray[Any, Any], row_weights: Sequence[float] | None = None) -> tuple[float, float]:

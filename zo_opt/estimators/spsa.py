@@ -44,6 +44,7 @@ class TwoSidedWithCurvature(Estimator):
     """
 
     forwards_per_step: ClassVar[int] = 1
+    forwards_split: ClassVar[int] = 3
 
     def __call__(self, evaluate: Evaluator, queries: int, zo_eps: float) -> Estimate:
         losses = evaluate(queries, (zo_eps, -zo_eps), base=True)

@@ -227,6 +227,15 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
         """What the estimate asks for, given the mean's coefficients."""
         return update
 
+    def forwards(self, step: int, queries: int) -> int:
+        """Forward passes that a step on one batch takes."""
+        estimator, search = self.choices.estimator, self.choices.line_search
+        split = self.mode == "split"
+        cost = (
+            estimator.forwards_split if split else estimator.forwards_per_query * queries + estimator.forwards_per_step
+        )
+        return cost + (len(search.multipliers) if search is not None else 0)
+
     def prepare(self, update: Update) -> None:
         """Take in an update before it is applied: state of the whole axis."""
 

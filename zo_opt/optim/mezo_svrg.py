@@ -79,6 +79,9 @@ class MeZOSVRG(ZerothOrderOptimizer):
             return Estimate(done.loss, done.projected_grads, done.weights, 0, seeds=done.seeds)
         return self.choices.estimator(Evaluator(evaluator.perturbed, self.full_closure), queries, zo_eps)
 
+    def forwards(self, step: int, queries: int) -> int:
+        return super().forwards(step, queries) * (1 if step % self.interval == 0 else 2)
+
     def update_from(self, estimate: Estimate, update: Update) -> Update:
         older = () if self._snapshot_due else ((self.snapshot_step, self.snapshot_coefficients),)
         return replace(update, older=older)

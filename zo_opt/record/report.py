@@ -6,76 +6,16 @@ import io
 import json
 import math
 import re
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from zo_opt.record.metrics import read_metrics
+from zo_opt.record.summary import Summary
 from zo_opt.system.files import write_atomically
 from zo_opt.system.memory import readable
-from zo_opt.tasks.evaluation import Evaluation
 from zo_opt.tasks.metrics import METRICS
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#a0aec0"
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a finished run measured."""
-
-    command: str
-    model: str
-    task: str
-    kind: str
-    metric: str
-    optimizer: str
-    adapter: str
-    trainable: int
-    trainable_end: int
-    lr: float
-    before: Evaluation
-    after: Evaluation
-    train_rows: int
-    steps: int
-    queries: int
-    forwards: int
-    forward_depth: float
-    prepared_rows: int
-    cache_bytes: int
-    cache_place: str
-    dropped: int
-    truncated: int
-    train_seconds: float
-    other_seconds: float
-    peak_memory: int
-    train_peak_memory: int
-    adapter_bytes: int
-    device: str
-    precision: str
-    batch_size: int
-    versions: dict[str, str]
-    privacy: str = ""  # the guarantee of a private run
-
-    @property
-    def how(self) -> str:
-        """What a step takes."""
-        return "with forward passes alone" if self.queries else "by backpropagation"
-
-    @property
-    def gain(self) -> float:
-        """Change of the primary metric: in percentage points where it is a share. Of perplexity less is better."""
-        return METRICS[self.metric].unit * (self.after.value - self.before.value)
-
-    @property
-    def outcome(self) -> str:
-        """The primary metric before and after, in words."""
-        metric, before, after = METRICS[self.metric], self.before.value, self.after.value
-        note = "" if metric.higher_is_better else ", less is better"
-        return f"{metric.label} {metric.show(before)} -> {metric.show(after)} ({metric.change(before, after)}{note})"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self) | {"before": self.before.to_dict(), "after": self.after.to_dict()}
 
 
 def write(directory: Path, summary: Summary) -> None:
@@ -88,51 +28,46 @@ def write(directory: Path, summary: Summary) -> None:
 def markdown(s: Summary) -> str:
     """The summary as a short page."""
     metric, before, after = METRICS[s.metric], s.before, s.after
+    dropped = f" ({s.dropped} dropped: loss not finite)" if s.dropped else ""
+    rows = {
+        f"{metric.label} before": f"{metric.show(before.value)} ± {metric.show(before.standard_error)}",
+        f"{metric.label} after": f"**{metric.show(after.value)}** ± {metric.show(after.standard_error)} "
+        f"({metric.change(before.value, after.value)})",
+        **{
+            f"{METRICS[name].label} before, after": ", ".join(
+                METRICS[name].show(e.metrics[name]) for e in (before, after)
+            )
+            for name in after.metrics
+            if name != s.metric
+        },
+        "loss before, after": f"{before.loss:.3f}, {after.loss:.3f}",
+        "rows": f"{s.train_rows:,} training, {after.rows:,} held out",
+        "trainables": s.adapter,
+        "steps, queries": f"{s.steps:,}, {s.queries:,}{dropped}",
+        "forward passes": _cost(s),
+        "time": f"{s.train_seconds:.0f} s training, {s.other_seconds:.0f} s caching and evaluation",
+        "peak memory": f"{readable(s.peak_memory)} on {s.device} ({readable(s.train_peak_memory)} in training), {_cache_share(s)}",
+        "frozen base": s.precision,
+        "privacy of the training rows": s.privacy,
+        "prompts cut to fit": f"{s.truncated}",
+        "versions": ", ".join(f"{package} {version}" for package, version in s.versions.items()),
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value)
+    return (
+        f"# {s.optimizer} on {s.task}\n\n{s.model}, tuned {s.how}.\n\n"
+        f"![loss and queries against forward passes, {metric.label} before and after](report.png)\n\n"
+        f"| | |\n|---|---|\n{table}\n\n```\n{s.command}\n```\n\n± is one standard error over the held-out rows.\n"
+    )
+
+
+def _cost(s: Summary) -> str:
     whole = s.forwards * s.forward_depth + s.prepared_rows / s.batch_size
     cost = f"{s.forwards:,} in training ({s.forwards / s.steps:.3g} a step, batches of {s.batch_size})"
     if not s.queries:
         cost += ", a backward pass counted as two"
     if s.forward_depth < 1:
         cost += f", each through {s.forward_depth:.0%} of the layers, above the cached prefix"
-    cost += f"; {whole:,.0f} whole passes in all, with one over {s.prepared_rows:,} rows to cache and place"
-    rows = [
-        (f"{metric.label} before", f"{metric.show(before.value)} ± {metric.show(before.standard_error)}"),
-        (
-            f"{metric.label} after",
-            f"**{metric.show(after.value)}** ± {metric.show(after.standard_error)} ({metric.change(before.value, after.value)})",
-        ),
-        *(
-            (
-                f"{METRICS[name].label} before, after",
-                ", ".join(METRICS[name].show(e.metrics[name]) for e in (before, after)),
-            )
-            for name in after.metrics
-            if name != s.metric
-        ),
-        ("loss before, after", f"{s.before.loss:.3f}, {s.after.loss:.3f}"),
-        ("rows", f"{s.train_rows:,} training, {s.after.rows:,} held out"),
-        ("trainables", s.adapter),
-        (
-            "steps, queries",
-            f"{s.steps:,}, {s.queries:,}" + (f" ({s.dropped} dropped: loss not finite)" if s.dropped else ""),
-        ),
-        ("forward passes", cost),
-        ("time", f"{s.train_seconds:.0f} s training, {s.other_seconds:.0f} s caching and evaluation"),
-        (
-            "peak memory",
-            f"{readable(s.peak_memory)} on {s.device} ({readable(s.train_peak_memory)} in training), {_cache_share(s)}",
-        ),
-        ("frozen base", s.precision),
-        *([("privacy of the training rows", s.privacy)] if s.privacy else []),
-        ("prompts cut to fit", f"{s.truncated}"),
-        ("versions", ", ".join(f"{k} {v}" for k, v in s.versions.items())),
-    ]
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    return (
-        f"# {s.optimizer} on {s.task}\n\n{s.model}, tuned {s.how}.\n\n"
-        f"![loss and queries against forward passes, {metric.label} before and after](report.png)\n\n"
-        f"| | |\n|---|---|\n{table}\n\n```\n{s.command}\n```\n\n± is one standard error over the held-out rows.\n"
-    )
+    return f"{cost}; {whole:,.0f} whole passes in all, with one over {s.prepared_rows:,} rows to cache and place"
 
 
 def _cache_share(s: Summary) -> str:
@@ -144,17 +79,13 @@ def _cache_share(s: Summary) -> str:
 
 def draw(metrics: list[dict[str, Any]], s: Summary, path: Path) -> None:
     """Loss against forward passes, the query schedule under it, the primary metric before and after beside them."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 5), layout="constrained", dpi=160)
-    FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2, 2, width_ratios=(3.4, 1), height_ratios=(3, 1))
     loss_axes = figure.add_subplot(grid[0, 0])
     lower_axes = figure.add_subplot(grid[1, 0], sharex=loss_axes)
-    metric_axes = figure.add_subplot(grid[:, 1])
-    forwards = [m["forwards"] for m in metrics]
-    losses = [m["loss"] for m in metrics]
+    forwards, losses = ([m[name] for m in metrics] for name in ("forwards", "loss"))
     loss_axes.plot(forwards, losses, ".", color=GREY, markersize=3, label="each step")
     loss_axes.plot(forwards, smooth(losses), color=BLUE, linewidth=2.2, label="running mean")
     loss_axes.axhline(s.before.loss, color=ORANGE, linewidth=1, linestyle="--", label="held out, before")
@@ -167,26 +98,13 @@ def draw(metrics: list[dict[str, Any]], s: Summary, path: Path) -> None:
         loss_axes.set_ylim(low - 0.05 * (top - low), top + 0.25 * (top - low))
     loss_axes.legend(frameon=False, ncols=2, fontsize=9)
     loss_axes.tick_params(labelbottom=False)
-    below = "queries" if s.queries else "lr"
-    lower_axes.step(forwards, [m[below] for m in metrics], color=BLUE, where="pre")
-    lower_axes.set_ylim(0, 1.25 * max((m[below] for m in metrics), default=1))
+    below = [m["queries" if s.queries else "lr"] for m in metrics]
+    lower_axes.step(forwards, below, color=BLUE, where="pre")
+    lower_axes.set_ylim(0, 1.25 * max(below, default=1))
     lower_axes.set_ylabel("queries\na step" if s.queries else "lr")
     lower_axes.set_xlabel("forward passes")
-    metric, shown = METRICS[s.metric], (s.before, s.after)
-    heights = [e.value * metric.unit if math.isfinite(e.value) else 0.0 for e in shown]
-    errors = [e.standard_error * metric.unit if math.isfinite(e.standard_error) else 0.0 for e in shown]
-    bars = metric_axes.bar(
-        ["before", "after"], heights, color=[GREY, BLUE], width=0.62, yerr=errors, capsize=4, ecolor="#4a5568"
-    )
-    labels = [metric.show(e.value).replace("%", " %") for e in shown]
-    metric_axes.bar_label(bars, labels=labels, padding=4, fontsize=11)
-    metric_axes.set_ylim(
-        0, 105 if metric.share else 1.15 * (max(h + e for h, e in zip(heights, errors, strict=True)) or 1)
-    )
-    unit = " (%)" if metric.share else "" if metric.higher_is_better else " (less is better)"
-    metric_axes.set_ylabel(f"{metric.label} on {s.after.rows} held-out rows{unit}")
-    for axes in (loss_axes, lower_axes, metric_axes):
-        axes.spines[["top", "right"]].set_visible(False)
+    _draw_metric(figure.add_subplot(grid[:, 1]), s)
+    metric = METRICS[s.metric]
     name, change = Path(s.model).name, metric.change(s.before.value, s.after.value)
     gained = change if metric.share else f"{metric.label} {change}"
     figure.suptitle(
@@ -194,6 +112,30 @@ def draw(metrics: list[dict[str, Any]], s: Summary, path: Path) -> None:
         f"{'no backward pass' if s.queries else 'a backward pass counted as two'}",
         fontsize=13,
     )
+    save_picture(figure, path)
+
+
+def _draw_metric(axes: Any, s: Summary) -> None:
+    metric, shown = METRICS[s.metric], (s.before, s.after)
+    heights, errors = (
+        [x * metric.unit if math.isfinite(x) else 0.0 for x in values]
+        for values in ([e.value for e in shown], [e.standard_error for e in shown])
+    )
+    bars = axes.bar(
+        ["before", "after"], heights, color=[GREY, BLUE], width=0.62, yerr=errors, capsize=4, ecolor="#4a5568"
+    )
+    labels = [metric.show(e.value).replace("%", " %") for e in shown]
+    axes.bar_label(bars, labels=labels, padding=4, fontsize=11)
+    highest = max(h + e for h, e in zip(heights, errors, strict=True))
+    axes.set_ylim(0, 105 if metric.share else 1.15 * (highest or 1))
+    unit = " (%)" if metric.share else "" if metric.higher_is_better else " (less is better)"
+    axes.set_ylabel(f"{metric.label} on {s.after.rows} held-out rows{unit}")
+
+
+def save_picture(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure as PNG, atomically; its axes lose their upper and right frame."""
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
     image = io.BytesIO()
     figure.savefig(image, format="png")
     write_atomically(path, image.getvalue())

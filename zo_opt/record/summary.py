@@ -1,20 +1,14 @@
-"""From a finished run to the numbers of its report."""
+"""What a run measures: so far, and at its end."""
 
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any
 
-from zo_opt.adapters import trainable_parameters
-from zo_opt.optim import CountingOptimizer
-from zo_opt.privacy.rows import spent
-from zo_opt.record import report
-from zo_opt.system.memory import peak_memory
 from zo_opt.tasks.evaluation import Evaluation
-from zo_opt.training.config import TrainConfig
-from zo_opt.training.setup import Tools
+from zo_opt.tasks.metrics import METRICS
 
 
 @dataclass
@@ -35,53 +29,63 @@ class Progress:
         return self.loss if self.loss is not None else loss
 
 
-def summarise(
-    config: TrainConfig,
-    command: str,
-    tools: Tools,
-    optimizer: CountingOptimizer,
-    progress: Progress,
-    after: Evaluation,
-) -> report.Summary:
-    """What a run measured, once it is at its end."""
-    cache = tools.cache
-    depth = (cache.depth - cache.cut) / cache.depth if cache is not None else 1.0
-    trainable = sum(p.numel() for p in trainable_parameters(tools.model))
-    moving = tools.model.schedule.moving() if tools.model.schedule is not None else None
-    return report.Summary(
-        command=command,
-        model=config.model_name_or_path,
-        kind=tools.train.scorer.task.kind,
-        metric=after.primary,
-        task=config.task if config.train_file is None else str(config.train_file),
-        optimizer=config.optimizer_name,
-        adapter=tools.model.trainable_summary(),
-        trainable=trainable,
-        trainable_end=trainable if moving is None else moving,
-        lr=tools.recipe.lr,
-        before=Evaluation.from_dict(progress.before),
-        after=after,
-        train_rows=len(tools.train),
-        steps=optimizer.step_count,
-        queries=optimizer.history.queries,
-        forwards=optimizer.history.forwards,
-        forward_depth=depth,
-        prepared_rows=cache.recorded_examples if cache is not None else tools.placed_rows,
-        cache_bytes=cache.store.bytes if cache is not None else 0,
-        cache_place=cache.place if cache is not None else "off",
-        dropped=optimizer.dropped_queries,
-        truncated=tools.train.truncated + tools.held_out.truncated,
-        train_seconds=progress.train_seconds,
-        other_seconds=progress.other_seconds,
-        peak_memory=max(progress.peak_memory, peak_memory(tools.device)),
-        train_peak_memory=progress.train_peak_memory,
-        adapter_bytes=sum(t.numel() * t.element_size() for t in tools.model.adapter_state().values()),
-        device=tools.device.type,
-        precision=tools.precision,
-        batch_size=config.batch_size,
-        versions=versions(),
-        privacy=spent(config, optimizer),
-    )
+@dataclass(frozen=True)
+class Summary:
+    """What a finished run measured."""
+
+    command: str
+    model: str
+    task: str
+    kind: str
+    metric: str
+    optimizer: str
+    adapter: str
+    trainable: int
+    trainable_end: int
+    lr: float
+    before: Evaluation
+    after: Evaluation
+    train_rows: int
+    steps: int
+    queries: int
+    forwards: int
+    forward_depth: float
+    prepared_rows: int
+    cache_bytes: int
+    cache_place: str
+    dropped: int
+    truncated: int
+    train_seconds: float
+    other_seconds: float
+    peak_memory: int
+    train_peak_memory: int
+    adapter_bytes: int
+    device: str
+    precision: str
+    batch_size: int
+    versions: dict[str, str]
+    privacy: str = ""  # the guarantee of a private run
+
+    @property
+    def how(self) -> str:
+        """What a step takes."""
+        return "with forward passes alone" if self.queries else "by backpropagation"
+
+    @property
+    def gain(self) -> float:
+        """Change of the primary metric: in percentage points where it is a share. Of perplexity less is better."""
+        return METRICS[self.metric].unit * (self.after.value - self.before.value)
+
+    @property
+    def outcome(self) -> str:
+        """The primary metric before and after, in words."""
+        metric, before, after = METRICS[self.metric], self.before.value, self.after.value
+        note = "" if metric.higher_is_better else ", less is better"
+        return f"{metric.label} {metric.show(before)} -> {metric.show(after)} ({metric.change(before, after)}{note})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self) | {"before": self.before.to_dict(), "after": self.after.to_dict()}
 
 
 def versions() -> dict[str, str]:

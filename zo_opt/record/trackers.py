@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ def check_trackers(names: str) -> list[str]:
         if name not in LOGGER_TYPE_TO_CLASS:
             known = ", ".join((NONE, *sorted(LOGGER_TYPE_TO_CLASS)))
             raise ZOError(f"report_to={name!r} is not known; choose from {known}, with commas between.")
-        if name not in installed and _is_accelerates_own(LOGGER_TYPE_TO_CLASS[name]):
+        accelerates_own = LOGGER_TYPE_TO_CLASS[name].__module__ == "accelerate.tracking"
+        if name not in installed and accelerates_own:
             raise ZOError(
                 f"report_to={name!r} needs a package that is not installed; install it with pip, or leave it out."
             )
@@ -50,23 +52,17 @@ class Trackers:
     """
 
     def __init__(
-        self,
-        names: Sequence[str],
-        output_dir: Path,
-        options: Mapping[str, Any],
-        run_id: str,
-        first: int,
+        self, names: Sequence[str], output_dir: Path, options: Mapping[str, Any], run_id: str, first: int,
         say: Callable[[str], None],
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._say = say
         self._trackers: dict[str, Any] = {}
-        # What some trackers can be told more.
-        self._special: dict[str, dict[str, Any]] = {
+        special: dict[str, dict[str, Any]] = {  # what some trackers can be told more
             "tensorboard": {"purge_step": first},
             "wandb": {"name": output_dir.name, "dir": str(output_dir), "id": run_id, "resume": "allow"},
         }
         for name in names:
-            self._try(name, lambda name=name: self._start(name, output_dir, options))  # type: ignore[misc]
+            self._try(name, partial(self._start, name, output_dir, options, special.get(name, {})))
 
     def log_step(self, line: Mapping[str, Any]) -> None:
         """What metrics.jsonl says of a step."""
@@ -86,19 +82,16 @@ class Trackers:
 
     def _log(self, values: dict[str, Any], step: int) -> None:
         for name, tracker in list(self._trackers.items()):
-            self._try(name, lambda tracker=tracker: tracker.log(values, step=step))  # type: ignore[misc]
+            self._try(name, partial(tracker.log, values, step=step))
 
-    def _start(self, name: str, output_dir: Path, options: Mapping[str, Any]) -> None:
+    def _start(self, name: str, output_dir: Path, options: Mapping[str, Any], special: Mapping[str, Any]) -> None:
         from accelerate import PartialState  # type: ignore[import-untyped]
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         PartialState()  # which accelerate's logger asks for
         kind = LOGGER_TYPE_TO_CLASS[name]
-        special = self._special.get(name, {})
-        if kind.requires_logging_directory:
-            tracker = kind(name, str(output_dir), **special)
-        else:
-            tracker = kind("zo-opt", **special)
+        place = (name, str(output_dir)) if kind.requires_logging_directory else ("zo-opt",)
+        tracker = kind(*place, **special)
         getattr(tracker, "start", lambda: None)()  # older versions start when they are made
         if name != "tensorboard":  # which would make a folder of each start
             tracker.store_init_configuration({k: v for k, v in options.items() if v is not None})
@@ -109,10 +102,5 @@ class Trackers:
             action()
         except Exception as error:
             self._trackers.pop(name, None)
-            self._say(
-                f"{name} failed ({' '.join(str(error).split()) or type(error).__name__}); the run goes on without it."
-            )
-
-
-def _is_accelerates_own(kind: type) -> bool:
-    return kind.__module__ == "accelerate.tracking"
+            reason = " ".join(str(error).split()) or type(error).__name__
+            self._say(f"{name} failed ({reason}); the run goes on without it.")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import socket
 import time
+from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from zo_opt.journal import NAME as JOURNAL_NAME
 from zo_opt.journal import read_journal
 from zo_opt.record import checkpoint, metrics
 from zo_opt.record.output import LOCK_NAME, RUN_NAME, writer
-from zo_opt.training.evaluate_run import read_config
+from zo_opt.record.summary import Progress
+from zo_opt.system.plain_json import read_object
 
 RUNNING, FINISHED, STOPPED, KILLED, STARTING = "running", "finished", "stopped", "killed", "starting"
 _RECENT = 50  # [choice] steps whose pace the time left is reckoned from
@@ -26,41 +27,25 @@ _RECENT = 50  # [choice] steps whose pace the time left is reckoned from
 
 @dataclass(frozen=True)
 class Status:
-    """Where a run stands.
+    """Where a run stands."""
 
-    Attributes:
-        state: "starting" (no step yet), "running", "finished", "stopped" (in order, or by an error that was said) or "killed".
-        writer: the process that writes now, in words.
-        steps: done, of ``total``.
-        total: steps in all; None if the run's options cannot be read.
-        loss: running mean over the last steps, as on the progress bar.
-        queries: directions evaluated.
-        forwards: forward passes.
-        dropped: queries whose loss was not finite.
-        seconds: of training.
-        seconds_left: at the pace of the last steps; None before the second one, and at the end.
-        memory: resident bytes of the writing process, if it is on this machine.
-        checkpoint_step: steps in the newest checkpoint; None if there is none.
-        checkpoint_age: seconds since it was written.
-        journal: "verified up to step n", what is wrong with it, or None if there is none or it was not looked at.
-        sound: False if the journal or the checkpoint cannot be used.
-    """
-
-    state: str
-    writer: str | None
+    state: str  # STARTING (no step yet), RUNNING, FINISHED, STOPPED (in order, or by an error that was said) or KILLED
+    writer: str | None  # the process that writes now, in words
     steps: int
-    total: int | None
-    loss: float | None
+    total: int | None  # steps in all; None if the run's options cannot be read
+    loss: float | None  # running mean, as on the progress bar
     queries: int
     forwards: int
-    dropped: int
-    seconds: float
-    seconds_left: float | None
-    memory: int | None
-    checkpoint_step: int | None
-    checkpoint_age: float | None
-    journal: str | None
-    sound: bool
+    dropped: int  # queries whose loss was not finite
+    seconds: float  # of training
+    seconds_left: float | None  # at the pace of the last steps; None before the second one, and at the end
+    memory: int | None  # resident bytes of the writing process, if it is on this machine
+    checkpoint_step: int | None  # steps in the newest checkpoint
+    checkpoint_age: float | None  # seconds since it was written
+    journal: (
+        str | None
+    )  # "verified up to step n", what is wrong with it, or None if there is none or it was not looked at
+    sound: bool  # whether the journal and the checkpoint can be used
 
 
 class Watched:
@@ -85,22 +70,12 @@ class Watched:
         saved, age, sound = self._checkpoint(verify)
         journal, whole = self._journal() if verify else (None, True)
         return Status(
-            state=state,
-            writer=held,
-            steps=steps,
-            total=total,
-            loss=self._loss,
-            queries=self._queries,
-            forwards=last["forwards"] if last else 0,
-            dropped=self._dropped,
+            state=state, writer=held, memory=_memory(held), steps=steps, total=total, loss=self._progress.loss,
+            queries=self._queries, dropped=self._dropped, forwards=last["forwards"] if last else 0,
             seconds=last["seconds"] if last else 0.0,
             seconds_left=self._left(steps, total) if state == RUNNING else None,
-            memory=_memory(held),
-            checkpoint_step=saved,
-            checkpoint_age=age,
-            journal=journal,
-            sound=sound and whole,
-        )
+            checkpoint_step=saved, checkpoint_age=age, journal=journal, sound=sound and whole,
+        )  # fmt: skip
 
     def _state(self, held: str | None) -> str:
         if held is not None:
@@ -112,8 +87,8 @@ class Watched:
     def _forget(self) -> None:
         self._read = self._queries = self._dropped = 0
         self._last: dict[str, Any] | None = None
-        self._loss: float | None = None
-        self._recent: list[float] = []
+        self._progress = Progress()
+        self._recent: deque[float] = deque(maxlen=_RECENT + 1)
 
     def _read_metrics(self) -> None:
         path = self.directory / metrics.NAME
@@ -124,14 +99,14 @@ class Watched:
             values, self._read = line.values, line.end
             self._queries += values["queries"]
             self._dropped += values["dropped"]
-            self._recent = [*self._recent[-_RECENT:], values["seconds"]]
-            if isfinite(values["loss"]):
-                self._loss = values["loss"] if self._loss is None else 0.9 * self._loss + 0.1 * values["loss"]
+            self._recent.append(values["seconds"])
+            self._progress.smooth(values["loss"])
             self._last = values
 
     def _total(self) -> int | None:
-        with suppress(ZOError):
-            return read_config(self.directory).steps
+        with suppress(ZOError, KeyError, TypeError):
+            steps = read_object(self.directory / RUN_NAME, "")["config"]["steps"]
+            return steps if type(steps) is int and steps > 0 else None
         return None
 
     def _left(self, steps: int, total: int | None) -> float | None:

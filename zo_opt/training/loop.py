@@ -24,7 +24,7 @@ from zo_opt.record import checkpoint, report
 from zo_opt.record.metrics import MetricsWriter, step_values
 from zo_opt.record.output import RUN_NAME, START_NAME, output_directory
 from zo_opt.record.progress import Reporter
-from zo_opt.record.summary import Progress, summarise, versions
+from zo_opt.record.summary import Progress, Summary, versions
 from zo_opt.record.trackers import Trackers, check_trackers
 from zo_opt.system.files import write_atomically
 from zo_opt.system.memory import current_memory, peak_memory, readable, reset_peak_memory
@@ -34,11 +34,12 @@ from zo_opt.training.resume import keeps_journal, resume, resumed_config
 from zo_opt.training.setup import Tools, build_tools, load_examples
 from zo_opt.training.stepper import Stepper
 from zo_opt.training.stop import InterruptedRunError, StopSignals
+from zo_opt.training.summarise import summarise
 
 
 def train(
     config: TrainConfig, reporter: Reporter, command: str, given: Collection[str] | None = None
-) -> tuple[report.Summary, Path]:
+) -> tuple[Summary, Path]:
     """One run from options to report; returns what it measured and where it wrote.
 
     Args:
@@ -116,7 +117,7 @@ class _Run:
         meet()  # the other ranks start from the checkpoint
         self.progress.other_seconds += time.monotonic() - start
 
-    def finish(self) -> report.Summary:
+    def finish(self) -> Summary:
         """Train, evaluate, save and report."""
         device = self.tools.device
         self.progress.peak_memory = max(self.progress.peak_memory, peak_memory(device))

@@ -132,16 +132,16 @@ def parse_arguments(
     return given if several is not None else _with_names(given, names)
 
 
-def typed(values: Mapping[str, Any], groups: Sequence[type] = GROUPS, prog: str = "zo-opt train") -> dict[str, Any]:
+def typed(values: Mapping[str, Any], groups: Sequence[type] = GROUPS, parts: Sequence[str] = PARTS) -> dict[str, Any]:
     """Plain values, such as a record's, as typed options.
 
     Raises:
         ZOError: an option that there is not, or a value that is not possible.
     """
     values = normalised(values)
-    parser, names = Parser(prog=prog), {part: _name_of(values.get(part)) for part in PARTS}
+    parser, names = Parser(prog="zo-opt train"), {part: _name_of(values.get(part)) for part in PARTS}
     add_plain_options(parser, groups, _fixed(names["optimizer"]))
-    add_parts(parser, names)
+    add_parts(parser, names, parts=parts)
     return _with_names(_of_object(parser, values), names)
 
 

@@ -1,0 +1,61 @@
+"""From a finished run to the numbers of its report."""
+
+from __future__ import annotations
+
+from zo_opt.adapters import trainable_parameters
+from zo_opt.optim import CountingOptimizer
+from zo_opt.privacy.rows import spent
+from zo_opt.record.summary import Progress, Summary, versions
+from zo_opt.system.memory import peak_memory
+from zo_opt.tasks.evaluation import Evaluation
+from zo_opt.training.config import TrainConfig
+from zo_opt.training.setup import Tools
+
+
+def summarise(
+    config: TrainConfig,
+    command: str,
+    tools: Tools,
+    optimizer: CountingOptimizer,
+    progress: Progress,
+    after: Evaluation,
+) -> Summary:
+    """What a run measured, once it is at its end."""
+    cache = tools.cache
+    depth = (cache.depth - cache.cut) / cache.depth if cache is not None else 1.0
+    trainable = sum(p.numel() for p in trainable_parameters(tools.model))
+    moving = tools.model.schedule.moving() if tools.model.schedule is not None else None
+    return Summary(
+        command=command,
+        model=config.model_name_or_path,
+        kind=tools.train.scorer.task.kind,
+        metric=after.primary,
+        task=config.task if config.train_file is None else str(config.train_file),
+        optimizer=config.optimizer_name,
+        adapter=tools.model.trainable_summary(),
+        trainable=trainable,
+        trainable_end=trainable if moving is None else moving,
+        lr=tools.recipe.lr,
+        before=Evaluation.from_dict(progress.before),
+        after=after,
+        train_rows=len(tools.train),
+        steps=optimizer.step_count,
+        queries=optimizer.history.queries,
+        forwards=optimizer.history.forwards,
+        forward_depth=depth,
+        prepared_rows=cache.recorded_examples if cache is not None else tools.placed_rows,
+        cache_bytes=cache.store.bytes if cache is not None else 0,
+        cache_place=cache.place if cache is not None else "off",
+        dropped=optimizer.dropped_queries,
+        truncated=tools.train.truncated + tools.held_out.truncated,
+        train_seconds=progress.train_seconds,
+        other_seconds=progress.other_seconds,
+        peak_memory=max(progress.peak_memory, peak_memory(tools.device)),
+        train_peak_memory=progress.train_peak_memory,
+        adapter_bytes=sum(t.numel() * t.element_size() for t in tools.model.adapter_state().values()),
+        device=tools.device.type,
+        precision=tools.precision,
+        batch_size=config.batch_size,
+        versions=versions(),
+        privacy=spent(config, optimizer),
+    )
