@@ -11,10 +11,7 @@ from torch import nn
 from zo_opt.comparison.options import given_options
 from zo_opt.errors import ZOError
 from zo_opt.models.models import pick_device
-from zo_opt.planning.dry_run import dry_run
-from zo_opt.planning.plan import plan_method
-from zo_opt.planning.plan_step import Setting
-from zo_opt.planning.skeleton import make_skeleton, read_config
+from zo_opt.planning import Setting, make_skeleton, plan_method, read_config
 from zo_opt.tasks import builtin
 from zo_opt.tasks.metrics import CLASSIFICATION
 from zo_opt.tasks.scoring import make_scorer
@@ -73,8 +70,7 @@ def sizes_of(config: TrainConfig, examples: Examples) -> Sizes:
         raise ZOError(
             f"the tokenizer of model {name!r} could not be read ({reason}); give a model that has one."
         ) from error
-    with dry_run():  # scorers try the output head
-        scorer = make_scorer(skeleton, tokenizer, examples.task, config.max_length)
+    scorer = make_scorer(skeleton, tokenizer, examples.task, config.max_length)
     encoded = scorer.encode_all(examples.train)
     return Sizes(
         skeleton, len(encoded), max(len(p) for e in encoded for p in e.prompts), len(encoded[0].prompts),

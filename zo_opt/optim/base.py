@@ -24,6 +24,7 @@ from zo_opt.optim.update_rules import SGD, UpdateRule
 from zo_opt.privacy import GaussianPrivacy
 from zo_opt.prompts.shared_prefix import SharedPrefix
 from zo_opt.queries import modes as query_modes
+from zo_opt.queries.copies import Limits
 from zo_opt.queries.modes import Evaluator
 from zo_opt.queries.nesting import batch_size
 from zo_opt.queries.perturbation import Perturbed
@@ -115,7 +116,7 @@ class ZerothOrderOptimizer(Optimizer):
         self.directions = get_directions(directions)
         self.query_schedule = query_schedule if query_schedule is not None else constant_queries(1)
         self.steps_per_epoch, self.query_mode, self.module = steps_per_epoch, query_mode, module
-        self._mode, self.ranks = mode, ranks
+        self._mode, self.ranks, self._limits = mode, ranks, Limits()
         self.update_rule = update_rule if update_rule is not None else SGD()
         self.step_control = tuple(step_control)
         self.line_search = line_search
@@ -181,7 +182,7 @@ class ZerothOrderOptimizer(Optimizer):
                 self.ranks.begin_step(self.step_count, self._plan_in_words(), trainables, batch)
         self._step_directions = self._directions_of(self.step_count)
         perturbed = Perturbed(trainables, self._step_directions, self._transform())
-        evaluator = Evaluator(perturbed, closure, batch, self._mode, self.module, self.ranks)
+        evaluator = Evaluator(perturbed, closure, batch, self._mode, self.module, self.ranks, limits=self._limits)
         with self._evaluation_mode():
             estimate = self._estimate(evaluator, self._queries)
         self._pending.append((estimate, evaluator))

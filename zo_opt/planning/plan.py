@@ -6,32 +6,34 @@ sizes of a layer's linear maps. Nothing is run, so that figures are estimates: `
 
 from __future__ import annotations
 
-from collections import defaultdict
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from jsonargparse.typing import PositiveInt
+from torch import nn
 
-from zo_opt.adapters import AdapterConfig, AdapterModel, get_adapter_model, trainable_parameters
+from zo_opt.adapters import AdapterModel, get_adapter_model, trainable_parameters
 from zo_opt.errors import ZOError
-from zo_opt.models.models import HEADS
+from zo_opt.models.models import pick_device
 from zo_opt.models.precision import bf16_is_fast, set_precision
-from zo_opt.optim import OPTIMIZERS
-from zo_opt.optim.first_order import FirstOrder
-from zo_opt.queries.modes import BATCHED_TOKENS, QUERY_MODES, choose
-from zo_opt.queries.substitution import CHUNK as WEIGHT_CHUNK
+from zo_opt.optim import OPTIMIZERS, ZerothOrderOptimizer
+from zo_opt.optim.zo_kalman import ZOKalman
+from zo_opt.planning.activations import Shape, at_once, kept
+from zo_opt.queries.modes import copies_at_once, is_worth_batching
+from zo_opt.queries.substitution import CHUNK
+from zo_opt.queries.trainables import Trainables
+from zo_opt.schedules import History
 from zo_opt.system.layers import layer_of
-from zo_opt.training.build_optimizer import make_optimizer, make_param_groups
+from zo_opt.training.build_optimizer import make_optimizer
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.methods import WHOLE_MODEL, Method
 from zo_opt.training.recipe import LAYER_SHARE, depth, may_place
 
-PRECISIONS = ("auto", "mixed", "fp32", "bf16")
-LOGITS = ("labels", "all")
-DEVICES = ("cuda", "cpu")
 FLOAT = 4  # bytes of a float32
+# Bits a weight, scales and zero points included: of layers, of embedding and head (None: left as they are).
+QUANTISED = {"int8": (8, 8), "int4": (5, 8), "bnb-int8": (8, None), "bnb-nf4": (4.127, None)}
 
 
 @dataclass(frozen=True)
@@ -42,21 +44,35 @@ class Setting:
         batch_size: rows a step.
         length: tokens a row.
         precision: mixed, fp32, bf16 (every tensor of the model), or auto: mixed where the device is fast at it.
-        device: "cuda" or "cpu": AdamW updates all tensors at once on GPUs and one after another on CPUs.
+        device: auto (CUDA where there is one), cuda or cpu: AdamW updates all tensors at once on GPUs and one after another on CPUs.
         head: lm or classification.
-        logits: "labels" (the output head at label positions, as zo-opt trains) or "all" (language modelling).
+        logits: labels (the output head at label positions, as zo-opt trains) or all (language modelling).
         layers: adapters in the last so many layers; None: in all.
         query_mode: of zeroth-order methods; None: the method's.
+        quantise: the frozen base in few bits, as in ``zo-opt train``; None: in full.
     """
 
-    batch_size: int = 16
-    length: int = 128
+    batch_size: PositiveInt = 16
+    length: PositiveInt = 128
     precision: str = "auto"
-    device: str = "cuda"
+    device: str = "auto"
     head: str = "lm"
     logits: str = "labels"
-    layers: int | None = None
+    layers: PositiveInt | None = None
     query_mode: str | None = None
+    quantise: str | None = None
+
+    @property
+    def taken_device(self) -> torch.device:
+        """What auto stands for."""
+        return pick_device("auto") if self.device == "auto" else torch.device(self.device)
+
+    @property
+    def taken_precision(self) -> str:
+        """What auto stands for."""
+        if self.precision != "auto":
+            return self.precision
+        return "mixed" if self.taken_device.type == "cuda" or bf16_is_fast(self.taken_device) else "fp32"
 
 
 @dataclass(frozen=True)
@@ -71,6 +87,7 @@ class Footprint:
         optimizer: what the optimizer keeps from step to step.
         activations: what one step's forward (first order: and backward) pass holds beside them.
         peak: the most bytes of tensors at once in a step.
+        loading: the most while the model is read (on CPUs: the mapped checkpoint beside weights of another dtype that are made of it).
     """
 
     trainable: int
@@ -80,8 +97,125 @@ class Footprint:
     optimizer: int
     activations: int
     peak: int
+    loading: int
+
+    def process(self, base: int) -> int:
+        """Bytes that a process takes, with ``base`` for what it takes before anything is loaded."""
+        return base + max(self.peak, self.loading)
 
 
 def plan_method(skeleton: nn.Module, method: Method, setting: Setting) -> Footprint:
-    """What a method needs for a model on the meta device (:func:`make_skeleton`), which is left as it is."""
-    raise NotImplementedError
+    """What a method needs for a model.
+
+    Args:
+        skeleton: a model on the meta device, without adapters, float32 (:func:`~zo_opt.planning.skeleton.make_skeleton`); left as it is.
+        method: of :func:`~zo_opt.training.methods.get_method`.
+        setting: what is common to all methods.
+
+    Raises:
+        ZOError: the method does not fit the model or the setting.
+
+    >>> from zo_opt.training.methods import get_method
+    >>> from zo_opt.planning.skeleton import make_skeleton, read_config
+    >>> skeleton = make_skeleton(read_config("smollm2-135m-instruct"), "lm", "")
+    >>> found = plan_method(skeleton, get_method("mezo:tt-lora"), Setting(batch_size=2, length=32, precision="fp32"))
+    >>> found.weights - found.adapter  # four bytes for each of 134,515,008 parameters, and sixty-four frequencies
+    538060288
+    """
+    shape, config = Shape.of(skeleton), _options(method, setting)
+    model = _adapted(deepcopy(skeleton), config, setting)
+    trained = trainable_parameters(model)
+    trainable, gradient = sum(p.numel() for p in trained), sum(p.nbytes for p in trained)
+    weights = _weights(model, setting)
+    width = 2 if setting.taken_precision == "bf16" else FLOAT
+    tokens = setting.batch_size * setting.length
+    logits = FLOAT * shape.vocabulary * (tokens if setting.logits == "all" else setting.batch_size)
+    gradients = 0
+    if method.zeroth_order:
+        machine = make_optimizer(config, model, trained, lr=1e-3, steps_per_epoch=1)
+        assert isinstance(machine, ZerothOrderOptimizer)
+        optimizer = _state(machine, trainable)
+        queries = max(machine.query_schedule(step, step, History()) for step in (0, config.steps))
+        batched = min(_batched(config, setting, trainable), 2 * queries)
+        forward = max(1, batched) * (tokens * width * at_once(shape, setting.length) + logits * 5 // 2)
+        copies = queries if config.mode == "split" else batched or 1
+        # Adapters: their copies (one to restore from, or all perturbed ones), the directions. Whole models: a large weight's part at a time.
+        small = trainable <= Trainables.SMALL
+        activations = forward + (gradient * copies + FLOAT * trainable * queries if small else FLOAT * CHUNK)
+        peak = weights + optimizer + activations
+    else:
+        moving = [p for p in trained if p.requires_grad]  # LISA: a few layers at a time
+        gradients = sum(p.nbytes for p in moving)
+        optimizer = 2 * FLOAT * sum(p.numel() for p in moving)  # AdamW's two moments
+        # Logits in the model's dtype and in float32, their softmax and its gradient.
+        activations = tokens * width * kept(shape, model, setting.length) + 4 * logits
+        # The most is there where the backward pass begins, with the head's gradient, or where AdamW moves the weights, with temporary copies:
+        # of all of them on GPUs, of one on CPUs.
+        head = max((p.nbytes for p in moving if tuple(p.shape) == (shape.vocabulary, shape.hidden)), default=0)
+        update = gradients + (gradients if setting.taken_device.type == "cuda" else 2 * max(p.nbytes for p in moving))
+        peak = weights + optimizer + max(activations + head, update)
+    adapter = sum(t.nbytes for t in model.adapter_state().values())
+    dtype = getattr(skeleton.config, "dtype", None) or torch.float32  # of the checkpoint, if the config says so
+    checkpoint = dtype.itemsize * sum(p.numel() for p in skeleton.parameters())
+    mapped = (
+        setting.taken_device.type == "cpu" and weights < checkpoint
+    )  # else converted while it is read, or used as it is
+    loading = weights + checkpoint * mapped
+    return Footprint(trainable, adapter, weights, gradients, optimizer, activations, peak, loading)
+
+
+def _adapted(model: Any, config: TrainConfig, setting: Setting) -> AdapterModel:
+    """The model in the precision it is kept in, with its adapters."""
+    if setting.taken_precision == "bf16":
+        model.bfloat16()
+    else:
+        precision = "fp32" if config.adapter in WHOLE_MODEL else setting.taken_precision
+        set_precision(model, precision, setting.taken_device)
+    if config.adapter_init == "auto" and may_place(config):  # as in training/recipe.py
+        layer = min(round(LAYER_SHARE * depth(model)), depth(model) - 1)
+        placed = {"rank": 32, "bottleneck": 2, "target_modules": ["residual"], "trainable": "mixing", "output_rank": 1}
+        return get_adapter_model(model, config.make_adapter(layers=[layer], seed=0, **placed))
+    layers = None if config.adapter in WHOLE_MODEL else setting.layers
+    return get_adapter_model(model, config.make_adapter(layers=layers, total_steps=config.steps, seed=0))
+
+
+def _options(method: Method, setting: Setting) -> TrainConfig:
+    options = dict(method.options)
+    if method.zeroth_order:
+        options["query_mode"] = setting.query_mode or options.get("query_mode")
+    config = TrainConfig(
+        adapter=method.adapter, optimizer=method.optimizer, batch_size=setting.batch_size, head=setting.head,
+        steps=10_000, **options,
+    )  # fmt: skip
+    own = method.optimizer in OPTIMIZERS and OPTIMIZERS[method.optimizer].own_directions
+    return replace(config, directions=None) if own else config
+
+
+def _state(machine: ZerothOrderOptimizer, trainable: int) -> int:
+    """Bytes of what a zeroth-order optimizer and its update rule keep of the trainables' shapes."""
+    if isinstance(machine, ZOKalman):
+        if trainable > machine.LIMIT:
+            raise ZOError(f"the Kalman filter takes up to {machine.LIMIT} trainables; there are {trainable:,}.")
+        return FLOAT * trainable * (trainable + 1)
+    return FLOAT * trainable * len({*machine.update_rule.state_names, *machine.slot_values})
+
+
+def _batched(config: TrainConfig, setting: Setting, trainable: int) -> int:
+    """Copies of the trainables in one forward; 0 where they take turns."""
+    copies = copies_at_once(setting.taken_device.type, setting.batch_size * setting.length)
+    batched = config.mode == "batched" or (config.mode == "auto" and is_worth_batching(copies, trainable))
+    return copies if batched else 0
+
+
+def _weights(model: AdapterModel, setting: Setting) -> int:
+    """Bytes of all tensors, each once, less what quantising the base saves."""
+    total = float(sum({id(t): t.nbytes for t in [*model.parameters(), *model.buffers()]}.values()))
+    if setting.quantise is not None:
+        layers, rest = QUANTISED[setting.quantise]
+        bits = {
+            id(module.weight): (module.weight, layers if layer_of(name) else rest)
+            for name, module in model.wrapped.named_modules()
+            if isinstance(module, nn.Linear | nn.Embedding) and not module.weight.requires_grad
+        }
+        total -= sum(w.numel() * (w.itemsize - each / 8) for w, each in bits.values() if each is not None)
+    return int(total)

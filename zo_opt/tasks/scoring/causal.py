@@ -87,6 +87,8 @@ def head_is_linear(model: Any) -> bool:
     head = model.get_output_embeddings()
     if not hasattr(head, "weight"):
         return False
+    if head.weight.is_meta:
+        return True  # of a model without values there is nothing to try
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     logits = model(input_ids=token).logits.float()
     own = head(model.base_model(input_ids=token).last_hidden_state).float()
