@@ -203,7 +203,10 @@ def test_published_counts():
     assert found.optimizer == 8 * found.trainable
 
 
-def test_a_process_takes_its_base_and_the_more_of_loading_and_a_step():
+def test_a_process_takes_its_base_and_the_most_of_loading_a_step_and_saving():
+    whole = plan_method(skeleton_of("llama"), get_method("mezo"), Setting(1, 8, "fp32", "cpu"))
+    assert whole.saving == whole.weights + 3 * whole.adapter > whole.peak
+    assert whole.process(1000) == 1000 + whole.saving
     found = plan_method(skeleton_of("llama"), get_method("mezo-lora"), Setting(1, 8, "mixed", "cpu"))
     assert found.loading > found.peak  # the float32 checkpoint is mapped while bf16 weights are made of it
     assert found.process(1000) == 1000 + found.loading

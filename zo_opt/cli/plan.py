@@ -105,7 +105,7 @@ def run(options: Namespace) -> None:
 def row(method: str, found: Footprint, base: int, memory: int | None) -> dict[str, Any]:
     """One method's figures, in bytes; ``fits``: yes, tight (not if it takes more by the accuracy of estimates), no, or empty.
 
-    >>> found = Footprint(*[0] * 6, peak=70, loading=60)
+    >>> found = Footprint(*[0] * 6, peak=70, loading=60, saving=50)
     >>> [row("lora", found, 10, memory)["fits"] for memory in (200, 90, 79, None)]
     ['yes', 'tight', 'no', '']
     """

@@ -88,6 +88,7 @@ class Footprint:
         activations: what one step's forward (first order: and backward) pass holds beside them.
         peak: the most bytes of tensors at once in a step.
         loading: the most while the model is read (on CPUs: the mapped checkpoint beside weights of another dtype that are made of it).
+        saving: the most while a checkpoint is written, which on CPUs takes three more copies of what is saved.
     """
 
     trainable: int
@@ -98,10 +99,11 @@ class Footprint:
     activations: int
     peak: int
     loading: int
+    saving: int
 
     def process(self, base: int) -> int:
         """Bytes that a process takes, with ``base`` for what it takes before anything is loaded."""
-        return base + max(self.peak, self.loading)
+        return base + max(self.peak, self.loading, self.saving)
 
 
 def plan_method(skeleton: nn.Module, method: Method, setting: Setting) -> Footprint:
@@ -157,11 +159,11 @@ def plan_method(skeleton: nn.Module, method: Method, setting: Setting) -> Footpr
     adapter = sum(t.nbytes for t in model.adapter_state().values())
     dtype = getattr(skeleton.config, "dtype", None) or torch.float32  # of the checkpoint, if the config says so
     checkpoint = dtype.itemsize * sum(p.numel() for p in skeleton.parameters())
-    mapped = (
-        setting.taken_device.type == "cpu" and weights < checkpoint
-    )  # else converted while it is read, or used as it is
-    loading = weights + checkpoint * mapped
-    return Footprint(trainable, adapter, weights, gradients, optimizer, activations, peak, loading)
+    on_cpu = setting.taken_device.type == "cpu"
+    # Weights of the checkpoint's own dtype stay mapped; others are made of it.
+    loading = weights + (checkpoint if on_cpu and weights < checkpoint else 0)
+    saving = weights + optimizer + (3 * (adapter + optimizer) if on_cpu else 0)
+    return Footprint(trainable, adapter, weights, gradients, optimizer, activations, peak, loading, saving)
 
 
 def _adapted(model: Any, config: TrainConfig, setting: Setting) -> AdapterModel:
