@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--precision", default="fp32,mixed")
+    parser.add_argument("--precision", default="fp32", help="fp32, mixed, or both with a comma between")
     arguments = parser.parse_args()
     skeleton = make_skeleton(read_config(DEFAULT_MODEL), "lm", DEFAULT_MODEL)
     base, cells = current_memory(torch.device("cpu")), []

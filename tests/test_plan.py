@@ -205,11 +205,11 @@ def test_published_counts():
 
 def test_a_process_takes_its_base_and_the_most_of_loading_a_step_and_saving():
     whole = plan_method(skeleton_of("llama"), get_method("mezo"), Setting(1, 8, "fp32", "cpu"))
-    assert whole.saving == whole.weights + 3 * whole.adapter > whole.peak
-    assert whole.process(1000) == 1000 + whole.saving
+    assert whole.saving == whole.weights + 3 * whole.adapter
+    assert whole.process(1000) == 1000 + max(whole.saving, whole.peak)
     found = plan_method(skeleton_of("llama"), get_method("mezo-lora"), Setting(1, 8, "mixed", "cpu"))
-    assert found.loading > found.peak  # the float32 checkpoint is mapped while bf16 weights are made of it
-    assert found.process(1000) == 1000 + found.loading
+    assert found.loading > found.weights  # the float32 checkpoint is mapped while bf16 weights are made of it
+    assert found.process(1000) == 1000 + max(found.loading, found.peak, found.saving)
 
 
 # --- the command ---
