@@ -74,7 +74,9 @@ class MeZOSVRG(ZerothOrderOptimizer):
         if self._pending:  # another micro-batch of a step that does not need it
             done = self._pending[0][0]
             return Estimate(done.loss, done.projected_grads, done.weights, 0, seeds=done.seeds)
-        return two_sided(Evaluator(evaluator.perturbed, self.full_closure, limits=evaluator.limits), queries, self.zo_eps)
+        return two_sided(
+            Evaluator(evaluator.perturbed, self.full_closure, limits=evaluator.limits), queries, self.zo_eps
+        )
 
     def _update(self, estimate: Estimate, coefficients: tuple[float, ...]) -> Update:
         older = () if self._snapshot_due else ((self.snapshot_step, self.snapshot_coefficients),)
