@@ -31,7 +31,18 @@ BASES = {
     "bitsandbytes nf4": ["--precision", "mixed", "--quantise", "bnb-nf4"],
     "compiled": ["--precision", "mixed", "--compile", "--query_mode", "sequential", "--query_schedule", "constant"],
 }
-SHORT = ["--max_train_rows", "128", "--held_out", "128", "--steps", "20", "--batch_size", "8", "--schedule.max_queries", "8"]
+SHORT = [
+    "--max_train_rows",
+    "128",
+    "--held_out",
+    "128",
+    "--steps",
+    "20",
+    "--batch_size",
+    "8",
+    "--schedule.max_queries",
+    "8",
+]
 
 
 def tune(options: list[str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@
 Everything is interleaved in one process; medians. "BERT-base": 110 M parameters with a tensor-train adapter after every attention output
 and feed-forward (24, rank 5, bottleneck 64). "small encoder": 4 layers of 256. Both with random weights and padded batches. A plain forward is one of the
 model without adapters. The grid holds ``auto`` against the better of the two modes it chooses from. Memory is the most bytes
-allocated at once above the weights by the allocator's own record; the prediction is made before anything runs.
+allocated at once above the weights by the allocator's own record.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from zo_opt import MeZO, TTConfig, get_adapter_model, trainable_parameters
-from zo_opt.queries.modes import Evaluator
-from zo_opt.queries.perturbation import Perturbed, Point
 from zo_opt.schedules import constant_queries
 
 EPS = 1e-3
@@ -151,7 +149,7 @@ def shared_prefix(rounds: int, device: str) -> dict[str, float]:
 
 
 def memory(rounds: int, device: str) -> dict[str, float]:
-    """Peak bytes of a step above the weights over a plain forward's; batched over its prediction. Bars: 1.05, 1.10, 0.85 to 1.15."""
+    """Peak bytes of a step above the weights over a plain forward's; bars: 1.05, split 1.10."""
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         for rows, length in ((16, 64), (4, 256)):
@@ -163,17 +161,6 @@ def memory(rounds: int, device: str) -> dict[str, float]:
                 step = setup.step(setup.optimizer(mode, queries))
                 step()
                 found[f"{name} {mode} {queries} / forward"] = peak_bytes(step, device) / forward
-        for rows, length, copies in ((1, 64, 8), (4, 64, 2), (2, 37, 5)):
-            setup = Setup(dtype, rows, length, device)
-            optimizer = setup.optimizer("batched")
-            setup.step(optimizer)()
-            trainables = optimizer.trainables()
-            perturbed = Perturbed(trainables, optimizer._directions_of(optimizer.step_count))
-            evaluator = Evaluator(perturbed, setup.loss, setup.batch, "batched", setup.model)
-            points = [Point(((q, EPS),)) for q in range(copies)]
-            predicted = evaluator.predicted_memory(points)
-            measured = peak_bytes(lambda e=evaluator, p=points: _without_gradients(lambda: e._batched(p)), device)
-            found[f"{str(dtype)[6:]} {rows}x{length}, {copies} copies: measured / predicted"] = measured / predicted
     return found
 
 
@@ -193,11 +180,6 @@ def grid(rounds: int, device: str) -> dict[str, Any]:
                 found[f"{rows}x{length}, {queries} queries: auto / better"] = seconds["auto"] / better
     found["worst auto / better"] = max(v for k, v in found.items() if k.endswith("auto / better"))
     return found
-
-
-@torch.no_grad()
-def _without_gradients(call: Callable[[], Any]) -> Any:
-    return call()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from torch import nn
 from zo_opt import MeZO, ZOError
 from zo_opt.directions import DIRECTIONS, LowRank, StepDirections, Stream
 from zo_opt.estimators import Estimate, ForwardMode, OneSided, TwoSided, TwoSidedWithCurvature, combine, control_variate
+from zo_opt.queries.copies import Limits
 from zo_opt.queries.modes import Evaluator, Losses
 from zo_opt.queries.perturbation import Perturbed
 from zo_opt.queries.trainables import Trainables
@@ -74,7 +75,11 @@ def single_estimates(name, loss, theta, zo_eps, queries=1, steps=ESTIMATES):
     with torch.no_grad():
         for step in range(steps):
             perturbed = Perturbed(trainables, StepDirections(kind, 11, step, [parameter]))
-            rows.append(TwoSided()(Evaluator(perturbed, lambda: loss(parameter)), queries, zo_eps).projected_grads)
+            rows.append(
+                TwoSided()(
+                    Evaluator(perturbed, lambda: loss(parameter), limits=Limits()), queries, zo_eps
+                ).projected_grads
+            )
     z = draws(name, [s for row in streams for s in row], tuple(theta.shape))
     return (torch.stack(rows).flatten()[:, None] * z).view(steps, queries, -1).mean(1)
 
@@ -284,7 +289,7 @@ class Problem:
         self.perturbed = Perturbed(Trainables(self.parameters), self.directions)
         self.loss = loss
         self.x = torch.linspace(-2, 1, 18).double().view(6, 3)
-        self.evaluator = Evaluator(self.perturbed, lambda x: loss(self.net(x)), self.x, mode, self.net)
+        self.evaluator = Evaluator(self.perturbed, lambda x: loss(self.net(x)), self.x, mode, self.net, limits=Limits())
 
     def theta(self):
         return torch.cat([p.detach().flatten() for p in self.parameters])
@@ -403,7 +408,7 @@ def test_forward_gradient_is_autograds(name, small, monkeypatch):
     perturbed = Perturbed(Trainables(parameters), directions)
     before = [p.detach().clone() for p in parameters]
     with torch.no_grad():
-        estimate = ForwardMode()(Evaluator(perturbed, lambda: net(ids)), 3, 1.0)
+        estimate = ForwardMode()(Evaluator(perturbed, lambda: net(ids), limits=Limits()), 3, 1.0)
         loss = float(net(ids))
     expected = [float(gradient @ directions.range(q, 0, len(gradient)).double()) for q in range(3)]
     assert estimate.projected_grads.tolist() == pytest.approx(expected, rel=1e-9)
@@ -417,7 +422,7 @@ def forward_gradient_of(parameters, loss):
     parameters = list(parameters)
     with torch.no_grad():
         perturbed = Perturbed(Trainables(parameters), StepDirections(DIRECTIONS.make("gaussian"), 0, 0, parameters))
-        return ForwardMode()(Evaluator(perturbed, loss), 2, 1.0)
+        return ForwardMode()(Evaluator(perturbed, loss, limits=Limits()), 2, 1.0)
 
 
 class NoTangent(torch.autograd.Function):

@@ -15,6 +15,7 @@ from torch import nn
 from zo_opt import MeZO, TTConfig, ZOError, get_adapter_model, trainable_parameters
 from zo_opt.directions import DIRECTIONS, StepDirections, Stream
 from zo_opt.queries import modes
+from zo_opt.queries.copies import Limits
 from zo_opt.queries.modes import Evaluator
 from zo_opt.queries.perturbation import Perturbed, Point
 from zo_opt.queries.trainables import Trainables
@@ -31,9 +32,10 @@ def adapted(name):
     return model
 
 
-def evaluator_of(mode, model, closure, batch, directions="gaussian"):
+def evaluator_of(mode, model, closure, batch, directions="gaussian", limits=None):
     trainables = Trainables(trainable_parameters(model))
-    return Evaluator(Perturbed(trainables, directions_of(model, directions)), closure, batch, mode, model)
+    perturbed = Perturbed(trainables, directions_of(model, directions))
+    return Evaluator(perturbed, closure, batch, mode, model, limits=limits or Limits())
 
 
 def directions_of(model, name="gaussian"):

@@ -8,25 +8,16 @@ from typing import Any
 
 from torch import nn
 
-from zo_opt.comparison.options import given_options
+from zo_opt.choices import split
 from zo_opt.errors import ZOError
 from zo_opt.models import builtin
 from zo_opt.models.models import pick_device
-from zo_opt.planning.plan import plan_method
-from zo_opt.planning.plan_step import Setting
-from zo_opt.planning.skeleton import make_skeleton, read_config
+from zo_opt.planning import Setting, make_skeleton, plan_method, read_config
 from zo_opt.tasks.metrics import CLASSIFICATION
 from zo_opt.tasks.scoring import make_scorer
-from zo_opt.training.config import ADAPTER_OPTIONS, TrainConfig
-from zo_opt.training.methods import Method
+from zo_opt.training.config import TrainConfig
 from zo_opt.training.recipe import depth
 from zo_opt.training.setup import Examples
-
-# Options of a run that its memory depends on.
-_OPTIONS = {
-    *ADAPTER_OPTIONS, "adapter_options", "adapter_init", "output_scale", "query_mode", "directions", "query_schedule",
-    "max_queries", "min_queries", "update_rule", "loraplus_lr_ratio",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,7 +64,8 @@ def sizes_of(config: TrainConfig, examples: Examples) -> Sizes:
         raise ZOError(
             f"the tokenizer of model {name!r} could not be read ({reason}); give a model that has one."
         ) from error
-    encoded = make_scorer(skeleton, tokenizer, examples.task, config.max_length).encode_all(examples.train)
+    scorer = make_scorer(skeleton, tokenizer, examples.task, config.max_length)
+    encoded = scorer.encode_all(examples.train)
     return Sizes(
         skeleton, len(encoded), max(len(p) for e in encoded for p in e.prompts), len(encoded[0].prompts),
         "labels" if examples.task.kind == CLASSIFICATION else "all",
@@ -89,16 +81,15 @@ def fitting_batch(config: TrainConfig, sizes: Sizes, budget: int) -> int | None:
     Raises:
         ZOError: the options do not fit the model.
     """
-    options = {k: v for k, v in given_options(config).items() if k in _OPTIONS}
-    method = Method("run", config.optimizer, config.adapter, options)
-    layers = config.layers if isinstance(config.layers, int) else -(-depth(sizes.skeleton) // 4)
+    layers = split("adapter", config.adapter)[1].get("layers")
+    layers = layers if isinstance(layers, int) else -(-depth(sizes.skeleton) // 4)
     batch_size = config.batch_size
     while batch_size >= 1:
         setting = Setting(
             batch_size=batch_size * sizes.prompts, length=sizes.length, precision=config.precision, head=config.head,
             device=pick_device(config.device).type, logits=sizes.logits, layers=layers, query_mode=config.query_mode,
         )  # fmt: skip
-        if plan_method(sizes.skeleton, method, setting).peak + _cached_prefix(config, sizes) <= budget:
+        if plan_method(sizes.skeleton, config, setting).peak + _cached_prefix(config, sizes) <= budget:
             return batch_size
         batch_size //= 2
     return None

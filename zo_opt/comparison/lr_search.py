@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from zo_opt.comparison.runs import Run
-from zo_opt.planning.skeleton import make_skeleton, read_config
+from zo_opt.planning import make_skeleton, read_config
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.recipe import may_place, own_lr
 

@@ -41,7 +41,7 @@ def parts(rows: Sequence[Row]) -> dict[str, dict[str, list[str]]]:
     metric = METRICS[next((row.metric for row in rows if row.score is not None), "accuracy")]
     columns: dict[str, dict[str, Callable[[Row], str]]] = {
         "size": {
-            "kind": lambda r: "forward" if get_method(r.method).zeroth_order else "backward",
+            "kind": lambda r: "forward" if get_method(r.method).config().zeroth_order else "backward",
             "trainable": lambda r: _shown(r.trainable, ","),
             "at end": lambda r: _shown(r.trainable_end if r.trainable_end != r.trainable else None, ","),
             "adapter": lambda r: _shown(r.adapter_bytes, readable),

@@ -31,7 +31,7 @@ def draw(rows: Sequence[Row], runs: Mapping[str, Sequence[Run]], path: Path) -> 
     handles: list[Line2D] = []
     lowest, highest = math.inf, -math.inf
     for i, row in enumerate(shown):
-        zeroth, colour = get_method(row.method).zeroth_order, colours[i % len(colours)]
+        zeroth, colour = get_method(row.method).config().zeroth_order, colours[i % len(colours)]
         point: dict[str, Any] = {
             "marker": _MARKERS[i % len(_MARKERS)], "color": colour, "markerfacecolor": colour if zeroth else "white",
         }  # fmt: skip

@@ -16,6 +16,7 @@ from zo_opt.adapters import trainable_parameters
 from zo_opt.directions import DIRECTIONS, StepDirections
 from zo_opt.errors import ZOError
 from zo_opt.estimators import TwoSided, TwoSidedWithCurvature, directional_derivative
+from zo_opt.queries.copies import Limits
 from zo_opt.queries.modes import Evaluator
 from zo_opt.queries.nesting import map_tensors
 from zo_opt.queries.perturbation import Perturbed
@@ -132,7 +133,7 @@ class _Probe:
         self._tools, self._size = tools, min(config.batch_size, len(tools.train), queries)
         self._kind, self._seed = DIRECTIONS.make(config.directions or "rademacher"), config.seed
         self._batches = -(-queries // self._size)
-        self.trainables = Trainables(trainable_parameters(tools.model))
+        self.trainables, self._limits = Trainables(trainable_parameters(tools.model)), Limits()
 
     def _evaluators(self) -> list[Evaluator]:
         tools = self._tools
@@ -141,7 +142,8 @@ class _Probe:
             directions = StepDirections(self._kind, self._seed, step, self.trainables.parameters)
             indices = [(step * self._size + i) % len(tools.train) for i in range(self._size)]
             perturbed = Perturbed(self.trainables, directions)
-            found.append(Evaluator(perturbed, self._loss, tools.train.batch(indices), "split", tools.model))
+            batch = tools.train.batch(indices)
+            found.append(Evaluator(perturbed, self._loss, batch, "split", tools.model, limits=self._limits))
         return found
 
     def _loss(self, batch: Any) -> Tensor:

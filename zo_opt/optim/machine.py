@@ -22,6 +22,7 @@ from zo_opt.optim.write_grad import WritesGrad
 from zo_opt.privacy.estimator import PrivateTwoSided
 from zo_opt.prompts.shared_prefix import SharedPrefix
 from zo_opt.queries import modes
+from zo_opt.queries.copies import Limits
 from zo_opt.queries.modes import Evaluator
 from zo_opt.queries.nesting import batch_size
 from zo_opt.queries.perturbation import Perturbed, Transform
@@ -86,7 +87,7 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
         self.last_update: Update | None = None
         self._control = [StepState() for _ in choices.step_control]
         self._pending: list[tuple[Estimate, Evaluator]] = []
-        self._queries = 0
+        self._queries, self._limits = 0, Limits()
         self._prefix: SharedPrefix | None = None
         self._prefix_of: Trainables | None = None
 
@@ -111,7 +112,9 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
             if self.ranks is not None:
                 self.ranks.begin_step(self.step_count, self._in_words(), trainables, batch)
         perturbed = Perturbed(trainables, self.directions_of(self.step_count), self.transform())
-        evaluator = Evaluator(perturbed, closure, batch, self.mode, self.setting.module, self.ranks)
+        evaluator = Evaluator(
+            perturbed, closure, batch, self.mode, self.setting.module, self.ranks, limits=self._limits
+        )
         with self._evaluation_mode():
             estimate = self.estimate_from(evaluator, self._queries)
         self._pending.append((estimate, evaluator))

@@ -77,7 +77,9 @@ class MeZOSVRG(ZerothOrderOptimizer):
         if self._pending:  # another micro-batch of a step that does not need it
             done = self._pending[0][0]
             return Estimate(done.loss, done.projected_grads, done.weights, 0, seeds=done.seeds)
-        return self.choices.estimator(Evaluator(evaluator.perturbed, self.full_closure), queries, zo_eps)
+        return self.choices.estimator(
+            Evaluator(evaluator.perturbed, self.full_closure, limits=evaluator.limits), queries, zo_eps
+        )
 
     def forwards(self, step: int, queries: int) -> int:
         return super().forwards(step, queries) * (1 if step % self.interval == 0 else 2)

@@ -1,32 +1,78 @@
-"""What a method needs for a model of which nothing is known but its config: one training step, run without values.
+"""What a method needs in memory, in closed form: weights, gradients, optimizer state, activations, and the process around them.
 
-No formula a method: the step is the training loop's own (:mod:`zo_opt.planning.dry_run`), and what is alive in it is counted. What cannot be
-seen are scratch memory inside operations, the CUDA context, and what an allocator rounds up or loses between blocks.
+Weights, trainables and adapters are counted on the meta device, where tensors have sizes and no values. Activations follow from the
+sizes of a layer's linear maps. Nothing is run, so that figures are estimates: ``benchmarks/plan.py`` holds them against real runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
-from unittest.mock import patch
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from jsonargparse.typing import PositiveInt
 from torch import nn
 
-from zo_opt.adapters import AdapterModel, trainable_parameters
-from zo_opt.optim import Backpropagation
-from zo_opt.planning.dry_run import DryRun, dry_run
-from zo_opt.planning.plan_step import Setting, TrainingStep, make_step
-from zo_opt.queries import modes as query_modes
+from zo_opt.adapters import AdapterModel, get_adapter_model, trainable_parameters
+from zo_opt.errors import ZOError
+from zo_opt.models.models import pick_device
+from zo_opt.models.precision import bf16_is_fast, set_precision
+from zo_opt.optim import ZerothOrderOptimizer
+from zo_opt.optim.zo_kalman import ZOKalman
+from zo_opt.planning.activations import Shape, at_once, kept
+from zo_opt.queries.modes import copies_at_once, is_worth_batching
+from zo_opt.queries.substitution import CHUNK
+from zo_opt.queries.trainables import Trainables
+from zo_opt.schedules import History
 from zo_opt.system.layers import layer_of
-from zo_opt.training.methods import WHOLE_MODEL, Method
+from zo_opt.training.build_optimizer import make_optimizer
+from zo_opt.training.config import TrainConfig
+from zo_opt.training.methods import WHOLE_MODEL
+from zo_opt.training.recipe import LAYER_SHARE, depth, may_place
 
-LONG_SWEEP = (
-    1 << 28
-)  # trainables of which a zeroth-order step, which goes through them chunk by chunk, takes a while even without values
-_META = torch.device("meta")
+FLOAT = 4  # bytes of a float32
+# Bits a weight, scales and zero points included: of layers, of embedding and head (None: left as they are).
+QUANTISED = {"int8": (8, 8), "int4": (5, 8), "bnb-int8": (8, None), "bnb-nf4": (4.127, None)}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is common to all methods of a plan.
+
+    Args:
+        batch_size: rows a step.
+        length: tokens a row.
+        precision: mixed, fp32, bf16 (every tensor of the model), or auto: mixed where the device is fast at it.
+        device: auto (CUDA where there is one), cuda or cpu: AdamW updates all tensors at once on GPUs and one after another on CPUs.
+        head: lm or classification.
+        logits: labels (the output head at label positions, as zo-opt trains) or all (language modelling).
+        layers: adapters in the last so many layers; None: in all.
+        query_mode: of zeroth-order methods; None: the method's.
+        quantise: the frozen base in few bits, as in ``zo-opt train``; None: in full.
+    """
+
+    batch_size: PositiveInt = 16
+    length: PositiveInt = 128
+    precision: str = "auto"
+    device: str = "auto"
+    head: str = "lm"
+    logits: str = "labels"
+    layers: PositiveInt | None = None
+    query_mode: str | None = None
+    quantise: str | None = None
+
+    @property
+    def taken_device(self) -> torch.device:
+        """What auto stands for."""
+        return pick_device("auto") if self.device == "auto" else torch.device(self.device)
+
+    @property
+    def taken_precision(self) -> str:
+        """What auto stands for."""
+        if self.precision != "auto":
+            return self.precision
+        return "mixed" if self.taken_device.type == "cuda" or bf16_is_fast(self.taken_device) else "fp32"
 
 
 @dataclass(frozen=True)
@@ -37,11 +83,12 @@ class Footprint:
         trainable: parameters that are trained.
         adapter: what ``save_pretrained`` writes, frozen tensors included.
         weights: the model's tensors, those of adapters included.
-        gradients: of all parameters that have one. Those that come late in the backward pass are not there at the peak.
+        gradients: of all trained parameters; 0 for zeroth-order methods.
         optimizer: what the optimizer keeps from step to step.
-        activations: the rest of the peak.
-        saved: of the activations, what the forward pass keeps for the backward pass.
-        peak: the most bytes at once in a step after the first.
+        activations: what one step's forward (first order: and backward) pass holds beside them.
+        peak: the most bytes of tensors at once in a step.
+        loading: the most while the model is read (on CPUs: the mapped checkpoint beside weights of another dtype that are made of it).
+        saving: the most while a checkpoint is written, which on CPUs takes three more copies of what is saved.
     """
 
     trainable: int
@@ -50,122 +97,129 @@ class Footprint:
     gradients: int
     optimizer: int
     activations: int
-    saved: int
     peak: int
+    loading: int
+    saving: int
+
+    def process(self, base: int) -> int:
+        """Bytes that a process takes, with ``base`` for what it takes before anything is loaded."""
+        return base + max(self.peak, self.loading, self.saving)
 
 
-def plan_method(skeleton: nn.Module, method: Method, setting: Setting) -> Footprint:
+def plan_method(skeleton: nn.Module, config: TrainConfig, setting: Setting) -> Footprint:
     """What a method needs for a model.
 
     Args:
         skeleton: a model on the meta device, without adapters, float32 (:func:`~zo_opt.planning.skeleton.make_skeleton`); left as it is.
-        method: of :func:`~zo_opt.training.methods.get_method`.
+        config: the run's options, of which the adapter and the optimizer matter.
         setting: what is common to all methods.
 
     Raises:
         ZOError: the method does not fit the model or the setting.
-        RuntimeError: the model or the method does what cannot be done without values.
 
     >>> from zo_opt.training.methods import get_method
     >>> from zo_opt.planning.skeleton import make_skeleton, read_config
     >>> skeleton = make_skeleton(read_config("smollm2-135m-instruct"), "lm", "")
-    >>> found = plan_method(skeleton, get_method("mezo:tt-lora"), Setting(batch_size=2, length=32, precision="fp32"))
+    >>> found = plan_method(skeleton, get_method("mezo:tt-lora").config(), Setting(batch_size=2, length=32, precision="fp32"))
     >>> found.weights - found.adapter  # four bytes for each of 134,515,008 parameters, and sixty-four frequencies
     538060288
     """
-    stacks = _equal_stacks(skeleton)
-    depth = len(next(iter(stacks.values()))) if stacks else 0
-    swept = method.zeroth_order and method.adapter in WHOLE_MODEL
-    if not swept or depth <= 3 or sum(p.numel() for p in skeleton.parameters()) <= LONG_SWEEP:
-        return _footprint(deepcopy(skeleton), method, setting)
-    # All but the number of layers being equal, every figure is linear in it.
-    two, three = (_footprint(_cut(skeleton, list(stacks), n), method, setting) for n in (2, 3))
-    return Footprint(**{k: v + (depth - 2) * (vars(three)[k] - v) for k, v in vars(two).items()})
+    shape, config = Shape.of(skeleton), _with(config, setting)
+    model = _adapted(deepcopy(skeleton), config, setting)
+    trained = trainable_parameters(model)
+    trainable, gradient = sum(p.numel() for p in trained), sum(p.nbytes for p in trained)
+    weights = _weights(model, setting)
+    width = 2 if setting.taken_precision == "bf16" else FLOAT
+    tokens = setting.batch_size * setting.length
+    logits = FLOAT * shape.vocabulary * (tokens if setting.logits == "all" else setting.batch_size)
+    gradients = 0
+    if config.zeroth_order:
+        machine = make_optimizer(config, model, trained, lr=1e-3, steps_per_epoch=1)
+        assert isinstance(machine, ZerothOrderOptimizer)
+        optimizer = _state(machine, trainable)
+        schedule = machine.choices.query_schedule
+        queries = max(schedule(step, step, History()) for step in (0, config.steps))
+        batched = min(_batched(config, setting, trainable), 2 * queries)
+        forward = max(1, batched) * (tokens * width * at_once(shape, setting.length) + logits * 5 // 2)
+        copies = queries if config.mode == "split" else batched or 1
+        # Adapters: their copies (one to restore from, or all perturbed ones), the directions. Whole models: a large weight's part at a time.
+        small = trainable <= Trainables.SMALL
+        activations = forward + (gradient * copies + FLOAT * trainable * queries if small else FLOAT * CHUNK)
+        peak = weights + optimizer + activations
+    else:
+        moving = [p for p in trained if p.requires_grad]  # LISA: a few layers at a time
+        gradients = sum(p.nbytes for p in moving)
+        optimizer = 2 * FLOAT * sum(p.numel() for p in moving)  # AdamW's two moments
+        # Logits in the model's dtype and in float32, their softmax and its gradient.
+        activations = tokens * width * kept(shape, model, setting.length) + 4 * logits
+        # The most is there where the backward pass begins, with the head's gradient, or where AdamW moves the weights, with temporary copies:
+        # of all of them on GPUs, of one on CPUs.
+        head = max((p.nbytes for p in moving if tuple(p.shape) == (shape.vocabulary, shape.hidden)), default=0)
+        update = gradients + (gradients if setting.taken_device.type == "cuda" else 2 * max(p.nbytes for p in moving))
+        peak = weights + optimizer + max(activations + head, update)
+    adapter = sum(t.nbytes for t in model.adapter_state().values())
+    dtype = getattr(skeleton.config, "dtype", None) or torch.float32  # of the checkpoint, if the config says so
+    checkpoint = dtype.itemsize * sum(p.numel() for p in skeleton.parameters())
+    on_cpu = setting.taken_device.type == "cpu"
+    # Weights of the checkpoint's own dtype stay mapped; others are made of it.
+    loading = weights + (checkpoint if on_cpu and weights < checkpoint else 0)
+    saving = weights + optimizer + (3 * (adapter + optimizer) if on_cpu else 0)
+    return Footprint(trainable, adapter, weights, gradients, optimizer, activations, peak, loading, saving)
 
 
-def _footprint(model: nn.Module, method: Method, setting: Setting) -> Footprint:
-    """Two steps; the second one, when the optimizer's state is there, is looked at."""
-    with dry_run() as run, _copies_as_on(setting.device):
-        run.hold([*model.parameters(), *model.buffers()])
-        step = make_step(model, method, setting, _META)
-        adapted, weights = step.model, run.now - sum(t.nbytes for t in step.batch.values())
-        if isinstance(step.optimizer, Backpropagation):
-            _make_state(step.optimizer, adapted)
-        else:
-            step()
-        state = run.now - weights - sum(t.nbytes for t in step.batch.values())
-        run.forget_peak()
-        found = _Watched(step, run)
-        found()
-    return Footprint(
-        trainable=sum(p.numel() for p in trainable_parameters(adapted)),
-        adapter=sum(t.nbytes for t in adapted.adapter_state().values()),
-        weights=weights,
-        gradients=found.gradients,
-        optimizer=state,
-        activations=run.peak - weights - state - found.gradients_at_peak,
-        saved=found.saved,
-        peak=run.peak,
+def _adapted(model: Any, config: TrainConfig, setting: Setting) -> AdapterModel:
+    """The model in the precision it is kept in, with its adapters."""
+    if setting.taken_precision == "bf16":
+        model.bfloat16()
+    else:
+        precision = "fp32" if config.adapter_name in WHOLE_MODEL else setting.taken_precision
+        set_precision(model, precision, setting.taken_device)
+    if config.adapter_init == "auto" and may_place(config):  # as in training/recipe.py
+        layer = min(round(LAYER_SHARE * depth(model)), depth(model) - 1)
+        placed = {"rank": 32, "bottleneck": 2, "target_modules": ["residual"], "trainable": "mixing", "output_rank": 1}
+        return get_adapter_model(model, config.make_adapter(layers=[layer], seed=0, **placed))
+    layers = None if config.adapter_name in WHOLE_MODEL else setting.layers
+    return get_adapter_model(model, config.make_adapter(layers=layers, total_steps=config.steps, seed=0))
+
+
+def _with(config: TrainConfig, setting: Setting) -> TrainConfig:
+    """The options in the setting, for a run of many steps: schedules are at their most."""
+    mode: Any = setting.query_mode or config.query_mode
+    return replace(
+        config,
+        query_mode=mode if config.zeroth_order else None,
+        batch_size=setting.batch_size,
+        head=setting.head,  # type: ignore[arg-type]
+        steps=10_000,
+        lr=None,
     )
 
 
-class _Watched:
-    """One step, and what was there in it."""
-
-    def __init__(self, step: TrainingStep, run: DryRun) -> None:
-        self._step, self._run = step, run
-        self.saved = self.gradients = self.gradients_at_peak = 0
-
-    def __call__(self) -> None:
-        before = self._run.now
-
-        def forward_done() -> None:
-            self.saved = self._run.now - before if torch.is_grad_enabled() else 0
-
-        self._step.estimate(forward_done)
-        gradients = [p.grad for p in self._step.model.parameters() if p.grad is not None]
-        self.gradients = sum(g.nbytes for g in gradients)
-        self.gradients_at_peak = sum(g.nbytes for g in gradients if self._run.there_at_peak(g))
-        self._step.advance()
+def _state(machine: ZerothOrderOptimizer, trainable: int) -> int:
+    """Bytes of what a zeroth-order optimizer and its update rule keep of the trainables' shapes."""
+    if isinstance(machine, ZOKalman):
+        if trainable > machine.LIMIT:
+            raise ZOError(f"the Kalman filter takes up to {machine.LIMIT} trainables; there are {trainable:,}.")
+        return FLOAT * trainable * (trainable + 1)
+    return FLOAT * trainable * len({*machine.choices.update_rule.state_names, *machine.slot_values})
 
 
-@contextmanager
-def _copies_as_on(device: str) -> Iterator[None]:
-    """As many copies of the trainables share a forward as pay on that device. (Where so many do not fit, a run takes fewer.)"""
-    tokens = query_modes.BATCHED_TOKENS
-    unknown = patch.object(query_modes.Evaluator, "predicted_memory", side_effect=RuntimeError)
-    with patch.dict(tokens, meta=tokens[device]), unknown:
-        yield
+def _batched(config: TrainConfig, setting: Setting, trainable: int) -> int:
+    """Copies of the trainables in one forward; 0 where they take turns."""
+    copies = copies_at_once(setting.taken_device.type, setting.batch_size * setting.length)
+    batched = config.mode == "batched" or (config.mode == "auto" and is_worth_batching(copies, trainable))
+    return copies if batched else 0
 
 
-def _make_state(optimizer: Backpropagation, model: AdapterModel) -> None:
-    """AdamW's first step, of which only the moments stay."""
-    for parameter in trainable_parameters(model):
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    optimizer.adamw.step()
-    model.step(0)
-    optimizer.zero_grad()
-    optimizer.step_count = 1
-
-
-def _equal_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """Lists of layers by path, if all layers of all lists have the same tensors as their neighbours and all lists one length; else none."""
-    stacks = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and layer_of(f"{name}.0") == (name, 0)
-    }
-    alike = all(
-        len({tuple((n, p.shape) for n, p in layer.named_parameters()) for layer in list(stack)[1:]}) == 1
-        for stack in stacks.values()
-    )  # T5's first layer has the position biases of all others
-    return stacks if alike and len({len(stack) for stack in stacks.values()}) == 1 else {}
-
-
-def _cut(skeleton: nn.Module, stacks: Sequence[str], layers: int) -> nn.Module:
-    model = deepcopy(skeleton)
-    for name in stacks:
-        parent, _, child = name.rpartition(".")
-        kept = nn.ModuleList(list(model.get_submodule(name).children())[:layers])
-        setattr(model.get_submodule(parent), child, kept)
-    return model
+def _weights(model: AdapterModel, setting: Setting) -> int:
+    """Bytes of all tensors, each once, less what quantising the base saves."""
+    total = float(sum({id(t): t.nbytes for t in [*model.parameters(), *model.buffers()]}.values()))
+    if setting.quantise is not None:
+        layers, rest = QUANTISED[setting.quantise]
+        bits = {
+            id(module.weight): (module.weight, layers if layer_of(name) else rest)
+            for name, module in model.wrapped.named_modules()
+            if isinstance(module, nn.Linear | nn.Embedding) and not module.weight.requires_grad
+        }
+        total -= sum(w.numel() * (w.itemsize - each / 8) for w, each in bits.values() if each is not None)
+    return int(total)

@@ -1,10 +1,8 @@
-"""A model without weights, from its config alone, and prompts of a given length for it: all that sizes follow from."""
+"""A model without weights, from its config alone: all that sizes follow from."""
 
 from __future__ import annotations
 
-import re
 import warnings
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +11,6 @@ import torch
 from zo_opt.errors import ZOError
 from zo_opt.models import builtin
 from zo_opt.models.models import HEADS, auto_class
-from zo_opt.tasks.rows import Example
-from zo_opt.tasks.scoring import Scorer
-from zo_opt.tasks.tasks import Task
-
-LABELS = Task("two classes", "{text} It was", {"negative": "terrible", "positive": "great"}, columns={"text": "text"})
 
 # The built-in model's config, known before its weights are fetched.
 _BUILT_IN: dict[str, Any] = {
@@ -45,10 +38,9 @@ def read_config(name_or_path: str) -> Any:
             warnings.simplefilter("ignore")
             return transformers.AutoConfig.from_pretrained(name_or_path)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
         raise ZOError(
-            f"the config of model {name_or_path!r} could not be read ({reason}); give {builtin.DEFAULT_MODEL!r}, a directory with "
-            "a config.json, or a Hugging Face id."
+            f"the config of model {name_or_path!r} could not be read ({_reason(error)}); give {builtin.DEFAULT_MODEL!r}, a directory "
+            "with a config.json, or a Hugging Face id."
         ) from error
 
 
@@ -68,42 +60,8 @@ def make_skeleton(config: Any, head: str, name: str) -> Any:
             warnings.simplefilter("ignore")
             return kind.from_config(config, dtype=torch.float32).eval()
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
-        raise ZOError(f"no model can be made of the config of {name!r} ({reason}); give another.") from error
+        raise ZOError(f"no model can be made of the config of {name!r} ({_reason(error)}); give another.") from error
 
 
-class WordTokenizer:
-    """Stands for a tokenizer where lengths are all that counts: a word, a mask or a sign is a token."""
-
-    mask_token = "<mask>"
-    is_fast = False
-    pad_token_id, eos_token_id = 0, 1
-    model_max_length = 1 << 30
-
-    def __init__(self, vocabulary: int) -> None:
-        self._vocabulary = vocabulary
-        self.mask_token_id = self._number(self.mask_token)
-
-    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
-        return {"input_ids": [self._number(token) for token in re.findall(r"<mask>|\w+|[^\w\s]", text)]}
-
-    def _number(self, token: str) -> int:
-        return 2 + zlib.crc32(token.encode()) % (self._vocabulary - 2)
-
-
-def example_of_length(scorer: Scorer, tokens: int) -> Example:
-    """A prompt of so many tokens.
-
-    Raises:
-        ZOError: the model cannot see so many, or the template has more.
-    """
-    if tokens > scorer.max_length:
-        raise ZOError(
-            f"length={tokens} is more than the {scorer.max_length} tokens that this model can see; give fewer."
-        )
-    shortest = len(scorer.encode(Example({"text": "word"}, 0)).prompts[0])
-    if tokens < shortest:
-        raise ZOError(
-            f"length={tokens} is not possible; give at least {shortest} tokens, which the shortest prompt has."
-        )
-    return Example({"text": " ".join(["word"] * (tokens - shortest + 1))}, 0)
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")

@@ -6,9 +6,8 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
-from unittest.mock import patch
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +17,27 @@ from zo_opt.errors import ZOError
 from zo_opt.queries.folded_attention import folded_attention
 from zo_opt.queries.nesting import Leaves
 from zo_opt.queries.perturbation import Perturbed, Point, as_scalar
+from zo_opt.system.replaced import replaced
 
-# Models on which vmap failed once: warned about, then run copy by copy.
-_UNMAPPABLE: WeakSet[nn.Module] = WeakSet()
+
+@dataclass
+class Limits:
+    """What one optimizer's evaluations have run into. It ends with the optimizer: no run depends on another.
+
+    Attributes:
+        mappable: whether copies of the model can share a forward; False once ``vmap`` failed.
+        chunks: (copies in all, shapes of the batch) -> copies that fitted in one forward, where more ran out of memory. Nothing of other
+            shapes is concluded from it, so that a resumed run finds the same.
+    """
+
+    mappable: bool = True
+    chunks: dict[tuple[Any, ...], int] = field(default_factory=dict)
 
 
 class Copies:
     """Runs the closure on several copies of the trainables in one forward."""
 
-    def __init__(self, module: nn.Module, perturbed: Perturbed, closure: Callable[..., Any]) -> None:
+    def __init__(self, module: nn.Module, perturbed: Perturbed, closure: Callable[..., Any], limits: Limits) -> None:
         names = _names(module)
         missing = sum(id(p) not in names for p in perturbed.trainables.parameters)
         if missing:
@@ -34,15 +45,12 @@ class Copies:
                 f"{missing} of the optimizer's parameters are not in the module given; pass the module that owns them."
             )
         self._names = [names[id(p)] for p in perturbed.trainables.parameters]
-        self._perturbed = perturbed
+        self._perturbed, self._limits = perturbed, limits
         self._closure = _ClosureModule(module, closure)
 
     def __call__(self, points: Sequence[Point], batch: Any, *, split: bool) -> Tensor:
-        """Losses at each point: float64, shape (len(points),)."""
-        return self.run(self._perturbed.stacked(points), batch, split=split)
-
-    def run(self, stacked: Sequence[Tensor], batch: Any, *, split: bool) -> Tensor:
-        """Losses with copies of the trainables, each of shape (P, *parameter.shape): float64, shape (P,)."""
+        """Losses at each point: float64, shape (len(points),); ``split``: each on its own part of the batch, whose first axis counts the points."""
+        stacked = self._perturbed.stacked(points)
         copies = {name: copy for names, copy in zip(self._names, stacked, strict=True) for name in names}
         tensors = Leaves(batch)
 
@@ -53,7 +61,7 @@ class Copies:
             return torch.tensor(as_scalar(value), dtype=torch.float64)
 
         failure: Exception | None = None
-        if not self._closure.unmappable:
+        if self._limits.mappable:
             try:
                 with masks_without_branches(), folded_attention():
                     run = vmap(loss, in_dims=(0, 0 if split and tensors.leaves else None), randomness="same")
@@ -62,20 +70,17 @@ class Copies:
                 if isinstance(error, ZOError) or out_of_memory(error):
                     raise
                 failure = error
-        values = [
-            as_scalar(
-                loss({k: v[i] for k, v in copies.items()}, [x[i] for x in tensors.leaves] if split else tensors.leaves)
-            )
-            for i in range(len(stacked[0]))
-        ]
+        values = []
+        for i in range(len(points)):
+            leaves = [x[i] for x in tensors.leaves] if split else tensors.leaves
+            values.append(as_scalar(loss({name: copy[i] for name, copy in copies.items()}, leaves)))
         if failure is not None:  # one by one it works, so that vmap is to blame and not the closure
-            self._closure.give_up(failure)
+            self._limits.mappable = False
+            reason = str(failure).strip().splitlines()[0]
+            warnings.warn(
+                f"copies of this model cannot share a forward ({reason}); evaluating them one by one.", stacklevel=2
+            )
         return torch.tensor(values, dtype=torch.float64)
-
-
-def unmappable(module: nn.Module) -> bool:
-    """Whether copies of this model were found not to share a forward."""
-    return module in _UNMAPPABLE
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -117,17 +122,6 @@ class _ClosureModule(nn.Module):
     def forward(self, batch: Any) -> Any:
         return self._closure[0](batch)
 
-    @property
-    def unmappable(self) -> bool:
-        return unmappable(self.module)
-
-    def give_up(self, error: Exception) -> None:
-        _UNMAPPABLE.add(self.module)
-        reason = str(error).strip().splitlines()[0]
-        warnings.warn(
-            f"copies of this model cannot share a forward ({reason}); evaluating them one by one.", stacklevel=6
-        )
-
 
 @contextmanager
 def masks_without_branches() -> Iterator[None]:
@@ -140,6 +134,6 @@ def masks_without_branches() -> Iterator[None]:
             masking = sys.modules.get(name)
             for question in ("is_tracing", "is_torchdynamo_compiling"):  # in 5.x, in 4.57
                 if hasattr(masking, question):
-                    patches.enter_context(patch.object(masking, question, lambda tensor=None: True))
+                    patches.enter_context(replaced(masking, **{question: lambda tensor=None: True}))
                     break
         yield

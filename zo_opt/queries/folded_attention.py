@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from zo_opt.system.replaced import replaced
 
 _original = functional.scaled_dot_product_attention
 
@@ -28,7 +29,7 @@ def folded_attention() -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # torch's own fused encoder layers have no batching rule
     try:
-        with patch.object(functional, "scaled_dot_product_attention", _attention):
+        with replaced(functional, scaled_dot_product_attention=_attention):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -7,9 +7,8 @@ update rules. Whatever happens inside, the trainables come back bit for bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,18 +17,14 @@ from zo_opt.directions import Stream
 from zo_opt.distributed import Distributed
 from zo_opt.distributed.ranks import Ranks
 from zo_opt.errors import ZOError
-from zo_opt.queries.copies import Copies, out_of_memory, unmappable
-from zo_opt.queries.nesting import batch_size, map_tensors, tokens
+from zo_opt.queries.copies import Copies, Limits, out_of_memory
+from zo_opt.queries.nesting import batch_size, map_tensors, shapes, tokens
 from zo_opt.queries.perturbation import Perturbed, Point
-from zo_opt.system import memory
 
 QUERY_MODES = ("sequential", "batched", "split", "distributed", "auto")
 # Tokens in one forward beyond which copies gain nothing: measured on a CPU (benchmarks/query_modes.py); on a GPU launches are
 # what copies save, and a guess until it is measured there.
 BATCHED_TOKENS = {"cpu": 512, "cuda": 4096}
-MEMORY_SHARE = 0.8  # of a GPU's memory that weights and copies may take
-
-_fitting: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # tokens that fitted, where more ran out of memory
 
 
 @dataclass(frozen=True)
@@ -62,6 +57,7 @@ class Evaluator:
         mode: sequential, batched, split or auto.
         module: owner of the trainables; the modes beyond sequential need it.
         ranks: the processes that share the points, each in this mode.
+        limits: what the optimizer's earlier evaluations ran into, and what this one adds to it.
     """
 
     perturbed: Perturbed
@@ -70,6 +66,7 @@ class Evaluator:
     mode: str = "sequential"
     module: nn.Module | None = None
     ranks: Ranks | None = None
+    limits: Limits = field(kw_only=True)
 
     def __call__(
         self, queries: int, scales: Sequence[float], *, base: bool = False, anchor: Tensor | None = None
@@ -79,7 +76,7 @@ class Evaluator:
         Raises:
             ZOError: the mode does not fit what was given.
         """
-        mode = self.mode if self.mode != "auto" else choose(self.batch, self.module, self.perturbed.trainables.total)
+        mode = self._chosen if self.mode == "auto" else self.mode
         if mode == "split":
             values, weights, forwards = self._split(queries, (*scales, 0.0) if base else scales, anchor)
             base_values = values[:, -1] if base else None
@@ -109,43 +106,34 @@ class Evaluator:
         call = closure if batch is None else lambda: closure(batch)
         return torch.tensor(list(self.perturbed.losses(call, points)), dtype=torch.float64)
 
-    def predicted_memory(self, points: Sequence[Point]) -> int:
-        """Bytes that one forward of the copies at these points will take above the weights, found without running it."""
-        copies, trainables = self._copies(), self.perturbed.trainables.parameters
+    @property
+    def _chosen(self) -> str:
+        """What ``"auto"`` stands for here."""
+        possible = self.module is not None and self.batch is not None and self.limits.mappable
+        if possible and is_worth_batching(self._copies_at_once(tokens(self.batch)), self.perturbed.trainables.total):
+            return "batched"
+        return "sequential"
 
-        def run() -> None:
-            # Uninitialised copies: directions drawn here would be fake, and be kept for the step.
-            stacked = [p.new_empty(len(points), *p.shape) for p in trainables]
-            copies.run(stacked, self.batch, split=False)
-
-        return memory.predicted_peak(run)
+    def _copies_at_once(self, tokens: int) -> int:
+        return copies_at_once(self.perturbed.trainables.parameters[0].device.type, tokens)
 
     def _copies(self) -> Copies:
         if self.batch is None:
             raise ZOError(f'query_mode="{self.mode}" needs the batch: call step(lambda b: model(**b).loss, batch).')
         assert self.module is not None
-        return Copies(self.module, self.perturbed, self.closure)
+        return Copies(self.module, self.perturbed, self.closure, self.limits)
 
     def _batched(self, points: Sequence[Point]) -> Tensor:
         """All perturbed copies see the whole batch, several in one forward (``vmap``)."""
-        run = self._copies()
+        run, batch = self._copies(), self.batch
         return self._in_chunks(
-            len(points),
-            self._copies_at_once(points),
-            tokens(self.batch),
-            lambda first, last: run(points[first:last], self.batch, split=False),
+            len(points), batch, tokens(batch), lambda first, last: run(points[first:last], batch, split=False)
         )
 
-    @property
-    def _device_kind(self) -> str:
-        kind = self.perturbed.trainables.parameters[0].device.type
-        return kind if kind in BATCHED_TOKENS else "cuda"
-
-    def _in_chunks(self, total: int, chunk: int, size: int, run: Callable[[int, int], Tensor]) -> Tensor:
-        """``run`` over ranges of at most ``chunk``, and of half as many whenever memory runs out; ``size``: tokens that one copy sees."""
-        assert self.module is not None
-        if self.module in _fitting:
-            chunk = max(1, min(chunk, _fitting[self.module] // max(1, size)))
+    def _in_chunks(self, total: int, batch: Any, size: int, run: Callable[[int, int], Tensor]) -> Tensor:
+        """``run`` over ranges as long as gains something, and half as long whenever memory runs out; ``size``: tokens that one copy sees."""
+        key, chunks = (total, shapes(batch)), self.limits.chunks
+        chunk = chunks.get(key, self._copies_at_once(size))
         values: list[Tensor] = []
         first = 0
         while first < total:
@@ -158,26 +146,10 @@ class Evaluator:
                 if not out_of_memory(error) or last - first == 1:
                     raise
             # Outside of the handler, so that the failed forward's tensors are let go.
-            chunk = (last - first) // 2
-            _fitting[self.module] = chunk * max(1, size)
+            chunks[key] = chunk = (last - first) // 2
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         return torch.cat(values)
-
-    def _copies_at_once(self, points: Sequence[Point]) -> int:
-        """How many copies share a forward: as many as gain something and fit."""
-        assert self.module is not None
-        chunk = max(1, BATCHED_TOKENS[self._device_kind] // max(1, tokens(self.batch)))
-        if self._device_kind == "cpu" or min(chunk, len(points)) == 1:
-            return chunk  # a few hundred tokens fit where the weights do
-        try:
-            one, two = self.predicted_memory(points[:1]), self.predicted_memory(points[:2])
-        except RuntimeError:  # the closure looks at values: run out of memory, then halve
-            return chunk
-        # Of what there is, not of what is free now: the chunk decides the last bits, and the same seed must give the same.
-        weights = sum(p.numel() * p.element_size() for p in self.module.parameters())
-        room = MEMORY_SHARE * memory.total_memory(self.perturbed.trainables.parameters[0].device) - weights - one
-        return max(1, min(chunk, 1 + int(room // max(1, two - one))))
 
     def _split(self, queries: int, scales: Sequence[float], anchor: Tensor | None) -> tuple[Tensor, Tensor, int]:
         """The queries partition the batch: direction q sees the q-th slice alone; one forward for each scale in all.
@@ -225,9 +197,7 @@ class Evaluator:
             points = [[Point(((first + q, scale),), anchor=anchor) for q in range(lo, hi)] for scale in scales]
             return torch.stack([run(p, rows, split=True) for p in points], dim=1)
 
-        slice_tokens = tokens(slices) // count
-        chunk = max(1, BATCHED_TOKENS[self._device_kind] // max(1, slice_tokens))
-        return self._in_chunks(count, chunk, slice_tokens, part)
+        return self._in_chunks(count, slices, tokens(slices) // count, part)
 
 
 def resolve(query_mode: str, distributed: Distributed | None, module: nn.Module | None) -> tuple[str, Ranks | None]:
@@ -249,14 +219,15 @@ def resolve(query_mode: str, distributed: Distributed | None, module: nn.Module 
     return mode, ranks
 
 
-def choose(batch: Any, module: nn.Module | None, trainables: int) -> str:
-    """What ``"auto"`` means here: batched where many small forwards would be launched, sequential elsewhere.
+def copies_at_once(device: str, tokens: int) -> int:
+    """How many copies of a batch of so many tokens gain something from sharing a forward on this kind of device."""
+    return max(1, BATCHED_TOKENS.get(device, BATCHED_TOKENS["cuda"]) // max(1, tokens))
 
-    A rule on sizes, not a stopwatch: the same seed must give the same bits.
+
+def is_worth_batching(copies: int, trainables: int) -> bool:
+    """What ``"auto"`` means: batched where many small forwards would be launched, sequential elsewhere.
+
+    A rule on sizes, not a stopwatch: the same seed must give the same bits. Two copies that just fill a forward gain nothing; four do
+    (benchmarks/query_modes.py, grid).
     """
-    if module is None or batch is None or trainables > 1 << 20 or unmappable(module):
-        return "sequential"
-    device = next((p.device.type for p in module.parameters()), "cpu")
-    limit = BATCHED_TOKENS.get(device, BATCHED_TOKENS["cuda"])
-    # Two copies that just fill a forward gain nothing; four do (benchmarks/query_modes.py, grid).
-    return "batched" if 4 * tokens(batch) <= limit else "sequential"
+    return copies >= 4 and trainables <= 1 << 20

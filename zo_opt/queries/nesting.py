@@ -40,6 +40,13 @@ def tokens(batch: Any) -> int:
     return max(counts)
 
 
+def shapes(batch: Any) -> tuple[tuple[int, ...], ...]:
+    """The shapes of a batch's tensors, in order."""
+    found: list[tuple[int, ...]] = []
+    map_tensors(lambda x: found.append(tuple(x.shape)), batch)
+    return tuple(found)
+
+
 class Leaves:
     """A batch taken apart into its tensors, to be rebuilt around others."""
 

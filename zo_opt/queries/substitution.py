@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+CHUNK = 1 << 22  # entries of a large weight made at a time: few enough to bound memory, enough for full-speed products
 Values = Callable[[int, int, int], Tensor]  # (parameter, first entry, last entry + 1) -> its values there, one axis
 
 # What describes a tensor and not its values.
@@ -34,7 +35,7 @@ class Substitution(TorchFunctionMode):
         index: the trainables' numbers by ``id``.
         replacement: a trainable's number -> the tensor to use in its place.
         values: the same for part of a parameter; without it large layers are not cut.
-        chunk: entries of a linear layer made at a time: few enough to bound memory, enough for full-speed products.
+        chunk: entries of a linear layer made at a time.
 
     Attributes:
         seen: numbers of the trainables that were asked for.
@@ -45,7 +46,7 @@ class Substitution(TorchFunctionMode):
         index: Mapping[int, int],
         replacement: Callable[[int], Tensor],
         values: Values | None = None,
-        chunk: int = 1 << 22,
+        chunk: int = CHUNK,
     ) -> None:
         super().__init__()
         self._index, self._replacement, self._values, self._chunk = index, replacement, values, chunk

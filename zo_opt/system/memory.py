@@ -5,17 +5,11 @@ from __future__ import annotations
 import ctypes
 import re
 import sys
-import weakref
-from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from zo_opt.errors import ZOError
 
@@ -31,8 +25,8 @@ def peak_memory(device: torch.device) -> int:
         return int(line.split()[1]) * 1024
     try:
         import resource
-    except ImportError:  # Windows: psutil knows its peak
-        return int(psutil.Process().memory_info().peak_wset)  # type: ignore[attr-defined]
+    except ImportError:  # Windows
+        return int(getattr(psutil.Process().memory_info(), "peak_wset", 0))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -60,92 +54,6 @@ def total_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return int(psutil.virtual_memory().total)
-
-
-def predicted_peak(call: Callable[[], Any]) -> int:
-    """The most bytes of tensors that a call will hold at once beyond those that exist now, found without computing anything.
-
-    The call runs on fake tensors, of which shapes and lifetimes are all there is. Scratch memory inside an operation is not seen.
-
-    Raises:
-        RuntimeError: the call looks at values, which fake tensors do not have.
-
-    >>> x = torch.zeros(1000)
-    >>> predicted_peak(lambda: (x + 1) * 2)
-    8000
-    """
-    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-
-    class Live(LiveBytes):
-        def call(self, func: Any, args: Any, kwargs: Any) -> Any:
-            # Left alone, the mode would carry out an operation in place on real tensors.
-            args, kwargs = tree_map_only(Tensor, as_fake, (args, kwargs))
-            return func(*args, **kwargs)
-
-    def as_fake(x: Tensor) -> Tensor:
-        return x if isinstance(x, FakeTensor) else fake.from_tensor(x)
-
-    live = Live()
-    with torch.no_grad(), fake, live:
-        call()
-    return live.peak
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages, made inside or handed to ``hold``, that are still referred to.
-
-    Attributes:
-        now: bytes that are there.
-        peak: the most that were there at once.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
-        self._births: dict[int, int] = {}  # of storages alive, by number
-        self._made = self._made_at_peak = 0
-
-    def hold(self, tensors: Iterable[Tensor]) -> None:
-        """Count tensors that exist already."""
-        for tensor in tensors:
-            self._count(tensor.untyped_storage())
-
-    def forget_peak(self) -> None:
-        """Look for the peak from now on."""
-        self.peak, self._made_at_peak = self.now, self._made
-
-    def there_at_peak(self, tensor: Tensor) -> bool:
-        """Whether a tensor that is alive was so at the peak."""
-        return self._births.get(tensor.untyped_storage()._cdata, self._made) < self._made_at_peak
-
-    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Carry out an operation."""
-        return func(*args, **kwargs)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        out = self.call(func, args, kwargs or {})
-        if all(r.alias_info is None for r in func._schema.returns):  # neither a view nor written in place
-            for tensor in tree_leaves(out):
-                if isinstance(tensor, Tensor):
-                    self._count(tensor.untyped_storage())
-        return out
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._births:
-            return
-        self._births[key] = self._made
-        self._made += 1
-        self.now += size
-        if self.now > self.peak:
-            self.peak, self._made_at_peak = self.now, self._made
-        weakref.finalize(storage, self._free, key, size)
-
-    def _free(self, key: int, size: int) -> None:
-        self._births.pop(key, None)
-        self.now -= size
 
 
 def parse_bytes(text: str) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from zo_opt.adapters import ADAPTERS
 from zo_opt.errors import ZOError
 from zo_opt.optim import OPTIMIZERS
+from zo_opt.training.config import TrainConfig
 from zo_opt.training.options import BACKPROPAGATION
 
 RANDOM_START = {"adapter_init": "random"}
@@ -30,10 +31,9 @@ class Method:
     adapter: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def zeroth_order(self) -> bool:
-        """Whether it takes forward passes alone."""
-        return self.optimizer != BACKPROPAGATION
+    def config(self, **changes: Any) -> TrainConfig:
+        """Its options, and others."""
+        return TrainConfig(**{"adapter": self.adapter, "optimizer": self.optimizer, **self.options, **changes})
 
 
 METHODS: dict[str, Method] = {
