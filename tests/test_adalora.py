@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from peft.tuners.adalora.layer import RankAllocator
 from tiny_models import build, padded_batch
 from torch import nn
+from zo_opt.adapters.adalora_allocator import budget, keep, triplet_scores
 
 from zo_opt import AdaLoRAConfig, ZOError, get_adapter_model, trainable_parameters
-from zo_opt.adapters.adalora_allocator import budget, keep, triplet_scores
 from zo_opt.adapters.sensitivity import Phases
 
 RANK, TARGET, WARMUP, FINAL, STEPS = 6, 3, 3, 6, 20

@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from zo_opt.adapters.ranks import energy, search_ranks
 
 from zo_opt import ZOError
-from zo_opt.adapters.ranks import energy, search_ranks
 
 SHAPES = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=4)
 RANKS = st.sets(st.integers(1, 7), min_size=1, max_size=4).map(tuple)
