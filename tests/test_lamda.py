@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from tiny_models import build, padded_batch, perturb
 from torch import nn
 from torch.nn import functional as F
-from zo_opt.adapters.ranks import energy
 
 from zo_opt import (
     LaMDAConfig,
@@ -24,7 +23,7 @@ from zo_opt import (
 )
 from zo_opt.adapters.lamda_backward import core_then_columns
 from zo_opt.adapters.lamda_pp import allocate_ranks
-from zo_opt.adapters.spectrum import leading_triplets
+from zo_opt.adapters.spectrum import energy, leading_triplets
 
 STEPS = 20
 

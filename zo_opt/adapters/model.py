@@ -157,13 +157,7 @@ class AdapterModel(nn.Module):
 
     def adapter_table(self, *, each: bool = False) -> str:
         """Where adapters sit and what they cost, as text: a line a kind of module, or one an adapter (``each``)."""
-        return table.adapter_table(
-            self.wrapped,
-            self.adapted_modules(),
-            self.adapter_config.adapter_type,
-            trainable_parameters(self),
-            each=each,
-        )
+        return table.adapter_table(self.wrapped, self.adapted_modules(), trainable_parameters(self), each=each)
 
     def extra_repr(self) -> str:
         return self.trainable_summary()
