@@ -437,15 +437,15 @@ def test_an_adapter_of_ones_own(tmp_path, monkeypatch):
         make_config("copy:deepcopy", {})
 
 
-def test_the_command_line_knows_every_option():
+def test_the_command_line_checks_every_option():
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(AdapterConfig, "adapter")
-    parser.add_class_arguments(TTDeltaConfig, "delta")
-    assert parser.parse_args(
-        ["--delta.init=svd", "--delta.layers=[0,1]", "--delta.rank_pattern={q: 2}"]
-    ).delta.layers == [0, 1]
+    for name, kind in ADAPTERS.items():
+        parser.add_class_arguments(kind, name)
+    given = parser.parse_args(["--tt-delta.init=svd", "--tt-delta.layers=[0,1]", "--lora.alpha_pattern={q: 2.0}"])
+    assert TTDeltaConfig(**given["tt-delta"].as_dict()) == TTDeltaConfig(init="svd", layers=[0, 1])
+    assert LoRAConfig(**given["lora"].as_dict()) == LoRAConfig(alpha_pattern={"q": 2.0})
     with pytest.raises(jsonargparse.ArgumentError, match="init"):
-        parser.parse_args(["--delta.init=qr"])
+        parser.parse_args(["--tt-delta.init=qr"])
 
 
 def test_positions_that_are_computed_are_no_target():

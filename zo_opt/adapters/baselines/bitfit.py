@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from zo_opt.adapters.adapted import AdaptedModule, numbers
 from zo_opt.adapters.config import AdapterConfig
+from zo_opt.adapters.full import within
 from zo_opt.adapters.targets import Target, in_layers, matches
 from zo_opt.adapters.weights import is_conv1d
 from zo_opt.errors import ZOError
@@ -60,7 +61,7 @@ class BitFitConfig(AdapterConfig):
             chosen |= {name for name, module in possible.items() if layer_of(name) and not _is_norm(module)}
         # What is trained whole or replaced has its bias trained already.
         others = [*(self.modules_to_save or ()), *(self.modules_to_tensorize or ())]
-        return [n for n in possible if n in chosen and not any(matches(part, o) for part in _path(n) for o in others)]
+        return [n for n in possible if n in chosen and not any(within(f"{n}.bias", o) for o in others)]
 
     def wrap(self, target: Target, number: int) -> BiasAdapter:
         return BiasAdapter(target.module, Bias(target))
@@ -114,9 +115,3 @@ def _is_norm(module: nn.Module) -> bool:
     return (
         weight is not None and weight.ndim == 1 and "Norm" in type(module).__name__ and not isinstance(module, others)
     )
-
-
-def _path(name: str) -> list[str]:
-    """a.b.c -> a, a.b, a.b.c."""
-    parts = name.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
