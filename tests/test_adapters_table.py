@@ -440,12 +440,12 @@ def test_an_adapter_of_ones_own(tmp_path, monkeypatch):
 def test_the_command_line_checks_every_option():
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     for name, kind in ADAPTERS.items():
-        parser.add_class_arguments(kind, name)
-    given = parser.parse_args(["--tt-delta.init=svd", "--tt-delta.layers=[0,1]", "--lora.alpha_pattern={q: 2.0}"])
-    assert TTDeltaConfig(**given["tt-delta"].as_dict()) == TTDeltaConfig(init="svd", layers=[0, 1])
+        parser.add_class_arguments(kind, name.replace("-", "_"))
+    given = parser.parse_args(["--tt_delta.init=svd", "--tt_delta.layers=[0,1]", "--lora.alpha_pattern={q: 2.0}"])
+    assert TTDeltaConfig(**given["tt_delta"].as_dict()) == TTDeltaConfig(init="svd", layers=[0, 1])
     assert LoRAConfig(**given["lora"].as_dict()) == LoRAConfig(alpha_pattern={"q": 2.0})
     with pytest.raises(jsonargparse.ArgumentError, match="init"):
-        parser.parse_args(["--tt-delta.init=qr"])
+        parser.parse_args(["--tt_delta.init=qr"])
 
 
 def test_positions_that_are_computed_are_no_target():
