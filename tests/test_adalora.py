@@ -14,7 +14,7 @@ from tiny_models import build, padded_batch
 from torch import nn
 
 from zo_opt import AdaLoRAConfig, ZOError, get_adapter_model, trainable_parameters
-from zo_opt.adapters.adalora_allocator import budget, keep, triplet_scores
+from zo_opt.adapters.adalora import budget, keep, triplet_scores
 from zo_opt.adapters.sensitivity import Phases
 
 RANK, TARGET, WARMUP, FINAL, STEPS = 6, 3, 3, 6, 20
@@ -247,10 +247,8 @@ def test_impossible_phases(options, sentence):
         model.step(0)
 
 
-def test_steps_may_be_known_later():
-    model = ours(total_steps=None, warmup_steps=None, final_steps=None)
-    model.adapter_config.total_steps = 80
-    assert model.adapter_config.phases() == (10, 40, 80)
+def test_phases_left_open_are_an_eighth_and_a_half():
+    assert AdaLoRAConfig(total_steps=80).phases() == (10, 40, 80)
 
 
 def test_missing_gradients_are_a_sentence():

@@ -145,7 +145,7 @@ def test_a_copied_model_has_a_schedule_of_its_own(case):
     assert model.schedule.moving() in (None, sum(p.numel() for p in trainable_parameters(model)))
 
 
-@pytest.mark.parametrize("stop", [1, 5, 9, 13])
+@pytest.mark.parametrize("stop", [1, 9])
 def test_files_in_mid_run_continue_to_the_same_bits(tmp_path, case, stop):
     model, batch = adapted(case), padded_batch("llama")
     optimizer = adamw_of(model)
@@ -173,7 +173,7 @@ def test_state_of_another_model_is_refused(tmp_path, case):
         load_adapter_model(build("llama"), tmp_path)
 
 
-@pytest.mark.parametrize("mode", ["sequential", "batched", "split"])
+@pytest.mark.parametrize("mode", ["sequential", "split"])
 @pytest.mark.parametrize("optimizer_type", [MeZO, ZOAdam])
 def test_a_whole_schedule_with_zeroth_order(case, mode, optimizer_type):
     """To the end: only so many triplets are left, no column or matrix that was frozen moves."""

@@ -176,7 +176,7 @@ def test_trainable_parameters_lists_tied_ones_once():
 
 
 @pytest.mark.parametrize(("layers", "expected"), [(None, {0, 1}), (1, {1}), (2, {0, 1}), ([0], {0}), ([1, 0], {0, 1})])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_layers(name, layers, expected):
     model = get_adapter_model(build(name), config(layers=layers))
     numbers = {int(part) for n in adapters_in(model) for part in n.split(".") if part.isdigit()}

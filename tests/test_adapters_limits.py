@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_fresh_adapter_is_an_identity_under_autocast_too(dtype, autocast):
-    adapter = TTAdapter(8, TTConfig(rank=2, bottleneck=4), rank=2, seed=0, device=CPU)
+    adapter = TTAdapter(TTConfig(rank=2, bottleneck=4), 8, rank=2, seed=0, device=CPU)
     x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0), dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         assert torch.equal(adapter(x), x)

@@ -23,8 +23,7 @@ from zo_opt import (
 )
 from zo_opt.adapters.lamda_backward import core_then_columns
 from zo_opt.adapters.lamda_pp import allocate_ranks
-from zo_opt.adapters.ranks import energy
-from zo_opt.adapters.spectrum import leading_triplets
+from zo_opt.adapters.spectrum import energy, leading_triplets
 
 STEPS = 20
 

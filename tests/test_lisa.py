@@ -139,7 +139,7 @@ def test_a_resumed_run_takes_the_same_steps(tmp_path, make):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("mode", ["sequential", "batched", "split"])
+@pytest.mark.parametrize("mode", ["sequential", "split"])
 @pytest.mark.parametrize("make", [MeZO, ZOAdam, ZOKalman])
 def test_zeroth_order_follows_the_turns(make, mode):
     """Only what has its turn is perturbed and moved; the update rule's memory begins anew with the layers."""

@@ -95,7 +95,8 @@ def test_a_step_takes_what_is_foretold(name, method):
 def test_all_logits_are_seen():
     skeleton, logits = skeleton_of("llama"), 4 * 24 * 300 * 4
     found = [
-        plan_method(skeleton, get_method("lora").config(), Setting(4, 24, "fp32", "cpu", logits=w)) for w in ("labels", "all")
+        plan_method(skeleton, get_method("lora").config(), Setting(4, 24, "fp32", "cpu", logits=w))
+        for w in ("labels", "all")
     ]
     assert found[1].peak - found[0].peak >= 2 * logits  # logits and their gradient
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zo_opt.adapters.adalora_allocator import budget, keep, triplet_scores
-from zo_opt.adapters.adapted import AdaptedModule
-from zo_opt.adapters.config import AdapterConfig, check_positive, register
-from zo_opt.adapters.parallel import Delta, ParallelAdapter
+from zo_opt.adapters.adapted import AdaptedModule, Delta, Draw, ParallelAdapter, numbers
+from zo_opt.adapters.options import SEED, Range, option
 from zo_opt.adapters.schedule import AdapterSchedule
-from zo_opt.adapters.sensitivity import Phases, Sensitivity, check_beta, check_steps, make_phases
+from zo_opt.adapters.sensitivity import Phases, Sensitivity, SensitivityConfig, cubic
 from zo_opt.adapters.targets import ATTENTION, Target
 from zo_opt.errors import ZOError
 
@@ -23,9 +21,8 @@ if TYPE_CHECKING:
     from zo_opt.adapters.model import AdapterModel
 
 
-@register
-@dataclass
-class AdaLoRAConfig(AdapterConfig):
+@dataclass(frozen=True)
+class AdaLoRAConfig(SensitivityConfig):
     """h = W0 x + alpha / (rank + 1e-5) P diag(Lambda) Q x, whose ranks fall from ``rank`` to ``target_rank`` on average.
 
     P (out, rank) and Q (rank, in) start Gaussian with standard deviation 0.02 and Lambda at zero [code]: an exact identity. Triplet i
@@ -37,7 +34,7 @@ class AdaLoRAConfig(AdapterConfig):
     [choice] gamma = 0.1 as in the authors' code; PEFT's default is 0.5. [code] The scaling divides by the initial rank at all times.
 
     Call ``model.step(global_step)`` after every ``optimizer.step()`` and before ``zero_grad()``. With warm-up and final phase left
-    open, see :func:`~zo_opt.adapters.sensitivity.make_phases`. Linear layers only, as in PEFT.
+    open, see :class:`~zo_opt.adapters.sensitivity.SensitivityConfig`. Linear layers only, as in PEFT.
 
     >>> from zo_opt import get_adapter_model, trainable_parameters
     >>> config = AdaLoRAConfig(
@@ -56,44 +53,25 @@ class AdaLoRAConfig(AdapterConfig):
     4
     """
 
-    adapter_type: ClassVar[str] = "adalora"
+    default_targets: ClassVar[Mapping[str, Sequence[str]]] = ATTENTION
 
-    rank: int = field(default=12, metadata={"help": "initial rank of every matrix"})
-    target_rank: int = field(default=8, metadata={"help": "rank at the end, on average over the matrices"})
-    alpha: float = field(default=16.0, metadata={"help": "the update is multiplied by alpha / rank"})
-    beta1: float = field(default=0.85, metadata={"help": "smoothing of sensitivities"})
-    beta2: float = field(default=0.85, metadata={"help": "smoothing of their uncertainties"})
-    total_steps: int | None = field(default=None, metadata={"help": "optimizer steps in all; set by the training loop"})
-    warmup_steps: int | None = field(default=None, metadata={"help": "steps before the first pruning; None: an eighth"})
-    final_steps: int | None = field(default=None, metadata={"help": "last steps, with fixed ranks; None: half"})
-    interval: int = field(default=1, metadata={"help": "steps between prunings"})
-    orthogonality: float = field(default=0.1, metadata={"help": "gamma, weight of the penalty on P and Q; 0: none"})
-    squared_penalty: bool = field(default=False, metadata={"help": "squared norms in the penalty, as in the paper"})
-    seed: int = field(default=0, metadata={"help": "of the initial P and Q"})
+    rank: int = option(12, "initial rank of every matrix")
+    target_rank: int = option(8, "rank at the end, on average over the matrices")
+    alpha: float = option(16.0, "the update is multiplied by alpha / rank")
+    interval: int = option(1, "steps between prunings")
+    orthogonality: float = option(0.1, "gamma, weight of the penalty on P and Q; 0: none", Range(least=0))
+    squared_penalty: bool = option(False, "squared norms in the penalty, as in the paper")
+    seed: int = option(0, "of the initial P and Q", SEED)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_whole("rank", "target_rank", "interval")
-        self.check_seed()
-        check_positive("alpha", self.alpha)
-        check_beta("beta1", self.beta1)
-        check_beta("beta2", self.beta2)
-        check_steps("total_steps", self.total_steps, 1)
-        check_steps("warmup_steps", self.warmup_steps)
-        check_steps("final_steps", self.final_steps)
-        if self.orthogonality != 0:
-            check_positive("orthogonality", self.orthogonality)
         if self.target_rank > self.rank:
             raise ZOError(
                 f"target_rank={self.target_rank} is above rank={self.rank}, and ranks only fall; give a smaller one."
             )
 
-    def default_targets(self, model_type: str) -> Sequence[str] | None:
-        return ATTENTION.get(model_type)
-
     def wrap(self, target: Target, number: int) -> ParallelAdapter:
-        rank = self.rank_of(target.name, self.rank)
-        return ParallelAdapter(target.module, AdaLoRA(target, rank, self.alpha, seed=self.seed * 100_003 + number))
+        return ParallelAdapter(target.module, AdaLoRA(self, target, number))
 
     def penalty(self, model: AdapterModel) -> Tensor | None:
         if self.orthogonality == 0:
@@ -106,30 +84,18 @@ class AdaLoRAConfig(AdapterConfig):
         trained = sum(p.numel() for p in model.wrapped.parameters() if p.requires_grad)
         return AdaLoRASchedule(self, _adapters(model.adapted_modules()), trained)
 
-    def phases(self) -> Phases:
-        """t_i, t_f and T.
-
-        Raises:
-            ZOError: ``total_steps`` is missing or too small.
-        """
-        return make_phases(self.warmup_steps, self.final_steps, self.total_steps)
-
 
 class AdaLoRA(Delta):
     """alpha / (ranknum + 1e-5) * P diag(Lambda) Q x, float32; Q is ``lora_A``, Lambda ``lora_E``, P ``lora_B``, as in PEFT."""
 
-    def __init__(self, target: Target, rank: int, alpha: float, *, seed: int) -> None:
+    def __init__(self, config: AdaLoRAConfig, target: Target, number: int) -> None:
         super().__init__()
-        self.alpha = alpha
-        self.lora_A = nn.Parameter(torch.zeros(rank, target.in_features, device=target.device))
-        self.lora_E = nn.Parameter(torch.zeros(rank, 1, device=target.device))
-        self.lora_B = nn.Parameter(torch.zeros(target.out_features, rank, device=target.device))
-        self.ranknum = nn.Parameter(torch.full((1,), float(rank), device=target.device), requires_grad=False)
-        if target.device.type != "meta":
-            generator = torch.Generator().manual_seed(seed)
-            with torch.no_grad():
-                for factor in (self.lora_A, self.lora_B):
-                    factor.copy_(0.02 * torch.randn(factor.shape, generator=generator))
+        rank, draw = config.rank_of(target.name), Draw(target.device, config.seed_of(number))
+        self.alpha = config.alpha
+        self.lora_A = nn.Parameter(0.02 * draw.normal(rank, target.in_features))
+        self.lora_E = numbers(target.device, rank, 1)
+        self.lora_B = nn.Parameter(0.02 * draw.normal(target.out_features, rank))
+        self.ranknum = numbers(target.device, 1, value=rank, trained=False)
 
     def forward(self, x: Tensor) -> Tensor:
         low = F.linear(x, self.lora_A) * (self.lora_E.view(-1) * self._scaling())
@@ -215,3 +181,44 @@ class AdaLoRASchedule(AdapterSchedule):
 def _adapters(adapted: Mapping[str, AdaptedModule]) -> dict[str, AdaLoRA]:
     """Modules of ``modules_to_tensorize`` are no part of it."""
     return {name: m.adapter for name, m in adapted.items() if isinstance(m.adapter, AdaLoRA)}
+
+
+def budget(step: int, initial: int, target: int, phases: Phases) -> int:
+    """b(t) = b_T + (b_0 - b_T) (1 - (t - t_i) / (T - t_i - t_f))^3 in triplets, rounded down (arXiv 2303.10512, equation 12).
+
+    Args:
+        step: t, from 0.
+        initial, target: b_0 and b_T, triplets of all matrices together.
+
+    >>> [budget(t, 24, 16, Phases(2, 4, 10)) for t in range(10)]
+    [24, 24, 24, 19, 17, 16, 16, 16, 16, 16]
+    """
+    return int((initial - target) * cubic(step, phases) + target)
+
+
+def triplet_scores(s_lambda_R1: Tensor, s_P_OR: Tensor, s_Q_RI: Tensor) -> Tensor:
+    """S_i = s(lambda_i) + mean_j s(P_ji) + mean_j s(Q_ij) (equation 7): (r,) from the entries' scores."""
+    return s_lambda_R1.view(-1) + (s_Q_RI.mean(dim=1) + s_P_OR.mean(dim=0))
+
+
+def keep(scores: Sequence[Tensor], kept: int) -> list[Tensor]:
+    """Which triplets stay: those whose score is above that of the best one that has to go.
+
+    [code] Triplets that share this score go with it, so that fewer than ``kept`` may stay.
+
+    Args:
+        scores: (r,) of each matrix.
+        kept: how many may stay in all matrices together.
+
+    Returns:
+        (r,) bool for each matrix.
+
+    >>> [m.tolist() for m in keep([torch.tensor([3.0, 1.0]), torch.tensor([2.0, 0.5])], 2)]
+    [[True, False], [True, False]]
+    """
+    together = torch.cat([s.cpu() for s in scores])
+    gone = len(together) - kept
+    if gone <= 0:
+        return [torch.ones_like(s, dtype=torch.bool) for s in scores]
+    threshold = float(together.kthvalue(gone).values)
+    return [s > threshold for s in scores]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
 from zo_opt.adapters.adapted import AdaptedModule
+from zo_opt.adapters.options import ANY, MOST_NAMES, check_options, option
 from zo_opt.adapters.schedule import AdapterSchedule
 from zo_opt.adapters.targets import Target, find_targets, matches
 from zo_opt.choices import Table
@@ -19,98 +19,54 @@ from zo_opt.errors import ZOError
 if TYPE_CHECKING:
     from zo_opt.adapters.model import AdapterModel
 
-
-MOST_SIZE = 1 << 24  # of a rank, bottleneck or number of steps: what an adapter's size follows from is bounded
-MOST_NAMES = 10_000  # of modules or layers in a list: each is looked for in the whole model
+__all__ = ["ADAPTERS", "MOST_NAMES", "AdapterConfig", "config_from_dict", "make_config"]
 
 
-@dataclass
-class AdapterConfig(ABC):
+@dataclass(frozen=True)
+class AdapterConfig:
     """Where adapters go. A method adds its own fields and says how a target module is wrapped.
 
     ``default_targets`` and ``wrap`` are all that most methods have to say. The others stand for methods whose adapters share
     tensors (``wrap_all``), train weights of the model itself (``in_place``), look at the pretrained weights before their sizes are
     known (``resolve``), add to the loss (``penalty``) or change as training goes on (``schedule``).
+
+    Attributes:
+        default_targets: architecture (``config.model_type``) -> names of the modules to adapt.
     """
 
-    adapter_type: ClassVar[str]
+    default_targets: ClassVar[Mapping[str, Sequence[str]]] = {}
     adapts_embeddings: ClassVar[bool] = False
     adapts_residual: ClassVar[bool] = False  # "residual" among the targets: the stream that enters a whole layer
     mergeable: ClassVar[bool] = True
 
-    target_modules: Sequence[str] | None = field(
-        default=None,
+    target_modules: Sequence[str] | None = option(
+        None,
+        "names (path endings) of the modules to adapt; None: the method's default for the architecture",
         kw_only=True,
-        metadata={
-            "help": "names (path endings) of the modules to adapt; None: the method's default for the architecture"
-        },
     )
-    layers: int | Sequence[int] | None = field(
-        default=None,
-        kw_only=True,
-        metadata={"help": "an integer: the last so many layers; a list: these layers; None: all"},
+    layers: int | Sequence[int] | None = option(
+        None, "an integer: the last so many layers; a list: these layers; None: all", ANY, kw_only=True
     )
-    modules_to_save: Sequence[str] | None = field(
-        default=None,
-        kw_only=True,
-        metadata={"help": "modules trained and saved whole, such as a new classification head"},
+    modules_to_save: Sequence[str] | None = option(
+        None, "modules trained and saved whole, such as a new classification head", kw_only=True
     )
-
-    modules_to_tensorize: Sequence[str] | None = field(
-        default=None,
+    modules_to_tensorize: Sequence[str] | None = option(
+        None,
+        "linear layers, such as a classification head's, whose weight is replaced by a tensor train",
         kw_only=True,
-        metadata={"help": "linear layers, such as a classification head's, whose weight is replaced by a tensor train"},
     )
-    tensorize_rank: int = field(default=5, kw_only=True, metadata={"help": "inner ranks of modules_to_tensorize"})
-    rank_pattern: dict[str, int] | None = field(
-        default=None,
-        kw_only=True,
-        metadata={"help": "path ending -> rank, for modules whose rank is another than rank"},
+    tensorize_rank: int = option(5, "inner ranks of modules_to_tensorize", kw_only=True)
+    rank_pattern: Mapping[str, int] | None = option(
+        None, "path ending -> rank, for modules whose rank is another than rank", kw_only=True
     )
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "modules_to_save", "modules_to_tensorize"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                setattr(self, name, [value])
-                continue
-            if value is not None and not _all(value, str):
-                raise ZOError(f"{name}={value!r} is not possible; give a list of names, or None.")
-        if self.layers is not None and type(self.layers) is not int and not _all(self.layers, int):
-            raise ZOError(f"layers={self.layers!r} is not possible; give a whole number, a list of them, or None.")
-        for name in ("target_modules", "modules_to_save", "modules_to_tensorize", "layers", "rank_pattern"):
-            value = getattr(self, name)
-            if isinstance(value, list | tuple | dict) and len(value) > MOST_NAMES:
-                raise ZOError(f"{name} has {len(value):,} entries; give at most {MOST_NAMES:,}.")
-        self.check_whole("tensorize_rank")
-        pattern = self.rank_pattern
-        if pattern is not None and not (
-            isinstance(pattern, dict)
-            and all(type(k) is str and type(v) is int and 1 <= v <= MOST_SIZE for k, v in pattern.items())
-        ):
-            raise ZOError(f"rank_pattern={pattern!r} is not possible; give names with whole numbers of at least 1.")
+        check_options(self)
 
-    def check_whole(self, *names: str) -> None:
-        """Whether fields hold whole numbers of at least 1 (and at most MOST_SIZE).
-
-        Raises:
-            ZOError: with a sentence on the first that does not.
-        """
-        for name in names:
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ZOError(f"{name}={getattr(self, name)} is not possible; give a whole number of at least 1.")
-            if getattr(self, name) > MOST_SIZE:
-                raise ZOError(f"{name} is larger than {MOST_SIZE:,}, which no model needs; give less.")
-
-    def check_seed(self) -> None:
-        """Whether ``seed`` names a stream for every target.
-
-        Raises:
-            ZOError: it is no whole number from 0 to 2^40.
-        """
-        seed = getattr(self, "seed", 0)
-        if type(seed) is not int or not 0 <= seed <= 1 << 40:
-            raise ZOError(f"seed={seed!r} is not possible; give a whole number from 0 to 2^40.")
+    @property
+    def adapter_type(self) -> str:
+        """The method's name in the table; of your own, ``module:Class``."""
+        return ADAPTERS.name_of(self)
 
     def check_mergeable(self) -> None:
         """Whether some weight equals the adapted layer.
@@ -124,11 +80,31 @@ class AdapterConfig(ABC):
                 "the weights; keep them attached (load_adapter_model), or call unload() to remove them."
             )
 
-    def rank_of(self, name: str, default: int) -> int:
-        """A module's rank: that of the longest ending of its path in ``rank_pattern``, else the default."""
-        pattern = self.rank_pattern or {}
-        endings = [key for key in pattern if matches(name, key)]
-        return pattern[max(endings, key=len)] if endings else default
+    def check_ranks(self, names: Sequence[str]) -> None:
+        """Whether every key of ``rank_pattern`` means something; ``names`` are the adapted modules' paths.
+
+        Raises:
+            ZOError: a key that is the end of no path, or a method without a rank.
+        """
+        if not self.rank_pattern:
+            return
+        if not self.modules_to_tensorize and "rank" not in {f.name for f in fields(self)}:
+            raise ZOError(f"adapters of type {self.adapter_type!r} have no rank; leave rank_pattern out.")
+        for key in self.rank_pattern:
+            if not any(matches(name, key) for name in names):
+                raise ZOError(
+                    f"rank_pattern names {key!r}, which is no adapted module; adapted are {', '.join(names[:4])} ..."
+                )
+
+    def rank_of(self, name: str, default: int | None = None) -> int:
+        """A module's rank: that of the longest ending of its path in ``rank_pattern``, else the default (``rank`` if None)."""
+        rank: int = of_longest_ending(name, self.rank_pattern, getattr(self, "rank", 0) if default is None else default)
+        return rank
+
+    def seed_of(self, number: int) -> int:
+        """The seed of the target of this number: a stream of its own for each."""
+        seed: int = getattr(self, "seed", 0)
+        return seed * 100_003 + number
 
     def find_targets(self, model: nn.Module) -> list[Target]:
         """The modules to adapt, in the model's order.
@@ -139,7 +115,7 @@ class AdapterConfig(ABC):
         names = self.target_modules
         if names is None:
             model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
-            names = self.default_targets(model_type)
+            names = self.default_targets.get(model_type)
             if names is None:
                 raise ZOError(
                     f"there are no default targets for model type {model_type or type(model).__name__!r}; give target_modules=[...]."
@@ -154,6 +130,10 @@ class AdapterConfig(ABC):
         """Path -> the module that replaces the target there."""
         return {target.name: self.wrap(target, number) for number, target in enumerate(targets)}
 
+    def wrap(self, target: Target, number: int) -> AdaptedModule:
+        """The module that replaces the target (which is left as it is); ``number`` counts targets, for seeding."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how a target is wrapped")
+
     def in_place(self, model: nn.Module) -> list[str]:
         """Names of the model's own parameters that the method trains where they are (in float32)."""
         return []
@@ -166,59 +146,24 @@ class AdapterConfig(ABC):
         """What changes as training goes on, if anything."""
         return None
 
-    @abstractmethod
-    def default_targets(self, model_type: str) -> Sequence[str] | None:
-        """Target names for an architecture, or None where there is no default."""
-
-    @abstractmethod
-    def wrap(self, target: Target, number: int) -> AdaptedModule:
-        """The module that replaces the target (which is left as it is); ``number`` counts targets, for seeding."""
-
     def to_dict(self) -> dict[str, Any]:
         """Plain values for adapter_config.json."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()} | {
-            "adapter_type": self.adapter_type
-        }
+        values = ADAPTERS.plain(self)
+        return values | {"adapter_type": values.pop("name")}
 
 
-def _all(values: Any, kind: type) -> bool:
-    return isinstance(values, list | tuple) and all(type(v) is kind for v in values)
-
-
-def check_positive(name: str, value: Any) -> None:
-    """Whether an option is a positive finite number.
-
-    Raises:
-        ZOError: it is not.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ZOError(f"{name}={value!r} is not possible; give a positive number.")
-
-
+# Filled in zo_opt/adapters/__init__.py, a line a method.
 ADAPTERS: Table[AdapterConfig] = Table("adapter", AdapterConfig)
 
 
-def register(config: type[AdapterConfig]) -> type[AdapterConfig]:
-    """Class decorator: enter a method into the table under its ``adapter_type``."""
-    ADAPTERS.entries[config.adapter_type] = config
-    return config
+def of_longest_ending(name: str, pattern: Mapping[str, Any] | None, default: Any) -> Any:
+    """The value of the longest key that a module's path ends in, else the default."""
+    endings = [key for key in pattern or {} if matches(name, key)]
+    return pattern[max(endings, key=len)] if pattern and endings else default
 
 
-def config_from_dict(values: dict[str, Any]) -> AdapterConfig:
-    """The configuration that ``to_dict`` described."""
-    values = dict(values)
-    kind = values.pop("adapter_type", None)
-    try:
-        return make_config(kind, values)
-    except ZOError:
-        raise
-    except (TypeError, ValueError, AttributeError, OverflowError) as error:  # values of other types than the fields'
-        raise ZOError(f"the adapter's configuration does not fit type {kind!r}: {error}.") from error
-
-
-def make_config(adapter_type: Any, options: dict[str, Any]) -> AdapterConfig:
-    """A method's configuration from options by name.
+def make_config(adapter_type: Any, options: Mapping[str, Any]) -> AdapterConfig:
+    """A method's configuration from options by name; the method's name may be your own ``module:Class``.
 
     Raises:
         ZOError: the method is not known, or has no such option; or a value is not possible.
@@ -226,11 +171,23 @@ def make_config(adapter_type: Any, options: dict[str, Any]) -> AdapterConfig:
     >>> make_config("tt", {"rank": 3}).rank
     3
     """
-    if adapter_type not in ADAPTERS:
-        raise ZOError(f"adapter_type {adapter_type!r} is not known; this version knows {', '.join(sorted(ADAPTERS))}.")
-    known = [f.name for f in fields(ADAPTERS[adapter_type])]
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        raise ZOError(f"adapter {adapter_type!r} has no option {unknown[0]!r}; it has {', '.join(known)}.")
-    made: AdapterConfig = ADAPTERS[adapter_type](**options)
-    return made
+    if not isinstance(adapter_type, str):
+        raise ZOError(f"adapter={adapter_type!r} is not known; choose one of {', '.join(ADAPTERS)}.")
+    config = ADAPTERS.make({**options, "name": adapter_type})
+    if not isinstance(config, AdapterConfig):
+        raise ZOError(f"adapter={adapter_type!r} is no AdapterConfig; name a class derived from it.")
+    return config
+
+
+def config_from_dict(values: Mapping[str, Any]) -> AdapterConfig:
+    """The configuration that ``to_dict`` described, as a file holds it.
+
+    Raises:
+        ZOError: it does not fit any method; or it is of a class of your own that is not imported, for a file's word runs no code.
+    """
+    options = dict(values)
+    kind = options.pop("adapter_type", None)
+    module, colon, _ = str(kind).partition(":")
+    if colon and module not in sys.modules:
+        raise ZOError(f"the adapter is of a class of your own, {kind!r}; import {module} before loading it.")
+    return make_config(kind, options)

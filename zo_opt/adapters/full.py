@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import nn
 
-from zo_opt.adapters.adapted import AdaptedModule
-from zo_opt.adapters.config import AdapterConfig, register
+from zo_opt.adapters.config import AdapterConfig
 from zo_opt.adapters.targets import Target, in_layers, matches
 from zo_opt.adapters.weights import is_quantised
 from zo_opt.errors import ZOError
 
 
-@register
-@dataclass
+@dataclass(frozen=True)
 class FullConfig(AdapterConfig):
     """Every parameter of the model is trained in place, or those of ``layers`` and of the modules that ``target_modules`` names.
 
@@ -34,11 +30,6 @@ class FullConfig(AdapterConfig):
     ['2.weight', '2.bias']
     """
 
-    adapter_type: ClassVar[str] = "full"
-
-    def default_targets(self, model_type: str) -> Sequence[str] | None:
-        return None
-
     def find_targets(self, model: nn.Module) -> list[Target]:
         return []  # nothing is wrapped
 
@@ -53,9 +44,6 @@ class FullConfig(AdapterConfig):
         if not chosen:
             raise ZOError(f"layers={self.layers!r} leaves no parameter to train; give layers=None for all of them.")
         return chosen
-
-    def wrap(self, target: Target, number: int) -> AdaptedModule:
-        raise NotImplementedError("nothing is wrapped")
 
 
 def own_parameters(model: nn.Module, config: AdapterConfig) -> list[str]:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zo_opt.adapters.config import AdapterConfig, register
+from zo_opt.adapters.adapted import Delta, ParallelAdapter, numbers
+from zo_opt.adapters.config import AdapterConfig
 from zo_opt.adapters.lamda_backward import core_then_columns
-from zo_opt.adapters.parallel import Delta, ParallelAdapter
+from zo_opt.adapters.options import Range, option
 from zo_opt.adapters.schedule import AdapterSchedule
-from zo_opt.adapters.sensitivity import check_steps
 from zo_opt.adapters.spectrum import leading_triplets
 from zo_opt.adapters.targets import ATTENTION, Target
 from zo_opt.adapters.weights import matrix
@@ -23,11 +23,8 @@ from zo_opt.errors import ZOError
 if TYPE_CHECKING:
     from zo_opt.adapters.model import AdapterModel
 
-INITS = ("svd", "zero")
 
-
-@register
-@dataclass
+@dataclass(frozen=True)
 class LaMDAConfig(AdapterConfig):
     """h = W0 x + B S A x - B0 S0 A x, A (PMA, rank x in) frozen, S (LDA, rank x rank) trained, B (PMB, out x rank) frozen by and by.
 
@@ -53,28 +50,15 @@ class LaMDAConfig(AdapterConfig):
     True
     """
 
-    adapter_type: ClassVar[str] = "lamda"
+    default_targets: ClassVar[Mapping[str, Sequence[str]]] = ATTENTION
 
-    rank: int = field(default=32, metadata={"help": "rank of the projections and size of the core"})
-    freeze_share: float = field(default=0.3, metadata={"help": "eta, share of training after which B is frozen"})
-    init: str = field(default="svd", metadata={"help": "svd: S starts at the singular values; zero: S starts at zero"})
-    total_steps: int | None = field(default=None, metadata={"help": "optimizer steps in all; set by the training loop"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_whole("rank")
-        check_steps("total_steps", self.total_steps, 1)
-        share = self.freeze_share
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-            raise ZOError(f"freeze_share={share!r} is not possible; give a share of training from 0 to 1.")
-        if self.init not in INITS:
-            raise ZOError(f"init={self.init!r} is not known; choose one of {', '.join(INITS)}.")
-
-    def default_targets(self, model_type: str) -> Sequence[str] | None:
-        return ATTENTION.get(model_type)
+    rank: int = option(32, "rank of the projections and size of the core")
+    freeze_share: float = option(0.3, "eta, share of training after which B is frozen", Range(least=0, most=1))
+    init: Literal["svd", "zero"] = option("svd", "svd: S starts at the singular values; zero: S starts at zero")
+    total_steps: int | None = option(None, "optimizer steps in all; set by the training loop")
 
     def wrap(self, target: Target, number: int) -> ParallelAdapter:
-        return ParallelAdapter(target.module, LaMDA(target, self.rank_of(target.name, self.rank), self))
+        return ParallelAdapter(target.module, LaMDA(self, target))
 
     def schedule(self, model: AdapterModel) -> LaMDASchedule:
         adapters = [m.adapter for m in model.adapted_modules().values() if isinstance(m.adapter, LaMDA)]
@@ -93,20 +77,16 @@ class LaMDA(Delta):
     start_S: nn.Parameter | None
     start_B: nn.Parameter | None
 
-    def __init__(self, target: Target, rank: int, config: LaMDAConfig) -> None:
+    def __init__(self, config: LaMDAConfig, target: Target) -> None:
         super().__init__()
         outputs, inputs, device = target.out_features, target.in_features, target.device
-        rank = min(rank, outputs, inputs)
+        rank = min(config.rank_of(target.name), outputs, inputs)
         moves, subtracts = config.freeze_share > 0, config.init == "svd"
-
-        def zeros(*shape: int, trained: bool = False) -> nn.Parameter:
-            return nn.Parameter(torch.zeros(shape, device=device), requires_grad=trained)
-
-        self.lora_A = zeros(rank, inputs)
-        self.lora_S = zeros(rank, rank, trained=True)
-        self.lora_B = zeros(outputs, rank, trained=moves)
-        self.start_S = zeros(rank, rank) if subtracts else None
-        self.start_B = zeros(outputs, rank) if subtracts and moves else None
+        self.lora_A = numbers(device, rank, inputs, trained=False)
+        self.lora_S = numbers(device, rank, rank)
+        self.lora_B = numbers(device, outputs, rank, trained=moves)
+        self.start_S = numbers(device, rank, rank, trained=False) if subtracts else None
+        self.start_B = numbers(device, outputs, rank, trained=False) if subtracts and moves else None
         self.frozen = 0 if moves else rank
         self._kept: Tensor | None = None  # the frozen columns of B, while others move
 

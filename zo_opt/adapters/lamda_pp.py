@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from zo_opt.adapters.config import register
 from zo_opt.adapters.lamda import LaMDAConfig
-from zo_opt.adapters.ranks import energy
+from zo_opt.adapters.options import option
+from zo_opt.adapters.spectrum import energy
 from zo_opt.adapters.targets import Target
 from zo_opt.adapters.weights import matrix
 from zo_opt.errors import ZOError
 
-ORDERS = ("easy-first", "hard-first")
 
-
-@register
-@dataclass
+@dataclass(frozen=True)
 class LaMDAPlusPlusConfig(LaMDAConfig):
     """LaMDA with a rank for each matrix from a small set, by E(r) = sum_{i<=r} sigma_i^2 / sum_i sigma_i^2 at the smallest of them.
 
@@ -36,22 +33,19 @@ class LaMDAPlusPlusConfig(LaMDAConfig):
     {'0': 4, '1': 2}
     """
 
-    adapter_type: ClassVar[str] = "lamda++"
-
-    ranks: Sequence[int] = field(default=(16, 32, 48), metadata={"help": "the ranks to choose from"})
-    order: str = field(default="easy-first", metadata={"help": "which matrices get more: easy-first or hard-first"})
+    ranks: Sequence[int] = option((16, 32, 48), "the ranks to choose from")
+    order: Literal["easy-first", "hard-first"] = option(
+        "easy-first", "which matrices get more: easy-first or hard-first"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ranks = self.ranks
-        if not isinstance(ranks, list | tuple) or not ranks or any(type(r) is not int or r < 1 for r in ranks):
-            raise ZOError(f"ranks={ranks!r} is not possible; give a list of whole numbers of at least 1.")
-        if min(ranks) > self.rank:
+        if not self.ranks:
+            raise ZOError("ranks=[] is not possible; give at least one to choose from.")
+        if min(self.ranks) > self.rank:
             raise ZOError(
-                f"rank={self.rank} is below the smallest of ranks={list(ranks)}; give a smaller one to choose."
+                f"rank={self.rank} is below the smallest of ranks={list(self.ranks)}; give a smaller one to choose."
             )
-        if self.order not in ORDERS:
-            raise ZOError(f"order={self.order!r} is not known; choose one of {', '.join(ORDERS)}.")
 
     def resolve(self, targets: Sequence[Target]) -> LaMDAPlusPlusConfig:
         weights = {target.name: matrix(target.module) for target in targets}

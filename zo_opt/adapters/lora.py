@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zo_opt.adapters.config import MOST_NAMES, AdapterConfig, check_positive, register
-from zo_opt.adapters.parallel import Delta, ParallelAdapter
+from zo_opt.adapters.adapted import Delta, Draw, ParallelAdapter, numbers
+from zo_opt.adapters.config import AdapterConfig, of_longest_ending
+from zo_opt.adapters.options import SEED, option
 from zo_opt.adapters.targets import ATTENTION, Target, matches
 from zo_opt.errors import ZOError
 
 
-@register
-@dataclass
+@dataclass(frozen=True)
 class LoRAConfig(AdapterConfig):
     """h = W0 x + (alpha / rank) B A x (arXiv 2106.09685, equation 3), A (rank, in) and B (out, rank) in float32.
 
@@ -37,34 +36,16 @@ class LoRAConfig(AdapterConfig):
     'Linear'
     """
 
-    adapter_type: ClassVar[str] = "lora"
+    default_targets: ClassVar[Mapping[str, Sequence[str]]] = ATTENTION
     adapts_embeddings: ClassVar[bool] = True
 
-    rank: int = field(default=8, metadata={"help": "rank of the weight's update"})
-    alpha: float = field(default=16.0, metadata={"help": "the update is multiplied by alpha / rank"})
-    use_rslora: bool = field(default=False, metadata={"help": "multiply by alpha / sqrt(rank) instead"})
-    alpha_pattern: dict[str, float] | None = field(
-        default=None, metadata={"help": "path ending -> alpha, for modules whose alpha is another than alpha"}
+    rank: int = option(8, "rank of the weight's update")
+    alpha: float = option(16.0, "the update is multiplied by alpha / rank")
+    use_rslora: bool = option(False, "multiply by alpha / sqrt(rank) instead")
+    alpha_pattern: Mapping[str, float] | None = option(
+        None, "path ending -> alpha, for modules whose alpha is another than alpha"
     )
-    seed: int = field(default=0, metadata={"help": "of the initial factors"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_whole("rank")
-        self.check_seed()
-        check_positive("alpha", self.alpha)
-        if type(self.use_rslora) is not bool:
-            raise ZOError(f"use_rslora={self.use_rslora!r} is not possible; give True or False.")
-        pattern = self.alpha_pattern
-        if pattern is not None and not (
-            isinstance(pattern, dict) and len(pattern) <= MOST_NAMES and all(type(name) is str for name in pattern)
-        ):
-            raise ZOError(f"alpha_pattern={pattern!r} is not possible; give names with positive numbers.")
-        for name, alpha in (pattern or {}).items():
-            check_positive(f"alpha_pattern[{name!r}]", alpha)
-
-    def default_targets(self, model_type: str) -> Sequence[str] | None:
-        return ATTENTION.get(model_type)
+    seed: int = option(0, "of the initial factors", SEED)
 
     def find_targets(self, model: nn.Module) -> list[Target]:
         targets = super().find_targets(model)
@@ -73,40 +54,32 @@ class LoRAConfig(AdapterConfig):
                 raise ZOError(f"alpha_pattern names {key!r}, which is no adapted module; leave it out.")
         return targets
 
-    def scaling(self, name: str, rank: int) -> float:
+    def scaling(self, name: str) -> float:
         """What a module's B A is multiplied by."""
-        pattern = self.alpha_pattern or {}
-        endings = [key for key in pattern if matches(name, key)]
-        alpha = pattern[max(endings, key=len)] if endings else self.alpha
+        rank = self.rank_of(name)
+        alpha: float = of_longest_ending(name, self.alpha_pattern, self.alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def wrap(self, target: Target, number: int) -> ParallelAdapter:
-        rank = self.rank_of(target.name, self.rank)
-        scaling = self.scaling(target.name, rank)
-        return ParallelAdapter(target.module, LoRA(target, rank, scaling=scaling, seed=self.seed * 100_003 + number))
+        return ParallelAdapter(target.module, LoRA(self, target, number))
 
 
 class LoRA(Delta):
     """scaling * B A x, float32; in an embedding x are token ids and A's columns are looked up."""
 
-    def __init__(self, target: Target, rank: int, *, scaling: float, seed: int) -> None:
+    def __init__(self, config: LoRAConfig, target: Target, number: int) -> None:
         super().__init__()
-        self.scaling = scaling
+        rank, draw = config.rank_of(target.name), Draw(target.device, config.seed_of(number))
+        self.scaling = config.scaling(target.name)
         self.embedding = target.embedding
         # As in PEFT, a padding row gets no gradient.
         self.padding_idx: int | None = getattr(target.module, "padding_idx", None)
-        self.lora_A = nn.Parameter(torch.zeros(rank, target.in_features, device=target.device))
-        self.lora_B = nn.Parameter(torch.zeros(target.out_features, rank, device=target.device))
-        if target.device.type != "meta":
-            self._reset(torch.Generator().manual_seed(seed))
-
-    @torch.no_grad()
-    def _reset(self, generator: torch.Generator) -> None:
+        self.lora_A = numbers(target.device, rank, target.in_features)
+        self.lora_B = numbers(target.device, target.out_features, rank)
         if self.embedding:
-            self.lora_B.copy_(torch.randn(self.lora_B.shape, generator=generator))
+            self.lora_B.data = draw.normal(target.out_features, rank)
         else:
-            uniform = torch.rand(self.lora_A.shape, generator=generator)
-            self.lora_A.copy_((2 * uniform - 1) / math.sqrt(self.lora_A.shape[1]))
+            self.lora_A.data = draw.uniform(rank, target.in_features) / math.sqrt(target.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         low = F.embedding(x, self.lora_A.T, self.padding_idx) if self.embedding else F.linear(x, self.lora_A)

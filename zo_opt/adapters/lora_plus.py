@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from zo_opt.adapters.config import check_positive
 from zo_opt.adapters.model import trainable_parameters
+from zo_opt.adapters.options import check_positive
 from zo_opt.errors import ZOError
 
 # B of LoRA, LoRA-FA, DoRA and AdaLoRA, and the vector that stands on that side in VeRA; in PEFT's models and in ours.

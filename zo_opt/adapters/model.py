@@ -14,7 +14,6 @@ from zo_opt.adapters import peft_format, storage, table
 from zo_opt.adapters.adapted import AdaptedModule
 from zo_opt.adapters.config import AdapterConfig
 from zo_opt.adapters.merged_trains import MergedTrains
-from zo_opt.adapters.rank_pattern import check_rank_pattern
 from zo_opt.adapters.replacement import tensorize
 from zo_opt.adapters.schedule import Watch
 from zo_opt.adapters.shapes import check_shapes
@@ -158,13 +157,7 @@ class AdapterModel(nn.Module):
 
     def adapter_table(self, *, each: bool = False) -> str:
         """Where adapters sit and what they cost, as text: a line a kind of module, or one an adapter (``each``)."""
-        return table.adapter_table(
-            self.wrapped,
-            self.adapted_modules(),
-            self.adapter_config.adapter_type,
-            trainable_parameters(self),
-            each=each,
-        )
+        return table.adapter_table(self.wrapped, self.adapted_modules(), trainable_parameters(self), each=each)
 
     def extra_repr(self) -> str:
         return self.trainable_summary()
@@ -255,7 +248,7 @@ def _inject(model: nn.Module, config: AdapterConfig, *, start: bool) -> AdapterM
             raise ZOError(
                 f"module {target.name!r} is in target_modules and within modules_to_save; leave it out of one."
             )
-    check_rank_pattern(config, [t.name for t in (*targets, *replaced)])
+    config.check_ranks([t.name for t in (*targets, *replaced)])
     in_place = config.in_place(model)
     adapted = config.wrap_all(targets)
     adapted |= {t.name: tensorize(t, config.rank_of(t.name, config.tensorize_rank)) for t in replaced}

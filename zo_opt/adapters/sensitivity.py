@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from zo_opt.adapters.config import AdapterConfig
+from zo_opt.adapters.options import STEPS, Range, option
 from zo_opt.errors import ZOError
+
+SHARE = Range(above=0, below=1)
 
 
 class Phases(NamedTuple):
@@ -24,29 +29,6 @@ class Phases(NamedTuple):
         return self.total - self.final
 
 
-def make_phases(warmup: int | None, final: int | None, total: int | None) -> Phases:
-    """Phases with what is left open filled in.
-
-    [choice] An open warm-up takes an eighth of the steps and an open final phase half of them: about the shares in AdaLoRA's
-    published settings for GLUE (arXiv 2303.10512, appendix).
-
-    Raises:
-        ZOError: the number of steps is missing, or leaves nothing between warm-up and final phase.
-
-    >>> make_phases(None, None, 80)
-    Phases(warmup=10, final=40, total=80)
-    """
-    if total is None:
-        raise ZOError("this adapter changes over the steps of training; set total_steps in its configuration.")
-    phases = Phases(total // 8 if warmup is None else warmup, total // 2 if final is None else final, total)
-    if phases.warmup >= phases.end:
-        raise ZOError(
-            f"total_steps={total} leaves no step between warmup_steps={phases.warmup} and final_steps={phases.final}; "
-            "train for more steps or shorten these."
-        )
-    return phases
-
-
 def cubic(step: int, phases: Phases) -> float:
     """(1 - (t - t_i) / (T - t_i - t_f))^3: 1 in warm-up, 0 in the final phase (arXiv 2303.10512, equation 12).
 
@@ -57,6 +39,39 @@ def cubic(step: int, phases: Phases) -> float:
         return 1.0
     passed = (step - phases.warmup) / (phases.end - phases.warmup)
     return max(1 - passed, 0.0) ** 3
+
+
+@dataclass(frozen=True)
+class SensitivityConfig(AdapterConfig):
+    """Options of a method that scores by sensitivities, between a warm-up and a final phase.
+
+    [choice] An open warm-up takes an eighth of the steps and an open final phase half of them: about the shares in AdaLoRA's
+    published settings for GLUE (arXiv 2303.10512, appendix).
+    """
+
+    beta1: float = option(0.85, "smoothing of sensitivities", SHARE, kw_only=True)
+    beta2: float = option(0.85, "smoothing of their uncertainties", SHARE, kw_only=True)
+    total_steps: int | None = option(None, "optimizer steps in all; set by the training loop", kw_only=True)
+    warmup_steps: int | None = option(None, "steps before the first change; None: an eighth", STEPS, kw_only=True)
+    final_steps: int | None = option(None, "last steps, in which nothing changes; None: half", STEPS, kw_only=True)
+
+    def phases(self) -> Phases:
+        """t_i, t_f and T.
+
+        Raises:
+            ZOError: ``total_steps`` is missing, or leaves nothing between warm-up and final phase.
+        """
+        total = self.total_steps
+        if total is None:
+            raise ZOError("this adapter changes over the steps of training; set total_steps in its configuration.")
+        warmup = total // 8 if self.warmup_steps is None else self.warmup_steps
+        final = total // 2 if self.final_steps is None else self.final_steps
+        if warmup >= total - final:
+            raise ZOError(
+                f"total_steps={total} leaves no step between warmup_steps={warmup} and final_steps={final}; "
+                "train for more steps or shorten these."
+            )
+        return Phases(warmup, final, total)
 
 
 class Sensitivity:
@@ -113,23 +128,3 @@ class Sensitivity:
         for tensors in (self._smoothed, self._uncertainty):
             tensors[name] = tensors[name].to(device)
         return self._smoothed[name], self._uncertainty[name]
-
-
-def check_beta(name: str, value: object) -> None:
-    """Whether a smoothing factor is in (0, 1).
-
-    Raises:
-        ZOError: it is not.
-    """
-    if not isinstance(value, float) or not 0 < value < 1:
-        raise ZOError(f"{name}={value!r} is not possible; give a number above 0 and below 1.")
-
-
-def check_steps(name: str, value: object, least: int = 0) -> None:
-    """Whether an option is a number of steps, or left open.
-
-    Raises:
-        ZOError: it is not.
-    """
-    if value is not None and (type(value) is not int or value < least):
-        raise ZOError(f"{name}={value!r} is not possible; give a whole number of at least {least}, or None.")

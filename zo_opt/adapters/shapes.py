@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from zo_opt.adapters.config import AdapterConfig
-from zo_opt.adapters.rank_pattern import on_meta
 from zo_opt.adapters.replacement import tensorize
 from zo_opt.adapters.targets import find_targets
 from zo_opt.errors import ZOError
@@ -19,9 +18,9 @@ def adapter_shapes(model: nn.Module, config: AdapterConfig) -> dict[str, tuple[i
     Raises:
         ZOError: nothing matches, or sizes that no tensor has.
     """
-    targets = [on_meta(target) for target in config.find_targets(model)]
+    targets = [target.on_meta() for target in config.find_targets(model)]
     replaced = (
-        [on_meta(t) for t in find_targets(model, config.modules_to_tensorize or (), None)]
+        [t.on_meta() for t in find_targets(model, config.modules_to_tensorize or (), None)]
         if config.modules_to_tensorize
         else []
     )

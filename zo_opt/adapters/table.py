@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 
 from zo_opt.adapters.adapted import AdaptedModule
 from zo_opt.adapters.tt_linear import TensorTrain
 from zo_opt.system.layers import layer_of
 
-_HEADER = ("where", "adapters", "method", "shapes", "ranks", "parameters", "bytes", "share")
-_NUMBERS = ("adapters", "parameters", "bytes", "share")
+_LEFT, _RIGHT = ("where", "kind", "shapes", "ranks"), ("count", "trained", "bytes", "share")
 
 
 @dataclass
 class _Line:
     """Adapters that are alike: trained parameters and bytes (frozen ones included) of all of them."""
 
-    adapters: int
-    parameters: int
-    bytes: int
+    adapters: int = 0
+    parameters: int = 0
+    bytes: int = 0
 
 
 def adapter_table(
-    wrapped: nn.Module, adapted: Mapping[str, AdaptedModule], method: str, trained: Sequence[Tensor], *, each: bool
+    wrapped: nn.Module,
+    adapted: Mapping[str, AdaptedModule],
+    trained: Sequence[Tensor],
+    *,
+    each: bool,
+    width: int = 80,
 ) -> str:
-    """A line for the adapters of one place, method, shape and rank (``each``: for every adapter), and a total."""
+    """A line for the adapters of one place, kind, shape and rank (``each``: for every adapter), and a total; long texts are folded."""
     lines: dict[tuple[str, ...], _Line] = {}
     counted = {id(p) for p in trained}
     seen: set[int] = set()  # what modules share counts where it is met first
 
     def add(name: str, kind: str, shapes: str, ranks: str, parameters: Sequence[Tensor]) -> None:
-        line = lines.setdefault((name if each else _any_layer(name), kind, shapes, ranks), _Line(0, 0, 0))
+        line = lines.setdefault((name if each else _any_layer(name), kind, shapes, ranks), _Line())
         line.adapters += 1
         for p in parameters:
             if id(p) not in seen:
@@ -42,34 +49,23 @@ def adapter_table(
                 line.bytes += p.numel() * p.element_size()
 
     for name, module in adapted.items():
-        kind = f"{'tt' if module.kind == 'replacement' else method}, {module.kind}"
-        add(name, kind, _shapes(module.adapter), _ranks(module.adapter), list(module.adapter.parameters()))
+        add(name, module.kind, _shapes(module.adapter), _ranks(module.adapter), list(module.adapter.parameters()))
     for name, module in wrapped.named_modules():
         whole = [p for p in module.parameters(recurse=False) if id(p) in counted and id(p) not in seen]
         if whole:
-            add(name, "trained whole", " ".join(_by(p.shape) for p in whole), "", whole)
+            add(name, "whole", " ".join(_by(p.shape) for p in whole), "", whole)
     total = _Line(*(sum(getattr(line, f) for line in lines.values()) for f in ("adapters", "parameters", "bytes")))
-    rows = [
-        _HEADER,
-        *(_row(key, line, total) for key, line in lines.items()),
-        _row(("total", "", "", ""), total, total),
-    ]
-    return _aligned(rows)
-
-
-def _row(key: tuple[str, ...], line: _Line, total: _Line) -> tuple[str, ...]:
-    where, *described = key
-    share = f"{line.parameters / max(total.parameters, 1):.1%}"
-    return where, f"{line.adapters:,}", *described, f"{line.parameters:,}", f"{line.bytes:,}", share
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
-    right = [name in _NUMBERS for name in _HEADER]
-    cells = [
-        [text.rjust(w) if r else text.ljust(w) for text, w, r in zip(row, widths, right, strict=True)] for row in rows
-    ]
-    return "\n".join("  ".join(row).rstrip() for row in cells)
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in _LEFT:
+        table.add_column(column, overflow="fold")
+    for column in _RIGHT:
+        table.add_column(column, justify="right", no_wrap=True)
+    for key, line in [*lines.items(), (("total", "", "", ""), total)]:
+        share = f"{line.parameters / max(total.parameters, 1):.1%}"
+        table.add_row(*key, f"{line.adapters:,}", f"{line.parameters:,}", f"{line.bytes:,}", share)
+    text = io.StringIO()
+    Console(file=text, width=width, color_system=None, markup=False).print(table)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 def _any_layer(name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -34,6 +34,22 @@ ATTENTION: dict[str, Sequence[str]] = {
     "phi3": ("qkv_proj",),
 }
 
+# Of serial adapters: after attention output and feed-forward in encoders and in models with plain feed-forwards; around the gated
+# feed-forward of the Llama family: before gate and up, after down (methods of arXiv 2406.18060, appendix).
+_GATED = ("gate_proj", "up_proj", "down_proj")
+_ENCODER = ("attention.output.dense", "output.dense")
+SERIAL: dict[str, Sequence[str]] = {
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "olmo2", "granite"), _GATED
+    ),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "deberta", "deberta-v2", "electra"), _ENCODER),
+    **dict.fromkeys(("t5", "mt5"), ("SelfAttention.o", "EncDecAttention.o", "DenseReluDense.wo")),
+    "opt": ("self_attn.out_proj", "fc2"),
+    "gpt2": ("attn.c_proj", "mlp.c_proj"),
+    "bart": ("self_attn.out_proj", "encoder_attn.out_proj", "fc2"),
+}
+_BEFORE = ("gate_proj", "up_proj")
+
 
 @dataclass(frozen=True)
 class Target:
@@ -58,6 +74,21 @@ class Target:
     def device(self) -> torch.device:
         """Where the module's first tensor is."""
         return next(chain(self.module.parameters(), self.module.buffers())).device
+
+    @property
+    def serial_place(self) -> tuple[str, int]:
+        """Where a serial adapter sits, "before" or "after" the module, and the number of features there."""
+        if self.residual or self.name.rsplit(".", 1)[-1] in _BEFORE:
+            return "before", self.in_features
+        return "after", self.out_features
+
+    def on_meta(self) -> Target:
+        """The same target without numbers, to count parameters by."""
+        sizes = self.in_features, self.out_features
+        if self.embedding:
+            return replace(self, module=nn.Embedding(*sizes, device="meta"))
+        biased = getattr(self.module, "bias", None) is not None
+        return replace(self, module=nn.Linear(*sizes, bias=biased, device="meta"))
 
 
 def find_targets(

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from tt_kernels import factorize, useful_ranks
 
-from zo_opt.adapters.config import AdapterConfig, register
-from zo_opt.adapters.serial import ACTIVATIONS, SERIAL_TARGETS, Bottleneck, SerialAdapter, check_activation, place_of
-from zo_opt.adapters.targets import Target
+from zo_opt.adapters.adapted import SerialAdapter
+from zo_opt.adapters.config import AdapterConfig
+from zo_opt.adapters.options import SEED, option
+from zo_opt.adapters.targets import SERIAL, Target
 from zo_opt.adapters.tt_linear import TTLinear, digits, tt_dims
-from zo_opt.errors import ZOError
 
-TRAINABLE = ("all", "mixing")
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "identity": lambda x: x,
+}
 
 
-@register
-@dataclass
+@dataclass(frozen=True)
 class TTConfig(AdapterConfig):
     """Serial tensor-train adapters: x + up(act(down(x))), down and up tensor-train linear layers.
 
@@ -36,42 +41,44 @@ class TTConfig(AdapterConfig):
     96
     """
 
-    adapter_type: ClassVar[str] = "tt"
+    default_targets: ClassVar[Mapping[str, Sequence[str]]] = SERIAL
     adapts_residual: ClassVar[bool] = True
     mergeable: ClassVar[bool] = False
 
-    rank: int = field(default=5, metadata={"help": "inner ranks of the tensor trains"})
-    bottleneck: int = field(default=64, metadata={"help": "features between down and up"})
-    activation: str = field(default="tanh", metadata={"help": f"between down and up: {', '.join(ACTIVATIONS)}"})
-    bias: bool = field(default=True, metadata={"help": "biases of down and up"})
-    trainable: str = field(
-        default="all", metadata={"help": "all cores, or only the mixing cores: those of up's input dims (no biases)"}
+    rank: int = option(5, "inner ranks of the tensor trains")
+    bottleneck: int = option(64, "features between down and up")
+    activation: Literal["tanh", "gelu", "relu", "identity"] = option("tanh", "between down and up")
+    bias: bool = option(True, "biases of down and up")
+    trainable: Literal["all", "mixing"] = option(
+        "all", "all cores, or only the mixing cores: those of up's input dims (no biases)"
     )
-    output_rank: int | None = field(
-        default=None, metadata={"help": "rank between up's mixing cores and its output cores; None: rank"}
-    )
-    seed: int = field(default=0, metadata={"help": "of the initial cores"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_whole("rank", "bottleneck")
-        self.check_seed()
-        if type(self.bias) is not bool:
-            raise ZOError(f"bias={self.bias!r} is not possible; give true or false.")
-        if self.trainable not in TRAINABLE:
-            raise ZOError(f"trainable={self.trainable!r} is not known; choose one of {', '.join(TRAINABLE)}.")
-        if self.output_rank is not None:
-            self.check_whole("output_rank")
-        check_activation(self.activation)
-
-    def default_targets(self, model_type: str) -> Sequence[str] | None:
-        return SERIAL_TARGETS.get(model_type)
+    output_rank: int | None = option(None, "rank between up's mixing cores and its output cores; None: rank")
+    seed: int = option(0, "of the initial cores", SEED)
 
     def wrap(self, target: Target, number: int) -> SerialAdapter:
-        position, size = place_of(target)
-        rank = self.rank_of(target.name, self.rank)
-        adapter = TTAdapter(size, self, rank=rank, seed=self.seed * 100_003 + number, device=target.device)
+        position, size = target.serial_place
+        adapter = TTAdapter(self, size, self.rank_of(target.name), self.seed_of(number), target.device)
         return SerialAdapter(target.module, adapter, position)
+
+
+class Bottleneck(nn.Module):
+    """x + up(act(down(x))) in float32; returns the dtype of x.
+
+    Args:
+        down: (..., size) -> (..., bottleneck), float32.
+        up: (..., bottleneck) -> (..., size), float32.
+        activation: a name of ``ACTIVATIONS``.
+    """
+
+    def __init__(self, down: nn.Module, up: nn.Module, activation: str) -> None:
+        super().__init__()
+        self.down, self.up = down, up
+        self._activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        delta: Tensor = self.up(self._activation(self.down(x.float())))
+        wide = torch.promote_types(x.dtype, torch.float32)  # autocast narrows delta, which x must not become
+        return delta.to(wide).add_(x).to(x.dtype)
 
 
 class TTAdapter(Bottleneck):
@@ -83,7 +90,7 @@ class TTAdapter(Bottleneck):
     down: TTLinear
     up: TTLinear
 
-    def __init__(self, size: int, config: TTConfig, *, rank: int, seed: int, device: torch.device) -> None:
+    def __init__(self, config: TTConfig, size: int, rank: int, seed: int, device: torch.device) -> None:
         hidden, bottleneck = adapter_dims(size, config.bottleneck)
         bonds = len(bottleneck) + len(hidden) - 1
         down_ranks, up_ranks = [rank] * bonds, [rank] * bonds

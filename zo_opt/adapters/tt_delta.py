@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from zo_opt.adapters.config import AdapterConfig, check_positive, register
-from zo_opt.adapters.parallel import Delta, ParallelAdapter
+from zo_opt.adapters.adapted import Delta, ParallelAdapter
+from zo_opt.adapters.config import AdapterConfig
+from zo_opt.adapters.options import SEED, option
 from zo_opt.adapters.targets import ATTENTION, Target
+from zo_opt.adapters.tt_embedding import input_train
 from zo_opt.adapters.tt_linear import TensorTrain, tt_dims
-from zo_opt.adapters.tt_trains import input_train
 from zo_opt.adapters.weights import matrix
-from zo_opt.errors import ZOError
-
-INITS = ("zero", "svd")
 
 
-@register
-@dataclass
+@dataclass(frozen=True)
 class TTDeltaConfig(AdapterConfig):
     """W = W0 + scale * (T - T0), T one tensor train over (in_dims, out_dims), T0 a constant.
 
@@ -44,28 +41,16 @@ class TTDeltaConfig(AdapterConfig):
     True
     """
 
-    adapter_type: ClassVar[str] = "tt-delta"
+    default_targets: ClassVar[Mapping[str, Sequence[str]]] = ATTENTION
     adapts_embeddings: ClassVar[bool] = True
 
-    rank: int = field(default=5, metadata={"help": "inner ranks of the tensor train"})
-    scale: float = field(default=1.0, metadata={"help": "what the train is multiplied by"})
-    init: str = field(default="zero", metadata={"help": "zero, or svd: start as the weight's own decomposition"})
-    seed: int = field(default=0, metadata={"help": "of the initial cores"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_whole("rank")
-        self.check_seed()
-        check_positive("scale", self.scale)
-        if self.init not in INITS:
-            raise ZOError(f"init={self.init!r} is not known; choose one of {', '.join(INITS)}.")
-
-    def default_targets(self, model_type: str) -> Sequence[str] | None:
-        return ATTENTION.get(model_type)
+    rank: int = option(5, "inner ranks of the tensor train")
+    scale: float = option(1.0, "what the train is multiplied by")
+    init: Literal["zero", "svd"] = option("zero", "zero, or svd: start as the weight's own decomposition")
+    seed: int = option(0, "of the initial cores", SEED)
 
     def wrap(self, target: Target, number: int) -> ParallelAdapter:
-        delta = TTDelta(target, self.rank_of(target.name, self.rank), self, seed=self.seed * 100_003 + number)
-        return ParallelAdapter(target.module, delta)
+        return ParallelAdapter(target.module, TTDelta(self, target, number))
 
 
 class TTDelta(Delta):
@@ -73,15 +58,15 @@ class TTDelta(Delta):
 
     start: TensorTrain | None
 
-    def __init__(self, target: Target, rank: int, config: TTDeltaConfig, *, seed: int) -> None:
+    def __init__(self, config: TTDeltaConfig, target: Target, number: int) -> None:
         super().__init__()
         self.scale = config.scale
-        self.delta = input_train(target, tt_dims(target.out_features)[::-1], rank)
+        self.delta = input_train(target, tt_dims(target.out_features)[::-1], config.rank_of(target.name))
         self.start = None
         if config.init == "svd":
             self.start = deepcopy(self.delta).requires_grad_(False)
         elif target.device.type != "meta":
-            self.delta.reset(torch.Generator().manual_seed(seed))
+            self.delta.reset(torch.Generator().manual_seed(config.seed_of(number)))
             with torch.no_grad():
                 self.delta.cores[-1].zero_()
 

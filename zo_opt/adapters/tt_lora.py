@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from zo_opt.adapters.config import AdapterConfig, check_positive, register
-from zo_opt.adapters.parallel import Delta, ParallelAdapter
+from zo_opt.adapters.adapted import Delta, ParallelAdapter
+from zo_opt.adapters.config import AdapterConfig
+from zo_opt.adapters.options import SEED, option
 from zo_opt.adapters.targets import ATTENTION, Target
-from zo_opt.adapters.tt_trains import input_train, output_train
+from zo_opt.adapters.tt_embedding import input_train, output_train
 
 
-@register
-@dataclass
+@dataclass(frozen=True)
 class TTLoRAConfig(AdapterConfig):
     """h = W0 x + (alpha / rank) B A x, where A (rank x in) and B (out x rank) are a tensor train each.
 
@@ -34,39 +34,29 @@ class TTLoRAConfig(AdapterConfig):
     'Linear'
     """
 
-    adapter_type: ClassVar[str] = "tt-lora"
+    default_targets: ClassVar[Mapping[str, Sequence[str]]] = ATTENTION
     adapts_embeddings: ClassVar[bool] = True
 
-    rank: int = field(default=8, metadata={"help": "rank of the weight's update"})
-    alpha: float = field(default=16.0, metadata={"help": "the update is multiplied by alpha / rank"})
-    tt_rank: int = field(default=5, metadata={"help": "inner ranks of both tensor trains"})
-    seed: int = field(default=0, metadata={"help": "of the initial cores"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_whole("rank", "tt_rank")
-        self.check_seed()
-        check_positive("alpha", self.alpha)
-
-    def default_targets(self, model_type: str) -> Sequence[str] | None:
-        return ATTENTION.get(model_type)
+    rank: int = option(8, "rank of the weight's update")
+    alpha: float = option(16.0, "the update is multiplied by alpha / rank")
+    tt_rank: int = option(5, "inner ranks of both tensor trains")
+    seed: int = option(0, "of the initial cores", SEED)
 
     def wrap(self, target: Target, number: int) -> ParallelAdapter:
-        rank = self.rank_of(target.name, self.rank)
-        delta = TTLoRA(target, rank, self.tt_rank, scaling=self.alpha / rank, seed=self.seed * 100_003 + number)
-        return ParallelAdapter(target.module, delta)
+        return ParallelAdapter(target.module, TTLoRA(self, target, number))
 
 
 class TTLoRA(Delta):
     """scaling * up(down(x)), float32; ``down`` holds A, ``up`` holds B."""
 
-    def __init__(self, target: Target, rank: int, tt_rank: int, *, scaling: float, seed: int) -> None:
+    def __init__(self, config: TTLoRAConfig, target: Target, number: int) -> None:
         super().__init__()
-        self.scaling = scaling
-        self.down = input_train(target, (rank,), tt_rank)
-        self.up = output_train(target, (rank,), tt_rank)
+        rank = config.rank_of(target.name)
+        self.scaling = config.alpha / rank
+        self.down = input_train(target, (rank,), config.tt_rank)
+        self.up = output_train(target, (rank,), config.tt_rank)
         if target.device.type != "meta":
-            generator = torch.Generator().manual_seed(seed)
+            generator = torch.Generator().manual_seed(config.seed_of(number))
             self.down.reset(generator)
             self.up.reset(generator)
             with torch.no_grad():

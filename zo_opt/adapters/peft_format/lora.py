@@ -12,8 +12,8 @@ import regex
 from torch import Tensor, nn
 
 from zo_opt.adapters.adapted import AdaptedModule
+from zo_opt.adapters.baselines.dora import DoRA, DoRAConfig
 from zo_opt.adapters.config import MOST_NAMES, AdapterConfig
-from zo_opt.adapters.dora import DoRA, DoRAConfig
 from zo_opt.adapters.lora import LoRAConfig
 from zo_opt.adapters.peft_format.method import PREFIX, Checkpoint, PeftMethod, as_number, take
 from zo_opt.adapters.targets import matches

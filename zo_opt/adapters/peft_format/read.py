@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def read_peft(model: nn.Module, directory: Path) -> tuple[AdapterConfig, dict[st
     targets = _target_names(model, values, parts, saved)
     config, state = method.read(Checkpoint(values, parts, shared, targets))
     whole = _whole(model, {name: saved_tensors[PREFIX + name] for name in rest}, saved)
-    config.modules_to_save = saved or None
+    config = replace(config, modules_to_save=saved or None)
     _check_shapes(model, config, state)
     return config, state | whole
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zo_opt.adapters.adapted import AdaptedModule
+from zo_opt.adapters.baselines.vera import VeRA, VeRAConfig
 from zo_opt.adapters.config import AdapterConfig
 from zo_opt.adapters.peft_format.method import PREFIX, Checkpoint, PeftMethod, take
-from zo_opt.adapters.vera import VeRA, VeRAConfig
 from zo_opt.errors import ZOError
 
 _SHARED = "base_model."

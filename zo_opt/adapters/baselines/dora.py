@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from zo_opt.adapters.config import register
+from zo_opt.adapters.adapted import ParallelAdapter, numbers
 from zo_opt.adapters.lora import LoRA, LoRAConfig
-from zo_opt.adapters.parallel import ParallelAdapter
 from zo_opt.adapters.targets import Target
 from zo_opt.adapters.weights import matrix, set_matrix
 
 _TINY = torch.finfo(torch.float32).tiny
 
 
-@register
-@dataclass
+@dataclass(frozen=True)
 class DoRAConfig(LoRAConfig):
     """W = m (W0 + s B A) / ||W0 + s B A|| (arXiv 2402.09353, equation 5), s = alpha / rank; m (out,) in float32.
 
@@ -35,20 +32,16 @@ class DoRAConfig(LoRAConfig):
     [(4, 64), (32, 4), (32,)]
     """
 
-    adapter_type: ClassVar[str] = "dora"
-
     def wrap(self, target: Target, number: int) -> DoRAAdapter:
-        rank = self.rank_of(target.name, self.rank)
-        scaling = self.scaling(target.name, rank)
-        return DoRAAdapter(target.module, DoRA(target, rank, scaling=scaling, seed=self.seed * 100_003 + number))
+        return DoRAAdapter(target.module, DoRA(self, target, number))
 
 
 class DoRA(LoRA):
     """LoRA's factors and the magnitudes m (out,)."""
 
-    def __init__(self, target: Target, rank: int, *, scaling: float, seed: int) -> None:
-        super().__init__(target, rank, scaling=scaling, seed=seed)
-        self.lora_magnitude_vector = nn.Parameter(torch.ones(target.out_features, device=target.device))
+    def __init__(self, config: LoRAConfig, target: Target, number: int) -> None:
+        super().__init__(config, target, number)
+        self.lora_magnitude_vector = numbers(target.device, target.out_features, value=1.0)
 
     @torch.no_grad()
     def norms(self, layer: nn.Module) -> Tensor:
@@ -69,17 +62,16 @@ class DoRAAdapter(ParallelAdapter):
 
     adapter: DoRA
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        out, delta = self._parts(x, *args, **kwargs)
+    def add(self, out: Tensor, delta: Tensor) -> Tensor:
         factor_O = self._factor()
         bias = getattr(self.base_layer, "bias", None)
         weighted = out if bias is None else out - bias
         # Written as a sum so that a factor of 1 leaves the base layer's bits.
-        return (out + (factor_O - 1) * weighted + factor_O * delta).to(out.dtype)
+        return out + (factor_O - 1) * weighted + factor_O * delta
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
-        set_matrix(self.base_layer, self._sum() * self._factor())
+        set_matrix(self.base_layer, self.sum() * self._factor())
         return self.base_layer
 
     def _factor(self) -> Tensor:

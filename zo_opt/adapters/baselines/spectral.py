@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zo_opt.adapters.config import AdapterConfig, register
-from zo_opt.adapters.parallel import Delta, ParallelAdapter
+from zo_opt.adapters.adapted import Delta, ParallelAdapter, numbers
+from zo_opt.adapters.config import AdapterConfig
+from zo_opt.adapters.options import option
 from zo_opt.adapters.spectrum import leading_triplets
 from zo_opt.adapters.targets import Target, find_targets
 from zo_opt.adapters.weights import is_conv1d, matrix
 from zo_opt.system.layers import layer_of
 
 
-@register
-@dataclass
+@dataclass(frozen=True)
 class SpectralConfig(AdapterConfig):
     """h = (W0 + U_r diag(g) S_r V_r^T) x, where W0 = U S V^T is the pretrained weight's SVD and g alone is trained.
 
@@ -38,23 +36,14 @@ class SpectralConfig(AdapterConfig):
     [(4,), (3,)]
     """
 
-    adapter_type: ClassVar[str] = "spectral"
-
-    rank: int = field(default=16, metadata={"help": "leading singular values that get a gain"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_whole("rank")
-
-    def default_targets(self, model_type: str) -> Sequence[str] | None:
-        return None
+    rank: int = option(16, "leading singular values that get a gain")
 
     def find_targets(self, model: nn.Module) -> list[Target]:
         names = self.target_modules or _linear_names(model)
         return find_targets(model, names, self.layers) if names else super().find_targets(model)
 
     def wrap(self, target: Target, number: int) -> ParallelAdapter:
-        return ParallelAdapter(target.module, SpectralGains(target, self.rank_of(target.name, self.rank)))
+        return ParallelAdapter(target.module, SpectralGains(target, self.rank_of(target.name)))
 
 
 class SpectralGains(Delta):
@@ -62,11 +51,12 @@ class SpectralGains(Delta):
 
     def __init__(self, target: Target, rank: int) -> None:
         super().__init__()
-        r = min(rank, target.in_features, target.out_features)
-        self.gains = _numbers(target, r, trained=True)
-        self.u = _numbers(target, target.out_features, r)
-        self.s = _numbers(target, r)
-        self.vt = _numbers(target, r, target.in_features)
+        device, outputs, inputs = target.device, target.out_features, target.in_features
+        r = min(rank, inputs, outputs)
+        self.gains = numbers(device, r)
+        self.u = numbers(device, outputs, r, trained=False)
+        self.s = numbers(device, r, trained=False)
+        self.vt = numbers(device, r, inputs, trained=False)
 
     @torch.no_grad()
     def start_from(self, layer: nn.Module) -> None:
@@ -82,10 +72,6 @@ class SpectralGains(Delta):
 
     def dense(self) -> Tensor:
         return ((self.u * (self.gains * self.s)) @ self.vt).T
-
-
-def _numbers(target: Target, *shape: int, trained: bool = False) -> nn.Parameter:
-    return nn.Parameter(torch.zeros(shape, device=target.device, dtype=torch.float32), requires_grad=trained)
 
 
 def _linear_names(model: nn.Module) -> list[str]:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zo_opt.adapters.adapted import AdaptedModule
-from zo_opt.adapters.config import AdapterConfig, check_positive, register
-from zo_opt.adapters.parallel import Delta, ParallelAdapter
+from zo_opt.adapters.adapted import AdaptedModule, Delta, Draw, ParallelAdapter, numbers
+from zo_opt.adapters.config import AdapterConfig
+from zo_opt.adapters.options import SEED, option
 from zo_opt.adapters.targets import ATTENTION, Target
 
 
-@register
-@dataclass
+@dataclass(frozen=True)
 class VeRAConfig(AdapterConfig):
     """h = W0 x + diag(b) B diag(d) A x (arXiv 2310.11454, equation 2), A and B frozen, d (rank,) and b (out,) trained, float32.
 
@@ -35,44 +33,31 @@ class VeRAConfig(AdapterConfig):
     [(16, 64), (32, 16)]
     """
 
-    adapter_type: ClassVar[str] = "vera"
+    default_targets: ClassVar[Mapping[str, Sequence[str]]] = ATTENTION
 
-    rank: int = field(default=256, metadata={"help": "rank of the weight's update"})
-    d_initial: float = field(default=0.1, metadata={"help": "initial value of d"})
-    seed: int = field(default=0, metadata={"help": "of the shared factors"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_whole("rank")
-        self.check_seed()
-        check_positive("d_initial", self.d_initial)
-
-    def default_targets(self, model_type: str) -> Sequence[str] | None:
-        return ATTENTION.get(model_type)
+    rank: int = option(256, "rank of the weight's update")
+    d_initial: float = option(0.1, "initial value of d")
+    seed: int = option(0, "of the shared factors", SEED)
 
     def wrap_all(self, targets: Sequence[Target]) -> dict[str, AdaptedModule]:
-        ranks = {target.name: self.rank_of(target.name, self.rank) for target in targets}
-        rank, device = max(ranks.values()), targets[0].device
+        rank, device = max(self.rank_of(t.name) for t in targets), targets[0].device
         shapes = ((rank, max(t.in_features for t in targets)), (max(t.out_features for t in targets), rank))
         a, b = (
-            nn.Parameter(_kaiming_uniform(shape, self.seed * 100_003 + number, device), requires_grad=False)
-            for number, shape in enumerate(shapes)
+            nn.Parameter(Draw(device, self.seed_of(i)).uniform(*shape) * math.sqrt(6 / shape[1]), requires_grad=False)
+            for i, shape in enumerate(shapes)
         )
-        return {t.name: ParallelAdapter(t.module, VeRA(t, ranks[t.name], a, b, self.d_initial)) for t in targets}
-
-    def wrap(self, target: Target, number: int) -> AdaptedModule:
-        return self.wrap_all([target])[target.name]
+        return {t.name: ParallelAdapter(t.module, VeRA(self, t, a, b)) for t in targets}
 
 
 class VeRA(Delta):
     """diag(b) B diag(d) A x, float32; A and B belong to all layers."""
 
-    def __init__(self, target: Target, rank: int, a: nn.Parameter, b: nn.Parameter, d_initial: float) -> None:
+    def __init__(self, config: VeRAConfig, target: Target, a: nn.Parameter, b: nn.Parameter) -> None:
         super().__init__()
         self.in_features, self.out_features = target.in_features, target.out_features
         self.vera_A, self.vera_B = a, b
-        self.vera_lambda_d = nn.Parameter(torch.full((rank,), float(d_initial), device=target.device))
-        self.vera_lambda_b = nn.Parameter(torch.zeros(target.out_features, device=target.device))
+        self.vera_lambda_d = numbers(target.device, config.rank_of(target.name), value=config.d_initial)
+        self.vera_lambda_b = numbers(target.device, target.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         a_RI, b_OR = self._factors()
@@ -89,11 +74,3 @@ class VeRA(Delta):
 
     def extra_repr(self) -> str:
         return f"rank={len(self.vera_lambda_d)}"
-
-
-def _kaiming_uniform(shape: tuple[int, int], seed: int, device: torch.device) -> Tensor:
-    """Uniform in +-sqrt(6 / columns), float32; nothing is drawn on the meta device."""
-    if device.type == "meta":
-        return torch.empty(shape, device=device)
-    uniform = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
-    return ((2 * uniform - 1) * math.sqrt(6 / shape[1])).to(device)

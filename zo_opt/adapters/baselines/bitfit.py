@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from zo_opt.adapters.adapted import AdaptedModule
-from zo_opt.adapters.config import AdapterConfig, register
+from zo_opt.adapters.adapted import AdaptedModule, numbers
+from zo_opt.adapters.config import AdapterConfig
+from zo_opt.adapters.full import within
 from zo_opt.adapters.targets import Target, in_layers, matches
 from zo_opt.adapters.weights import is_conv1d
 from zo_opt.errors import ZOError
 from zo_opt.system.layers import layer_of
 
 
-@register
-@dataclass
+@dataclass(frozen=True)
 class BitFitConfig(AdapterConfig):
     """f(x) = W x + b + delta, where delta (out,) is trained, in float32 from zero, and W and b are frozen (arXiv 2106.10199, section 3).
 
@@ -35,11 +35,6 @@ class BitFitConfig(AdapterConfig):
     >>> [tuple(p.shape) for p in trainable_parameters(model)]
     [(20,), (20,)]
     """
-
-    adapter_type: ClassVar[str] = "bitfit"
-
-    def default_targets(self, model_type: str) -> Sequence[str] | None:
-        return None
 
     def find_targets(self, model: nn.Module) -> list[Target]:
         possible = {name: (module, size) for name, module in model.named_modules() if (size := _outputs(module))}
@@ -66,18 +61,18 @@ class BitFitConfig(AdapterConfig):
             chosen |= {name for name, module in possible.items() if layer_of(name) and not _is_norm(module)}
         # What is trained whole or replaced has its bias trained already.
         others = [*(self.modules_to_save or ()), *(self.modules_to_tensorize or ())]
-        return [n for n in possible if n in chosen and not any(matches(part, o) for part in _path(n) for o in others)]
+        return [n for n in possible if n in chosen and not any(within(f"{n}.bias", o) for o in others)]
 
     def wrap(self, target: Target, number: int) -> BiasAdapter:
-        return BiasAdapter(target.module, Bias(target.out_features, target.device))
+        return BiasAdapter(target.module, Bias(target))
 
 
 class Bias(nn.Module):
     """A float32 vector (size,) that is added; zero at the start."""
 
-    def __init__(self, size: int, device: torch.device) -> None:
+    def __init__(self, target: Target) -> None:
         super().__init__()
-        self.bias = nn.Parameter(torch.zeros(size, device=device, dtype=torch.float32))
+        self.bias = numbers(target.device, target.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.bias
@@ -90,8 +85,7 @@ class BiasAdapter(AdaptedModule):
     merged: ClassVar[str] = "bias"
     adapter: Bias
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        out: Tensor = self.base_layer(*args, **kwargs)
+    def after(self, x: Tensor, out: Tensor) -> Tensor:
         total: Tensor = self.adapter(out)
         return total.to(out.dtype)
 
@@ -121,9 +115,3 @@ def _is_norm(module: nn.Module) -> bool:
     return (
         weight is not None and weight.ndim == 1 and "Norm" in type(module).__name__ and not isinstance(module, others)
     )
-
-
-def _path(name: str) -> list[str]:
-    """a.b.c -> a, a.b, a.b.c."""
-    parts = name.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]

@@ -5,16 +5,16 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from zo_opt.adapters.adapted import AdaptedModule
-from zo_opt.adapters.config import AdapterConfig, register
+from zo_opt.adapters.config import AdapterConfig
 from zo_opt.adapters.full import own_parameters
+from zo_opt.adapters.options import SEED, option
 from zo_opt.adapters.schedule import AdapterSchedule
 from zo_opt.adapters.targets import Target, in_layers
 from zo_opt.errors import ZOError
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from zo_opt.adapters.model import AdapterModel
 
 
-@register
-@dataclass
+@dataclass(frozen=True)
 class LISAConfig(AdapterConfig):
     """gamma random layers are trained in place for K steps, then others are drawn; what is outside of the layers always is.
 
@@ -48,21 +47,14 @@ class LISAConfig(AdapterConfig):
     (450, 162)
     """
 
-    adapter_type: ClassVar[str] = "lisa"
-
-    blocks: int = field(default=2, metadata={"help": "layers that are trained at a time (gamma)"})
-    interval: int = field(default=20, metadata={"help": "optimizer steps after which others are drawn (K)"})
-    seed: int = field(default=0, metadata={"help": "of the layers drawn"})
+    blocks: int = option(2, "layers that are trained at a time (gamma)")
+    interval: int = option(20, "optimizer steps after which others are drawn (K)")
+    seed: int = option(0, "of the layers drawn", SEED)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_whole("blocks", "interval")
-        self.check_seed()
         if self.target_modules is not None:
             raise ZOError("adapter 'lisa' trains whole layers; leave target_modules out, and say which by layers.")
-
-    def default_targets(self, model_type: str) -> Sequence[str] | None:
-        return None
 
     def find_targets(self, model: nn.Module) -> list[Target]:
         return []  # nothing is wrapped
@@ -77,9 +69,6 @@ class LISAConfig(AdapterConfig):
                 f"blocks={self.blocks} layers cannot be drawn from {count}; give fewer blocks, or a model with numbered layers."
             )
         return [name for name in names if name not in inside or name in drawn]
-
-    def wrap(self, target: Target, number: int) -> AdaptedModule:
-        raise NotImplementedError("nothing is wrapped")
 
     def schedule(self, model: AdapterModel) -> LISASchedule:
         return LISASchedule(model, self)
@@ -116,7 +105,7 @@ class LISASchedule(AdapterSchedule):
 
     def _activate(self) -> list[nn.Parameter]:
         """Make the layers of the period the active ones; the parameters whose turn is over."""
-        generator = torch.Generator().manual_seed(self._config.seed * 100_003 + int(self._period))
+        generator = torch.Generator().manual_seed(self._config.seed_of(int(self._period)))
         drawn = torch.randperm(len(self._blocks), generator=generator)[: self._config.blocks].tolist()
         over = []
         for number, parameters in enumerate(self._blocks.values()):

@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from zo_opt.adapters.config import register
+from zo_opt.adapters.adapted import ParallelAdapter
 from zo_opt.adapters.lora import LoRA, LoRAConfig
-from zo_opt.adapters.parallel import ParallelAdapter
 from zo_opt.adapters.targets import Target
 
 
-@register
-@dataclass
+@dataclass(frozen=True)
 class LoRAFAConfig(LoRAConfig):
     """h = W0 x + (alpha / rank) B A x with A frozen and B alone trained (arXiv 2308.03303, section 3).
 
@@ -26,11 +24,9 @@ class LoRAFAConfig(LoRAConfig):
     [(32, 4)]
     """
 
-    adapter_type: ClassVar[str] = "lora-fa"
     adapts_embeddings: ClassVar[bool] = False
 
     def wrap(self, target: Target, number: int) -> ParallelAdapter:
-        adapted = super().wrap(target, number)
-        assert isinstance(adapted.adapter, LoRA)
-        adapted.adapter.lora_A.requires_grad_(False)
-        return adapted
+        adapter = LoRA(self, target, number)
+        adapter.lora_A.requires_grad_(False)
+        return ParallelAdapter(target.module, adapter)

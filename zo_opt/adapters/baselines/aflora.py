@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zo_opt.adapters.config import AdapterConfig, check_positive, register
-from zo_opt.adapters.parallel import Delta, ParallelAdapter
+from zo_opt.adapters.adapted import Delta, Draw, ParallelAdapter, numbers
+from zo_opt.adapters.options import SEED, option
 from zo_opt.adapters.schedule import AdapterSchedule
-from zo_opt.adapters.sensitivity import Phases, Sensitivity, check_beta, check_steps, cubic, make_phases
+from zo_opt.adapters.sensitivity import Sensitivity, SensitivityConfig, cubic
 from zo_opt.adapters.targets import ATTENTION, Target
 
 if TYPE_CHECKING:
     from zo_opt.adapters.model import AdapterModel
 
 
-@register
-@dataclass
-class AFLoRAConfig(AdapterConfig):
+@dataclass(frozen=True)
+class AFLoRAConfig(SensitivityConfig):
     """h = W0 x + diag(b) B diag(d) A x (arXiv 2403.13269), A (rank, in), B (out, rank), d (rank,), b (out,), all trained at first.
 
     After every optimizer step each A and each B has a freezing score, the mean over its entries of AdaLoRA's s = Ibar * U
@@ -40,36 +39,14 @@ class AFLoRAConfig(AdapterConfig):
     [(4, 64), (32, 4), (4,), (32,)]
     """
 
-    adapter_type: ClassVar[str] = "aflora"
+    default_targets: ClassVar[Mapping[str, Sequence[str]]] = ATTENTION
 
-    rank: int = field(default=4, metadata={"help": "rank of the weight's update"})
-    d_initial: float = field(default=0.1, metadata={"help": "initial value of d"})
-    beta1: float = field(default=0.85, metadata={"help": "smoothing of sensitivities"})
-    beta2: float = field(default=0.85, metadata={"help": "smoothing of their uncertainties"})
-    total_steps: int | None = field(default=None, metadata={"help": "optimizer steps in all; set by the training loop"})
-    warmup_steps: int | None = field(
-        default=None, metadata={"help": "steps before the first freezing; None: an eighth"}
-    )
-    final_steps: int | None = field(default=None, metadata={"help": "last steps, with all A and B frozen; None: half"})
-    seed: int = field(default=0, metadata={"help": "of the initial A and B"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_whole("rank")
-        self.check_seed()
-        check_positive("d_initial", self.d_initial)
-        check_beta("beta1", self.beta1)
-        check_beta("beta2", self.beta2)
-        check_steps("total_steps", self.total_steps, 1)
-        check_steps("warmup_steps", self.warmup_steps)
-        check_steps("final_steps", self.final_steps)
-
-    def default_targets(self, model_type: str) -> Sequence[str] | None:
-        return ATTENTION.get(model_type)
+    rank: int = option(4, "rank of the weight's update")
+    d_initial: float = option(0.1, "initial value of d")
+    seed: int = option(0, "of the initial A and B", SEED)
 
     def wrap(self, target: Target, number: int) -> ParallelAdapter:
-        rank = self.rank_of(target.name, self.rank)
-        return ParallelAdapter(target.module, AFLoRA(target, rank, self.d_initial, seed=self.seed * 100_003 + number))
+        return ParallelAdapter(target.module, AFLoRA(self, target, number))
 
     def schedule(self, model: AdapterModel) -> AFLoRASchedule:
         adapters = {n: m.adapter for n, m in model.adapted_modules().items() if isinstance(m.adapter, AFLoRA)}
@@ -77,30 +54,18 @@ class AFLoRAConfig(AdapterConfig):
         trained = sum(p.numel() for p in model.wrapped.parameters() if p.requires_grad)
         return AFLoRASchedule(self, matrices, trained)
 
-    def phases(self) -> Phases:
-        """t_i, t_f and T.
-
-        Raises:
-            ZOError: ``total_steps`` is missing or too small.
-        """
-        return make_phases(self.warmup_steps, self.final_steps, self.total_steps)
-
 
 class AFLoRA(Delta):
     """diag(b) B diag(d) A x, float32; A is ``lora_A``, B ``lora_B``, d ``lambda_d``, b ``lambda_b``."""
 
-    def __init__(self, target: Target, rank: int, d_initial: float, *, seed: int) -> None:
+    def __init__(self, config: AFLoRAConfig, target: Target, number: int) -> None:
         super().__init__()
-        self.lora_A = nn.Parameter(torch.zeros(rank, target.in_features, device=target.device))
-        self.lora_B = nn.Parameter(torch.zeros(target.out_features, rank, device=target.device))
-        self.lambda_d = nn.Parameter(torch.full((rank,), float(d_initial), device=target.device))
-        self.lambda_b = nn.Parameter(torch.zeros(target.out_features, device=target.device))
-        if target.device.type != "meta":
-            generator = torch.Generator().manual_seed(seed)
-            with torch.no_grad():
-                for factor in (self.lora_A, self.lora_B):
-                    uniform = torch.rand(factor.shape, generator=generator)
-                    factor.copy_((2 * uniform - 1) / math.sqrt(factor.shape[1]))
+        rank, inputs, outputs = config.rank_of(target.name), target.in_features, target.out_features
+        draw = Draw(target.device, config.seed_of(number))
+        self.lora_A = nn.Parameter(draw.uniform(rank, inputs) / math.sqrt(inputs))
+        self.lora_B = nn.Parameter(draw.uniform(outputs, rank) / math.sqrt(rank))
+        self.lambda_d = numbers(target.device, rank, value=config.d_initial)
+        self.lambda_b = numbers(target.device, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.lora_A) * self.lambda_d, self.lora_B) * self.lambda_b

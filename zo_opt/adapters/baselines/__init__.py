@@ -1,0 +1,1 @@
+"""Adapters that only a comparison needs, each as short as its equation."""
