@@ -168,8 +168,8 @@ def restore(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], wha
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor], own: dict[str, Any]) -> None:
     plain = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    metadata = {"format": "pt", "zo_opt": json.dumps({"tensors": fingerprint(plain)} | own)}
-    write_atomically(path, safetensors_bytes(plain, metadata))
+    # One name alone: safetensors writes several in an order that changes.
+    write_atomically(path, safetensors_bytes(plain, {"zo_opt": json.dumps({"tensors": fingerprint(plain)} | own)}))
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -185,7 +185,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
         # Not SafetensorError alone: a type of number that torch lacks, a file of no bytes.
         raise ZOError(f"{path} is damaged ({error}); copy it anew from where it was saved.") from error
-    if own.get("tensors", expected := fingerprint(tensors)) != expected:
+    if "tensors" in own and own["tensors"] != fingerprint(tensors):
         raise ZOError(
             f"{path} is damaged (its tensors have another checksum than when they were saved); copy it anew from where it was saved."
         )
@@ -194,7 +194,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _digest(values: Mapping[str, Any]) -> str:
     """Of PEFT's options that decide what the tensors mean."""
-    return checksum(json.dumps({k: v for k, v in sorted(values.items()) if k not in _FREE}).encode())
+    return checksum([json.dumps({k: v for k, v in sorted(values.items()) if k not in _FREE}).encode()])
 
 
 def _base_name(wrapped: nn.Module) -> str | None:
