@@ -98,12 +98,11 @@ class AdapterModel(nn.Module):
     def save_pretrained(self, directory: str | Path, **_: Any) -> None:
         """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (the adapters alone, to the bit).
 
-        LoRA, LoRA-FA, DoRA, AdaLoRA and VeRA in PEFT's format, which ``peft.PeftModel.from_pretrained`` loads with the same logits; every
-        other method, and any with ``modules_to_tensorize``, in zo_opt's own. Of a method that changes as training goes on also
-        ``adapter_schedule.safetensors``, with which training continues to the same bits. A base model that lies in a directory is named
-        by the last part of its path.
+        LoRA, LoRA-FA, DoRA, AdaLoRA and VeRA in PEFT's format, which ``peft.PeftModel.from_pretrained`` loads with the same logits, all else in
+        zo_opt's own. Of a method that changes as training goes on also ``adapter_schedule.safetensors``, with which training continues to
+        the same bits. A base model that lies in a directory is named by the last part of its path.
         """
-        storage.save(Path(directory), *self._parts(), self.schedule_state())
+        storage.save(self, Path(directory))
 
     def export_peft(self, directory: str | Path) -> None:
         """Write the adapters in PEFT's format: a method that PEFT lacks as an ordinary LoRA, if its update is a pair of factors.
@@ -111,7 +110,7 @@ class AdapterModel(nn.Module):
         Raises:
             ZOError: PEFT has no such adapter.
         """
-        storage.save(Path(directory), *self._parts(), {}, peft=True)
+        storage.save(self, Path(directory), export=True)
 
     def merge_and_unload(self) -> nn.Module:
         """Fold the adapters into the weights and return the plain model, which computes the same up to the rounding of its dtype.
@@ -154,9 +153,6 @@ class AdapterModel(nn.Module):
     def optimizers(self) -> list[Optimizer]:
         """Those that have made steps on this model's trainables; known for methods with a schedule alone."""
         return list(self._watch.optimizers) if self._watch is not None else []
-
-    def _parts(self) -> tuple[nn.Module, dict[str, AdaptedModule], AdapterConfig, dict[str, torch.Tensor]]:
-        return self.wrapped, self.adapted_modules(), self.adapter_config, self.adapter_state()
 
     def adapter_table(self, *, each: bool = False) -> str:
         """Where adapters sit and what they cost, as text: a line a kind of module, or one an adapter (``each``)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from zo_opt.adapters.config import ADAPTERS, AdapterConfig
 from zo_opt.adapters.targets import matches
 from zo_opt.adapters.weights import is_conv1d, shared_parameters
 from zo_opt.errors import ZOError
+
+if TYPE_CHECKING:
+    from zo_opt.adapters.model import AdapterModel
 
 PREFIX = "base_model.model."  # before paths of the model in PEFT's files
 SHARED = "base_model."  # before names of tensors that belong to no module
@@ -50,9 +53,7 @@ def is_native(wrapped: nn.Module, config: AdapterConfig) -> bool:
 
 
 @torch.no_grad()
-def to_peft(
-    wrapped: nn.Module, adapted: Mapping[str, AdaptedModule], config: AdapterConfig, state: Mapping[str, Tensor]
-) -> Form:
+def to_peft(model: AdapterModel) -> Form:
     """Options and tensors as PEFT's ``save_pretrained`` writes them; a method that PEFT lacks as a LoRA.
 
     What :func:`own_state` could not give back to the bit is among the tensors once more under a name of ours.
@@ -60,6 +61,12 @@ def to_peft(
     Raises:
         ZOError: PEFT has no form for an adapter.
     """
+    wrapped, adapted, config, state = (
+        model.wrapped,
+        model.adapted_modules(),
+        model.adapter_config,
+        model.adapter_state(),
+    )
     if not adapted:
         raise ZOError(
             f"adapter {config.adapter_type!r} trains the model's own weights and cannot be exported as an adapter of PEFT's; "

@@ -12,20 +12,22 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-from zo_opt.adapters.adapted import AdaptedModule
 from zo_opt.adapters.config import AdapterConfig, config_from_dict
 from zo_opt.adapters.peft_write import is_native, own_state, to_peft
 from zo_opt.errors import ZOError
 from zo_opt.system.checksum import checksum, fingerprint
 from zo_opt.system.files import write_atomically
 from zo_opt.system.plain_json import parse, read_object
+
+if TYPE_CHECKING:
+    from zo_opt.adapters.model import AdapterModel
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -61,43 +63,25 @@ class Saved:
         return own_state(self.tensors, shapes) if "peft_type" in self.values else self.tensors
 
 
-def save(
-    directory: Path,
-    wrapped: nn.Module,
-    adapted: Mapping[str, AdaptedModule],
-    config: AdapterConfig,
-    state: Mapping[str, Tensor],
-    schedule: Mapping[str, Tensor],
-    *,
-    peft: bool = False,
-) -> None:
-    """Write the files, each atomically; the schedule's only where there is one.
-
-    Args:
-        directory: made if it is not there.
-        wrapped: the model with adapters.
-        adapted: its adapted modules by path.
-        config: the method's configuration.
-        state: the tensors that the frozen model does not have, ``modules_to_save`` included.
-        schedule: the state of the method's schedule.
-        peft: in PEFT's format whatever the method.
+def save(model: AdapterModel, directory: Path, *, export: bool = False) -> None:
+    """Write the files, each atomically; ``export``: in PEFT's format whatever the method, without the schedule's state.
 
     Raises:
-        ZOError: PEFT has no form for the adapter; or the directory cannot be written.
+        ZOError: PEFT has no form for an adapter that is exported; or the directory cannot be written.
     """
+    config, native = model.adapter_config, is_native(model.wrapped, model.adapter_config)
     own: dict[str, Any] = {}
-    tensors = dict(state)
-    values: dict[str, Any] = {"base_model_name_or_path": _base_name(wrapped)}
-    native = is_native(wrapped, config)
-    if peft or native:
-        form, tensors = to_peft(wrapped, adapted, config, state)
-        values |= form
+    tensors = model.adapter_state()
+    values: dict[str, Any] = {"base_model_name_or_path": _base_name(model.wrapped)}
+    if export or native:
+        options, tensors = to_peft(model)
+        values |= options
         if native:
             own = {"config": config.to_dict(), "values": _digest(values)}
     else:
         values = {"format": _FORMAT} | values | config.to_dict()
     _write_tensors(directory / WEIGHTS_NAME, tensors, own)
-    if schedule:
+    if not export and (schedule := model.schedule_state()):
         _write_tensors(directory / SCHEDULE_NAME, schedule, {})
     write_atomically(directory / CONFIG_NAME, (json.dumps(values, indent=2) + "\n").encode())
 
