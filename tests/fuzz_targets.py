@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
 from zo_opt import AdaLoRAConfig, DoRAConfig, LoRAConfig, MeZO, VeRAConfig, ZOError, get_adapter_model
-from zo_opt.adapters import ADAPTERS, load_adapter_model, make_config
+from zo_opt.adapters import ADAPTERS, AdapterModel, load_adapter_model, make_config
 from zo_opt.adapters.adapted import AdaptedModule
 from zo_opt.adapters.storage import CONFIG_NAME, SCHEDULE_NAME, WEIGHTS_NAME
 from zo_opt.cli.main import _parser
@@ -126,6 +127,19 @@ def write(directory: Path, content: bytes, *names: str) -> None:
 # --- adapters ---
 
 
+def save_in_own_format(model: AdapterModel, directory: Path) -> None:
+    """Whatever the method, without a checksum, as versions before PEFT's format did."""
+    directory.mkdir(exist_ok=True)
+    (directory / CONFIG_NAME).write_text(json.dumps({"format": "zo_opt/1"} | model.adapter_config.to_dict()))
+    (directory / WEIGHTS_NAME).write_bytes(safetensors_bytes(model.adapter_state()))
+
+
+def save_as_peft(model: AdapterModel, directory: Path) -> None:
+    """Without what is zo_opt's in the file."""
+    model.export_peft(directory)
+    (directory / WEIGHTS_NAME).write_bytes(safetensors_bytes(load_file(directory / WEIGHTS_NAME)))
+
+
 def own_adapters(directory: Path) -> list[bytes]:
     found = []
     for kind in ADAPTERS:
@@ -155,18 +169,19 @@ def peft_adapters(directory: Path) -> list[bytes]:
         AdaLoRAConfig(rank=3, target_rank=2, total_steps=10, **TARGETS_OF), VeRAConfig(rank=3, **TARGETS_OF),
     ]  # fmt: skip
     for config in configs:
-        get_adapter_model(copy.deepcopy(BASE), config).export_peft(directory)
+        save_as_peft(get_adapter_model(copy.deepcopy(BASE), config), directory)
         found.append((directory / CONFIG_NAME).read_bytes() + SEPARATOR + (directory / WEIGHTS_NAME).read_bytes())
     config = json.loads((directory / CONFIG_NAME).read_text())
     assert config["peft_type"] == "VERA"
     first = found[0].split(SEPARATOR)
-    values = json.loads(first[0]) | {"alpha_pattern": {r".*layers\.(0|1)\.q_proj": 2, "v_proj": 5}}
+    values = json.loads(first[0]) | {"alpha_pattern": {"^layers.0.q_proj": 2, "v_proj": 5}}
     return [*found, json.dumps(values).encode() + SEPARATOR + first[1]]
 
 
 def lying_headers(directory: Path) -> list[bytes]:
     """A header alone; its length and some data are put around it."""
-    content = own_adapters(directory)[list(ADAPTERS).index("lora")].split(SEPARATOR)[1]
+    save_in_own_format(get_adapter_model(copy.deepcopy(BASE), LoRAConfig(rank=8, **TARGETS_OF)), directory)
+    content = (directory / WEIGHTS_NAME).read_bytes()
     length = int.from_bytes(content[:8], "little")
     return [content[8 : 8 + length]]
 

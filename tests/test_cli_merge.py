@@ -118,11 +118,11 @@ def test_options_reach_the_adapter(finished: Callable[[str], Path]) -> None:
     assert (values["modules_to_save"], values["rank"]) == (["score"], 8)
 
 
-IN_PLACE = ("full", "lisa")
-UNMERGEABLE = ("tt", "adapter", "bitfit")  # serial; biases that the Llama family has no place for
+IN_PLACE = ("full",)
+MERGED = ("tt-lora", "tt-lora head", "tt-delta", "tt-delta tensorised head", "dora", "adalora", "full")
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if name not in UNMERGEABLE])
+@pytest.mark.parametrize("name", MERGED)
 def test_the_merged_model_loads_with_transformers_alone(
     finished: Callable[[str], Path], tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
@@ -141,18 +141,34 @@ def test_the_merged_model_loads_with_transformers_alone(
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers an old question
-def test_the_lora_loads_with_peft(finished: Callable[[str], Path], tmp_path: Path, tiny_model_dir: Path) -> None:
-    run, to = finished("tt-lora"), tmp_path / "lora"
+@pytest.mark.parametrize(
+    ("name", "task"), [("tt-lora", "CAUSAL_LM"), ("adalora", "CAUSAL_LM"), ("tt-lora head", "SEQ_CLS")]
+)
+def test_the_lora_loads_with_peft(
+    finished: Callable[[str], Path],
+    tmp_path: Path,
+    tiny_model_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    task: str,
+) -> None:
+    """By its own record of the base model's name, found from where that lies; a run's adapter of PEFT's methods without merge as well."""
+    run, to = finished(name), tmp_path / "lora"
     assert run_main(["merge", str(run), "--to", str(to), "--as", "lora"]) == 0
     assert sorted(p.name for p in to.iterdir()) == sorted(FILES)
-    theirs = peft.PeftModel.from_pretrained(
-        transformers.AutoModelForCausalLM.from_pretrained(tiny_model_dir), to
-    ).eval()
+    assert json.loads((to / FILES[0]).read_text())["task_type"] == task
+    monkeypatch.chdir(tiny_model_dir.parent)
+    kind, options = {
+        "CAUSAL_LM": (peft.AutoPeftModelForCausalLM, {}),
+        "SEQ_CLS": (peft.AutoPeftModelForSequenceClassification, {"num_labels": 2}),
+    }[task]
     inputs = batch(tiny_model_dir)
-    with torch.no_grad():
-        torch.testing.assert_close(
-            theirs(**inputs).logits, tuned(run, tiny_model_dir)(**inputs).logits, rtol=0, atol=1e-4
-        )
+    for directory in (to, run) if name == "adalora" else (to,):
+        theirs = kind.from_pretrained(directory, **options).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(
+                theirs(**inputs).logits, tuned(run, tiny_model_dir)(**inputs).logits, rtol=0, atol=1e-4
+            )
 
 
 def _damage(run: Path) -> None:
@@ -163,7 +179,6 @@ def _damage(run: Path) -> None:
 WRONG: dict[str, tuple[str, list[str], str]] = {
     "serial adapters": ("tt", ["--to", "to"], "nonlinearity.*cannot be merged"),
     "new biases": ("bitfit", ["--to", "to"], "no bias to merge into"),
-    "serial adapters as LoRA": ("tt", ["--to", "to", "--as", "lora"], "'tt'.*cannot be exported as LoRA"),
     "a delta as LoRA": ("tt-delta", ["--to", "to", "--as", "lora"], "'tt-delta'.*cannot be exported as LoRA"),
     "no destination": ("tt-lora", [], "--to"),
     "another form": ("tt-lora", ["--to", "to", "--as", "gguf"], "gguf.*model, lora"),

@@ -115,6 +115,7 @@ def test_a_checkpoint_is_an_adapter(tmp_path: Path) -> None:
     trainer.train()
     loaded = load_adapter_model(build("llama"), tmp_path / "checkpoint-1")
     assert equal(weights(loaded), weights(model))
+    assert '"peft_type": "LORA"' in (tmp_path / "checkpoint-1" / "adapter_config.json").read_text()
     trainer.save_model(str(tmp_path / "last"))
     assert {f.name for f in (tmp_path / "last").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     with pytest.raises(ZOError, match="holds a 'lora' adapter and the model a 'tt' one"):

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from zo_opt.adapters import peft_format, storage, table
+from zo_opt.adapters import storage, table
 from zo_opt.adapters.adapted import AdaptedModule
 from zo_opt.adapters.config import AdapterConfig
 from zo_opt.adapters.merged_trains import MergedTrains
+from zo_opt.adapters.peft_read import from_peft
 from zo_opt.adapters.replacement import tensorize
 from zo_opt.adapters.schedule import Watch
-from zo_opt.adapters.shapes import check_shapes
+from zo_opt.adapters.shapes import adapter_shapes, check_shapes
 from zo_opt.adapters.targets import Target, find_targets, matches
 from zo_opt.adapters.weights import matrix, shared_parameters, untie
 from zo_opt.errors import ZOError
@@ -96,22 +97,19 @@ class AdapterModel(nn.Module):
     def save_pretrained(self, directory: str | Path, **_: Any) -> None:
         """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (the adapters alone, to the bit).
 
-        Of a method that changes as training goes on also ``adapter_schedule.safetensors``, with which training continues to the same bits.
+        LoRA, LoRA-FA, DoRA, AdaLoRA and VeRA in PEFT's format, which ``peft.PeftModel.from_pretrained`` loads with the same logits, all else in
+        zo_opt's own. Of a method that changes as training goes on also ``adapter_schedule.safetensors``, with which training continues to
+        the same bits. A base model that lies in a directory is named by the last part of its path.
         """
-        base = getattr(getattr(self.wrapped, "config", None), "_name_or_path", None)
-        storage.save(Path(directory), self.adapter_config, self.adapter_state(), self.schedule_state(), base or None)
+        storage.save(self, Path(directory))
 
     def export_peft(self, directory: str | Path) -> None:
-        """Write the adapters in PEFT's format, which ``peft.PeftModel.from_pretrained`` loads with the same logits.
-
-        DoRA, AdaLoRA and VeRA as such; every other method whose update is a pair of factors as an ordinary LoRA.
+        """Write the adapters in PEFT's format: a method that PEFT lacks as an ordinary LoRA, if its update is a pair of factors.
 
         Raises:
             ZOError: PEFT has no such adapter.
         """
-        peft_format.export_peft(
-            self.wrapped, self.adapted_modules(), self.adapter_config, self.adapter_state(), Path(directory)
-        )
+        storage.save(self, Path(directory), export=True)
 
     def merge_and_unload(self) -> nn.Module:
         """Fold the adapters into the weights and return the plain model, which computes the same up to the rounding of its dtype.
@@ -199,22 +197,31 @@ def load_adapter_model(model: nn.Module, directory: str | Path) -> AdapterModel:
         ZOError: files missing or damaged, or made for a model of other shapes; or a PEFT option that is not known here.
     """
     _check_bare(model)
-    directory = Path(directory)
-    schedule: dict[str, torch.Tensor] = {}
-    if peft_format.is_peft(directory):
-        config, tensors = peft_format.read_peft(model, directory)
-    else:
-        config, tensors, schedule = storage.load(directory)
-        check_shapes(model, config, tensors, f"the adapter in {directory}")
+    what, saved = f"the adapter in {directory}", storage.load(Path(directory))
+    config = saved.config
+    if config is None:
+        config, tensors = from_peft(model, saved.values, saved.tensors)
+        saved = storage.Saved({}, config, tensors, {})
+    check_shapes(model, config, saved.state(adapter_shapes(model, config)), what)
     adapted = _inject(model, config, start=False)
     try:
-        storage.restore(adapted.adapter_state(), tensors, f"the adapter in {directory}")
-        if schedule:
-            restore_schedule(adapted, schedule, f"the schedule in {directory}")
+        restore_saved(adapted, saved, what)
     except ZOError:
         adapted.unload()
         raise
     return adapted
+
+
+def restore_saved(model: AdapterModel, saved: storage.Saved, what: str) -> None:
+    """Put a saved adapter and its schedule's state into a model that has the adapter.
+
+    Raises:
+        ZOError: it does not fit the model; the sentence begins with ``what``.
+    """
+    state = model.adapter_state()
+    storage.restore(state, saved.state({name: tensor.shape for name, tensor in state.items()}), what)
+    if saved.schedule:
+        restore_schedule(model, saved.schedule, what)
 
 
 def restore_schedule(model: AdapterModel, tensors: dict[str, torch.Tensor], what: str) -> None:

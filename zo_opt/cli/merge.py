@@ -26,8 +26,8 @@ def run(options: Namespace, command: str) -> None:
     if form not in FORMS:
         raise ZOError(f"--as {form} is not known; choose one of {', '.join(FORMS)}.")
     config = read_config(options.run_dir)
-    adapter, *_ = load(options.run_dir)
-    if form == "model":
+    adapter = load(options.run_dir).config
+    if form == "model" and adapter is not None:
         adapter.check_mergeable()
     reporter = Reporter()
     with output_directory(options.to, "--to") as to:

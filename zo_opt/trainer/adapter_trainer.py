@@ -10,7 +10,7 @@ from transformers import Trainer
 from transformers.utils.generic import can_return_loss, find_labels
 
 from zo_opt.adapters import AdapterModel, storage
-from zo_opt.adapters.model import restore_schedule
+from zo_opt.adapters.model import restore_saved
 from zo_opt.errors import ZOError
 from zo_opt.trainer.callback import AdapterScheduleCallback
 
@@ -63,16 +63,13 @@ class AdapterTrainerMixin(_Base):
         if not isinstance(self.model, AdapterModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        config, tensors, schedule = storage.load(Path(resume_from_checkpoint))
-        what = f"the checkpoint {resume_from_checkpoint}"
-        if config.adapter_type != self.model.adapter_config.adapter_type:
+        saved, what = storage.load(Path(resume_from_checkpoint)), f"the checkpoint {resume_from_checkpoint}"
+        kind, ours = saved.config.adapter_type if saved.config else "peft", self.model.adapter_config.adapter_type
+        if kind != ours:
             raise ZOError(
-                f"{what} holds a {config.adapter_type!r} adapter and the model a {self.model.adapter_config.adapter_type!r} one; "
-                "give the model the adapter that the run was started with."
+                f"{what} holds a {kind!r} adapter and the model a {ours!r} one; give the model the adapter that the run was started with."
             )
-        storage.restore(self.model.adapter_state(), tensors, what)
-        if schedule:
-            restore_schedule(self.model, schedule, what)
+        restore_saved(self.model, saved, what)
 
     def _load_best_model(self) -> None:
         if isinstance(self.model, AdapterModel):
