@@ -50,14 +50,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from zo_opt.training.metrics import read_metrics
 
 import zo_opt
 from zo_opt import GaussianPrivacy, get_adapter_model, load_adapter_model, lora_plus_groups, optim, trainable_parameters
-from zo_opt.adapters import make_config, search_rank_pattern
+from zo_opt.adapters import make_config
 from zo_opt.cli.main import main as zo_opt_main
 from zo_opt.directions import DIRECTIONS
 from zo_opt.journal import Journal, read_journal
+from zo_opt.models.builtin import model_directory
+from zo_opt.record.metrics import read_metrics
 from zo_opt.schedules import SCHEDULES, derived_beta
 from zo_opt.training import ZOTrainer, ZOTrainingArguments
 
@@ -81,44 +82,47 @@ TEXTS = TOY | {
 LM = {"task": "lm", "train_file": "text.txt", "max_length": 16} | dict.fromkeys(
     ["eval_file", "template", "verbalizers"]
 )
-LORA = TOY | {"adapter": "lora", "rank": 2, "layers": 2}
+LORA = TOY | {"adapter": "lora", "adapter.rank": 2, "adapter.layers": 2}
 MEZO = {"optimizer": "mezo", "query_mode": "sequential", "lr": 0.01}
 ADAMW = {"optimizer": "adamw", "lr": 0.01}
-ADALORA = {"adapter": "adalora", "adapter_options": '{"target_rank": 1}'}
-LISA = {"adapter": "lisa", "adapter_options": '{"blocks": 1, "interval": 2}'}
+ADALORA = {"adapter": "adalora", "adapter.target_rank": 1}
+LISA = {"adapter": "lisa", "adapter.blocks": 1, "adapter.interval": 2}
 BUILTIN = {"device": "cpu", "steps": 3, "max_train_rows": 16, "held_out": 8, "batch_size": 4}
 
 TRAIN: dict[str, Options] = {
     "cli/default": TOY,
     "cli/components": TOY | {"adapter_init": "components", "feature_components": 8, "output_scale": 0.5},
     "cli/random start": TOY | {
-        "adapter_init": "random", "rank": 2, "bottleneck": 8, "activation": "gelu", "layers": [1, 3],
+        "adapter_init": "random", "adapter.rank": 2, "adapter.bottleneck": 8, "adapter.activation": "gelu", "adapter.layers": [1, 3],
     },
-    "cli/adazeta": TOY | {"query_mode": "sequential", "max_queries": 3, "min_queries": 1, "alpha": 0.9, "beta": 0.8},
+    "cli/adazeta": TOY | {
+        "query_mode": "sequential", "schedule.max_queries": 3, "schedule.min_queries": 1, "schedule.alpha": 0.9, "schedule.beta": 0.8,
+    },
     "cli/mixed precision": TOY | {"precision": "mixed"},
     "cli/no cache": TOY | {"prefix_cache": "off", "batch_order": "shuffled"},
     "cli/cache on disk": TOY | {"prefix_cache": "disk", "validation": True, "eval_file": None, "held_out": 8},
     "cli/mezo": LORA | MEZO | {
-        "query_mode": "batched", "max_queries": 2, "directions": "sphere", "clip": 0, "seed": 3, "weight_decay": 0.1,
+        "query_mode": "batched", "schedule.queries": 2, "directions": "sphere", "step_control": "none", "seed": 3, "weight_decay": 0.1,
         "lr_schedule": "cosine", "warmup_steps": 2, "zo_eps": 1e-3,
     },
     "cli/variance schedule": TOY | MEZO | {
-        "query_schedule": "variance", "min_queries": 1, "max_queries": 3, "update_rule": "momentum", "clip": 1.5,
+        "query_schedule": "variance", "schedule.min_queries": 1, "schedule.max_queries": 3, "update_rule": "momentum",
+        "step_control.factor": 1.5,
     },
     "cli/budget schedule": TOY | MEZO | {
-        "query_schedule": "budget", "budget_forwards": 30, "update_rule": "adam", "beta1": 0.8,
+        "query_schedule": "budget", "schedule.forwards": 30, "update_rule": "adam", "update_rule.beta1": 0.8,
     },
     "cli/hizoo": LORA | MEZO | {"optimizer": "hizoo"},
     "cli/forward-gradient": LORA | {"optimizer": "forward-gradient", "lr": 0.01},
     "cli/whole model by mezo": TOY | MEZO | {"adapter": "full", "lr": 1e-4},
     "cli/lisa by mezo": TOY | MEZO | LISA | {"lr": 1e-4},
     "cli/adalora by mezo": LORA | MEZO | ADALORA,
-    "cli/lora by adamw": LORA | ADAMW | {"lora_alpha": 4.0, "max_grad_norm": 0.5},
+    "cli/lora by adamw": LORA | ADAMW | {"adapter.alpha": 4.0, "optimizer.max_grad_norm": 0.5},
     "cli/lora+ by adamw": LORA | ADAMW | {"loraplus_lr_ratio": 16.0, "lr": None},
     "cli/adalora by adamw": LORA | ADAMW | ADALORA,
     "cli/lamda by adamw": LORA | ADAMW | {"adapter": "lamda"},
     "cli/lisa by adamw": TOY | ADAMW | LISA,
-    "cli/tt-delta from svd": TOY | {"adapter": "tt-delta", "adapter_init": "svd", "rank": 3, "scale": 0.5},
+    "cli/tt-delta from svd": TOY | {"adapter": "tt-delta", "adapter.init": "svd", "adapter.rank": 3, "adapter.scale": 0.5},
     "cli/own columns": TOY | {
         "train_file": "columns.csv", "eval_file": None, "held_out": 8, "text_column": "said", "label_column": "mood",
         "template": "Review {text} Label", "verbalizers": "bad=negative,good=positive",
@@ -135,9 +139,9 @@ TRAIN: dict[str, Options] = {
     "cli/privacy": TOY | {"privacy_epsilon": 8.0, "privacy_delta": 1e-4, "privacy_clip": 5.0},
     "cli/int8": TOY | {"quantise": "int8"},
     "builtin/default": BUILTIN,
-    "builtin/lora by adamw": BUILTIN | ADAMW | {"adapter": "lora", "layers": 2},
-    "builtin/generation": BUILTIN | {"task": "arithmetic", "layers": 2, "max_new_tokens": 3},
-    "builtin/language modelling": BUILTIN | {"task": "sciq-text", "max_length": 32, "layers": 2, "held_out": 2},
+    "builtin/lora by adamw": BUILTIN | ADAMW | {"adapter": "lora", "adapter.layers": 2},
+    "builtin/generation": BUILTIN | {"task": "arithmetic", "adapter.layers": 2, "max_new_tokens": 3},
+    "builtin/language modelling": BUILTIN | {"task": "sciq-text", "max_length": 32, "adapter.layers": 2, "held_out": 2},
 }  # fmt: skip
 NEEDS = {"cli/privacy": "dp_accounting", "cli/int8": "torchao"}  # run -> package without which it is left out
 
@@ -159,7 +163,10 @@ RESUME: Options = {"resume": True}
 AFTERWARDS: dict[str, tuple[Options, str]] = {
     "afterwards/replay": (TOY, "replay {run} --to {to}"),
     "afterwards/replay of some steps": (TRAIN["cli/hizoo"], "replay {run} --to {to} --steps 4"),
-    "afterwards/merge": (TOY | {"adapter": "tt-lora", "rank": 2, "tt_rank": 2}, "merge {run} --to {to}"),
+    "afterwards/merge": (
+        TOY | {"adapter": "tt-lora", "adapter.rank": 2, "adapter.tt_rank": 2},
+        "merge {run} --to {to}",
+    ),
     "afterwards/merge as lora": (TRAIN["cli/lora by adamw"], "merge {run} --to {to} --as lora"),
 }
 
@@ -244,7 +251,8 @@ def afterwards(options: Options, command: str, work: Path) -> Options:
     call(line_of("train", options, work / "run"))
     call(command.format(run=work / "run", to=work / "to").split())
     (written,) = (work / "to").glob("*.safetensors")
-    return read_run(work / "run") | {"weights": digest_of_tensors(load_file(written))}
+    weights = adapter_in(work / "to", work / "run") if command.startswith("replay") else load_file(written)
+    return read_run(work / "run") | {"weights": digest_of_tensors(weights)}
 
 
 def two_processes(options: Options, work: Path) -> Options:
@@ -273,7 +281,26 @@ def read_run(directory: Path) -> Options:
     result = {side: figures(results[side]) for side in ("before", "after")} | {"steps": digest(steps)}
     path = directory / "journal"
     updates = read_journal(path).updates if path.exists() else None
-    return outcome(load_file(directory / "adapter_model.safetensors"), updates, result)
+    return outcome(adapter_in(directory, directory), updates, result)
+
+
+def adapter_in(directory: Path, of_run: Path) -> Mapping[str, Tensor]:
+    """The adapter that a run saved, under its own names whatever the format of the file."""
+    tensors = load_file(directory / "adapter_model.safetensors")
+    if "peft_type" not in json.loads((directory / "adapter_config.json").read_text()):
+        return tensors
+    run = json.loads((of_run / "run.json").read_text())["config"]
+    kind = (
+        "SequenceClassification"
+        if run["head"] == "classification"
+        else FILES.get(run["model_name_or_path"], ("CausalLM",))[0]
+    )
+    name = run["model_name_or_path"]
+    base = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(
+        name if name in FILES else str(model_directory())
+    )
+    found: Mapping[str, Tensor] = load_adapter_model(base.float(), directory).adapter_state()
+    return found
 
 
 def figures(evaluation: Options) -> Options:
@@ -375,7 +402,12 @@ LOOPS: dict[str, Options] = {
     "loop/two micro-batches": {"parts": 2},
 }
 TRAINER: dict[str, Options] = {
-    "trainer/adazeta": {"zo_optimizer": "adazeta", "query_beta": 0.8, "max_queries": 3, "clip_projected_grads": 3.0},
+    "trainer/adazeta": {
+        "zo_optimizer": "adazeta",
+        "query_schedule": {"name": "adazeta", "beta": 0.8},
+        "max_queries": 3,
+        "step_control": "clip",
+    },
     "trainer/mezo, accumulated": {"zo_optimizer": "mezo", "gradient_accumulation_steps": 2, "update_rule": "adam"},
     "trainer/backpropagation": {"zo_optimizer": "none", "loraplus_lr_ratio": 4.0},
 }
@@ -392,7 +424,6 @@ def python_runs() -> dict[str, Run]:
         **{f"adapter/{name}": partial(adapter_by_mezo, name) for name in ADAPTERS},
         **{f"adapter/{name} by adamw": partial(adapter_by_adamw, name) for name in BY_ADAMW},
         "adapter/tt-delta from svd": partial(adapter_by_mezo, "tt-delta", init="svd"),
-        "adapter/tt-delta, searched ranks": partial(adapter_by_mezo, "tt-delta", search=True),
         "adapter/tt, a tensorized head": partial(adapter_by_mezo, "tt", model="roberta", **HEAD),
         **{name: partial(trainer, **options) for name, options in TRAINER.items()},
     }
@@ -400,7 +431,8 @@ def python_runs() -> dict[str, Run]:
 
 def optimizer_of(name: str, model: nn.Module, params: Iterable[Any] | None = None, **given: Any) -> Any:
     """A zeroth-order optimizer on what is trained of a model, from names and numbers."""
-    options = {"lr": 1e-2, "zo_eps": 1e-2, "seed": 5} | OPTIMIZERS[name] | given
+    exact = {} if name == "forward-gradient" else {"zo_eps": 1e-2}
+    options = {"lr": 1e-2, "seed": 5} | exact | OPTIMIZERS[name] | given
     made = {
         "queries": lambda queries: ("query_schedule", SCHEDULES["constant"](queries)),
         "schedule": lambda entry: ("query_schedule", SCHEDULES[entry[0]](**entry[1])),
@@ -511,15 +543,10 @@ def private(work: Path) -> Options:
     return follow(work, model, optimizer, make_batch("llama", 16), closure=closure)
 
 
-def adapter_by_mezo(name: str, work: Path, model: str = "", search: bool = False, **options: Any) -> Options:
+def adapter_by_mezo(name: str, work: Path, model: str = "", **options: Any) -> Options:
     """Steps of MeZO; then saved, removed, loaded, merged, written for PEFT and read again, where that can be."""
     model = model or MODEL_OF.get(name, "llama")
-    net = make_model(model)
-    if search:
-        options |= {"target_modules": ["q_proj", "down_proj"]}
-        ranks = search_rank_pattern(net, make_config(name, options), budget=1500, ranks=(1, 2, 4, 8))
-        options |= {"rank_pattern": ranks}
-    tuned = adapted(name, net, **options)
+    tuned = adapted(name, make_model(model), **options)
     digests = {"start": digest_of_tensors(tuned.adapter_state())}
     lr = 1e-4 if name in ("full", "lisa") else 1e-2
     found = follow(work, tuned, optimizer_of("mezo", tuned, lr=lr), make_batch(model))

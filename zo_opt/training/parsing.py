@@ -327,7 +327,17 @@ def _of_object(parser: Parser, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(namespace: Any) -> dict[str, Any]:
-    return {k: v for k, v in namespace.as_dict().items() if k not in ("config", "help")}
+    return {k: _unrestricted(v) for k, v in namespace.as_dict().items() if k not in ("config", "help")}
+
+
+def _unrestricted(value: Any) -> Any:
+    """Numbers as Python's own: jsonargparse's are of the types that check their range."""
+    if isinstance(value, dict):
+        return {name: _unrestricted(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_unrestricted(one) for one in value]
+    own = next((kind for kind in (bool, int, float) if isinstance(value, kind)), None)
+    return value if own is None else own(value)
 
 
 def _with_names(given: dict[str, Any], names: Mapping[str, str | None]) -> dict[str, Any]:
