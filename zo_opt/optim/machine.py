@@ -86,7 +86,7 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
         self.update_count = 0
         self.last_update: Update | None = None
         self._control = [StepState() for _ in choices.step_control]
-        self._pending: list[tuple[Estimate, Evaluator]] = []
+        self.pending: list[tuple[Estimate, Evaluator]] = []
         self._queries, self._limits = 0, Limits()
         self._prefix: SharedPrefix | None = None
         self._prefix_of: Trainables | None = None
@@ -105,9 +105,9 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
             The mean loss over finite queries, a float32 scalar on the CPU (nan where none was finite).
         """
         trainables = self.trainables()
-        if self._pending and self.choices.estimator.own_closure:
+        if self.pending and self.choices.estimator.own_closure:
             raise ZOError("with privacy one step() follows each estimate(); evaluate micro-batches within the closure.")
-        if not self._pending:  # estimates before one step share their directions, hence their number
+        if not self.pending:  # estimates before one step share their directions, hence their number
             self._queries = self._scheduled_queries(batch)
             if self.ranks is not None:
                 self.ranks.begin_step(self.step_count, self._in_words(), trainables, batch)
@@ -117,7 +117,7 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
         )
         with self._evaluation_mode():
             estimate = self.estimate_from(evaluator, self._queries)
-        self._pending.append((estimate, evaluator))
+        self.pending.append((estimate, evaluator))
         return torch.tensor(estimate.loss)
 
     @torch.no_grad()
@@ -141,15 +141,15 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
 
     def plan(self) -> tuple[float, Update]:
         """From the estimates made since the last step to the update: lost queries, records, step control, line search."""
-        if not self._pending:
+        if not self.pending:
             raise ZOError("step() was called without an estimate; pass a closure, or call estimate(closure) first.")
-        estimate, evaluators = combine([e for e, _ in self._pending]), [e for _, e in self._pending]
+        estimate, evaluators = combine([e for e, _ in self.pending]), [e for _, e in self.pending]
         record = StepRecord(
             self.step_count, self.epoch, estimate.loss, len(estimate.projected_grads), estimate.dropped,
             estimate.forwards, tuple(estimate.projected_grads.tolist()),
         )  # fmt: skip
         kept = estimate.projected_grads.isfinite()
-        self._pending = []
+        self.pending = []
         projected_grads = self.take_in(record, max(self.lrs))
         if projected_grads is None:
             return estimate.loss, Update(self.step_count, self.lrs, ())
@@ -310,7 +310,7 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
     # --- state ---
 
     def progress(self) -> dict[str, Any]:
-        if self._pending:
+        if self.pending:
             raise ZOError("state_dict() was called between estimate() and step(); call step() first.")
         return super().progress() | {
             "seed": self.setting.seed,
@@ -341,7 +341,7 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
         for index, parameter in zip(packed, (p for g in self.param_groups for p in g["params"]), strict=True):
             for name, tensor in state_dict["state"].get(index, {}).items():
                 self.state[parameter][name] = tensor.to(parameter.device, copy=True)
-        self._pending = []
+        self.pending = []
         self.forget_axis()
         if self.ranks is not None:
             self.ranks.compare_anew()

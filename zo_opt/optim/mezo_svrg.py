@@ -74,8 +74,8 @@ class MeZOSVRG(ZerothOrderOptimizer):
             return control_variate(evaluator, self._anchor(), queries, zo_eps)
         if self.full_closure is None:
             return self.choices.estimator(evaluator, queries, zo_eps)
-        if self._pending:  # another micro-batch of a step that does not need it
-            done = self._pending[0][0]
+        if self.pending:  # another micro-batch of a step that does not need it
+            done = self.pending[0][0]
             return Estimate(done.loss, done.projected_grads, done.weights, 0, seeds=done.seeds)
         return self.choices.estimator(
             Evaluator(evaluator.perturbed, self.full_closure, limits=evaluator.limits), queries, zo_eps

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from zo_opt.adapters import ADAPTERS, AdapterConfig
+from zo_opt.adapters.tt_init import FEATURES
 from zo_opt.choices import Table, option_names, split
 from zo_opt.directions import DIRECTIONS
 from zo_opt.distributed import Distributed
 from zo_opt.errors import ZOError
-from zo_opt.estimators import ESTIMATORS, Estimator
+from zo_opt.estimators import ESTIMATORS, Estimator, TwoSided
 from zo_opt.models.quantisation import check_kind
-from zo_opt.optim import OPTIMIZERS, STEP_CONTROLS, Method, UpdateRule
+from zo_opt.optim import OPTIMIZERS, STEP_CONTROLS, UPDATE_RULES, Method, UpdateRule
+from zo_opt.privacy import check_delta, check_epsilon
 from zo_opt.record.trackers import check_trackers
 from zo_opt.schedules import SCHEDULES, QuerySchedule, RunLength, for_run
 from zo_opt.tasks import objectives
@@ -84,9 +86,7 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
                 raise ZOError("the F1 of a batch is no mean over its rows; with objective='f1' give --share queries.")
         if self.zeroth_order:
             self.make_choices(RunLength(self.steps))
-        from zo_opt.privacy.rows import check_privacy
-
-        check_privacy(self)
+        self.check_privacy()
 
     def check_given_parts(self) -> None:
         """Whether each part that was given is one that the optimizer has.
@@ -101,6 +101,52 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
                 raise ZOError(
                     f"{name} is no option of optimizer {self.optimizer_name!r}; leave it out, or choose another."
                 )
+
+    def check_privacy(self) -> None:
+        """Whether a run's options allow a guarantee.
+
+        Raises:
+            ZOError: with a sentence on the first that does not.
+        """
+        if not self.private:
+            if self.privacy_clip is not None:
+                raise ZOError("privacy_clip was given without privacy_epsilon or privacy_noise; add one of them.")
+            return
+        if self.privacy_epsilon is not None and self.privacy_noise is not None:
+            raise ZOError(
+                "privacy_epsilon and privacy_noise were both given; the noise follows from epsilon, leave one out."
+            )
+        if self.privacy_epsilon is not None:
+            check_epsilon(self.privacy_epsilon)
+        check_delta(self.privacy_delta)
+        if self.privacy_clip is None:
+            raise ZOError(
+                "privacy needs --privacy_clip, the bound on one row's projected gradient; choose it without looking at these rows (docs/privacy.md)."
+            )
+        kind = OPTIMIZERS.find(self.optimizer_name)
+        if (
+            getattr(kind, "own_estimates", False)
+            or type(self.method.presets.get("estimator", TwoSided())) is not TwoSided
+            or not self.zeroth_order
+        ):
+            raise ZOError(
+                f"optimizer={self.optimizer_name!r} uses the rows otherwise than by two-sided differences, which alone are made private; "
+                "choose another, such as adazeta or mezo."
+            )
+        wrong = {
+            "adapter_init": self.adapter_init in FEATURES and "it places adapters by what the rows look like",
+            "query_mode": self.mode != "sequential" and "privacy needs sequential",
+            "schedule": self.schedule is not None
+            and split("schedule", self.schedule)[0] == "variance"
+            and "its queries depend on what was measured",
+            "objective": self.objective != "loss" and "privacy needs the loss of each row",
+            "batch_order": self.batch_order != RowOptions.batch_order
+            and "rows are sampled independently of each other",
+            "quantise": self.quantise == "bnb-int8" and "it rounds each row by what the other rows of its batch are",
+        }
+        for name, why in wrong.items():
+            if why:
+                raise ZOError(f"{name}={getattr(self, name)!r} cannot be used with privacy: {why}; leave it out.")
 
     # --- what the names stand for ---
 
@@ -223,8 +269,6 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
 
     def make_update_rule(self) -> UpdateRule | None:
         """The update rule asked for (adam for adazeta); None stands for the optimizer's own."""
-        from zo_opt.optim import UPDATE_RULES
-
         choice = self.update_rule or ("adam" if self.optimizer_name == "adazeta" else None)
         if choice is None:
             return None

@@ -68,7 +68,7 @@ class Scorer(ABC):
     def __init__(self, model: Any, tokenizer: Any, task: Task, max_length: int | None = None) -> None:
         self.tokenizer, self.task = tokenizer, task
         self.max_length = context_length(model, tokenizer, max_length)
-        self._forward_arguments = set(inspect.signature(model.forward).parameters)
+        self.forward_arguments = set(inspect.signature(model.forward).parameters)
         if tokenizer.pad_token_id is None:
             if tokenizer.eos_token_id is None:
                 raise ZOError("the tokenizer has neither a padding nor an end token; set tokenizer.pad_token.")
@@ -126,12 +126,12 @@ class Scorer(ABC):
         """The model's arguments, examples and labels flattened into one axis."""
         return {name: batch[name].flatten(0, 1) for name in ("input_ids", "attention_mask")}
 
-    def _prompt(self, example: Example, room: int, **extra: str) -> tuple[str, bool]:
+    def prompt_text(self, example: Example, room: int, **extra: str) -> tuple[str, bool]:
         """The filled template with at least ``room`` tokens of the context to spare; its longest fields are cut if need be."""
         fields, truncated = dict(example.fields), False
         while True:
             text = self.task.template.format(**fields, **extra)
-            excess = len(self._ids(text)) + room - self.max_length
+            excess = len(self.tokens_of(text)) + room - self.max_length
             shown = [n for n in placeholders(self.task.template) if n in fields]
             longest = max(shown, key=lambda n: len(fields[n]))
             if excess <= 0:
@@ -144,7 +144,7 @@ class Scorer(ABC):
 
     def _cut(self, text: str, tokens: int) -> str:
         """The text without its last tokens (at least one character shorter)."""
-        keep = max(len(self._ids(text, special=False)) - tokens, 0)
+        keep = max(len(self.tokens_of(text, special=False)) - tokens, 0)
         if self.tokenizer.is_fast:
             shown = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             offsets = shown["offset_mapping"]
@@ -153,16 +153,16 @@ class Scorer(ABC):
             end = len(text) * keep // (keep + tokens)
         return text[: min(end, len(text) - 1)].rstrip()
 
-    def _ids(self, text: str, special: bool = True) -> list[int]:
+    def tokens_of(self, text: str, special: bool = True) -> list[int]:
         """Tokens of a text, with those that the tokenizer adds to it or without."""
         return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
-    def _words(self, example: Example) -> list[list[int]]:
+    def words_of(self, example: Example) -> list[list[int]]:
         """Tokens of each label's words as they follow the prompt: with the space before them where the template ends in text."""
         words = []
         for label, text in self.task.verbalizers.items():
             filled = text.format(**example.fields)
-            ids = self._following(filled)
+            ids = self.following(filled)
             if not ids:
                 raise ZOError(
                     f"the label words {filled!r} of label {label!r} have no tokens; choose other verbalizers."
@@ -170,12 +170,12 @@ class Scorer(ABC):
             words.append(ids)
         return words
 
-    def _following(self, text: str) -> list[int]:
+    def following(self, text: str) -> list[int]:
         """Tokens of a text as it follows the prompt."""
         stem = "a" + self.task.template[len(self.task.template.rstrip()) :]
         space = "" if stem != "a" else " "
-        before, both = self._ids(stem, special=False), self._ids(stem + space + text, special=False)
-        return both[len(before) :] if both[: len(before)] == before else self._ids(space + text, special=False)
+        before, both = self.tokens_of(stem, special=False), self.tokens_of(stem + space + text, special=False)
+        return both[len(before) :] if both[: len(before)] == before else self.tokens_of(space + text, special=False)
 
 
 def context_length(model: Any, tokenizer: Any, max_length: int | None) -> int:

@@ -41,13 +41,13 @@ class Causal(Writer):
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         inputs = super().inputs(batch)
-        if "position_ids" in self._forward_arguments:
+        if "position_ids" in self.forward_arguments:
             inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
         return inputs
 
     def _prompt_ids(self, text: str) -> list[int]:
         """Tokens of a prompt, without the end token that some tokenizers append."""
-        ids = self._ids(text)
+        ids = self.tokens_of(text)
         return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
 
     def _hidden(self, model: Any, batch: Batch, positions: int) -> Tensor:
@@ -57,21 +57,21 @@ class Causal(Writer):
 
     def _logits(self, model: Any, batch: Batch, positions: int) -> Tensor:
         """The last logits of a model that does more than multiply by its head, (N, positions, V)."""
-        keep = {"logits_to_keep": positions} if "logits_to_keep" in self._forward_arguments else {}
+        keep = {"logits_to_keep": positions} if "logits_to_keep" in self.forward_arguments else {}
         logits: Tensor = model(**self._arguments(batch), **keep).logits[:, -positions:]
         return logits
 
     def _arguments(self, batch: Batch) -> dict[str, Any]:
-        return self.inputs(batch) | ({"use_cache": False} if "use_cache" in self._forward_arguments else {})
+        return self.inputs(batch) | ({"use_cache": False} if "use_cache" in self.forward_arguments else {})
 
 
 class CausalScorer(Causal, LabelScorer):
     """Labels: the prompt alone where each has one token, else the prompt and each label's words."""
 
     def encode(self, example: Example) -> Encoded:
-        words = self._words(example)
+        words = self.words_of(example)
         longest = max(map(len, words))
-        text, truncated = self._prompt(example, room=longest)
+        text, truncated = self.prompt_text(example, room=longest)
         prompt = self._prompt_ids(text)
         references = (list(self.task.verbalizers.values())[example.label].format(**example.fields),)
         prompts = [prompt] if longest == 1 else [prompt + w for w in words]
@@ -127,9 +127,9 @@ class CausalGenerator(CausalText):
 
     def encode(self, example: Example) -> Encoded:
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
-        whole, most = self._following(example.references[0]) + end, max(self.max_length // 2, 1)
+        whole, most = self.following(example.references[0]) + end, max(self.max_length // 2, 1)
         target = whole[:most]  # of one that is longer the first tokens are learned
-        text, truncated = self._prompt(example, room=max(len(target), self.task.max_new_tokens))
+        text, truncated = self.prompt_text(example, room=max(len(target), self.task.max_new_tokens))
         prompts = [self._prompt_ids(text) + target]
         return Encoded(prompts, [target], truncated=truncated or target != whole, references=example.references)
 
@@ -145,7 +145,7 @@ class LanguageModeller(CausalText):
 
     def __init__(self, model: Any, tokenizer: Any, task: Task, max_length: int | None = None) -> None:
         super().__init__(model, tokenizer, task, max_length if max_length is not None else BLOCK)
-        start = self._ids("")[:1]
+        start = self.tokens_of("")[:1]
         self._start = start if start and start[0] == tokenizer.bos_token_id else []
         if self.max_length < 2:
             raise ZOError(f"max_length={self.max_length} leaves nothing to predict; give blocks of at least 2 tokens.")
@@ -155,7 +155,7 @@ class LanguageModeller(CausalText):
         return self.encode_all([example])[0]
 
     def encode_all(self, examples: Sequence[Example]) -> list[Encoded]:
-        ids = self._ids("\n".join(text for e in examples for text in e.fields.values()), special=False)
+        ids = self.tokens_of("\n".join(text for e in examples for text in e.fields.values()), special=False)
         room = self.max_length - len(self._start)
         blocks = [self._start + ids[i : i + room] for i in range(0, len(ids), room)]
         if blocks and len(blocks[-1]) < 2:

@@ -45,8 +45,8 @@ class ClassificationScorer(LabelScorer):
 
     def encode(self, example: Example) -> Encoded:
         mask = {"mask": self.tokenizer.mask_token or ""} if "mask" in placeholders(self.task.template) else {}
-        text, truncated = self._prompt(example, room=0, **mask)
-        return Encoded([self._ids(text)], [], example.label, truncated)
+        text, truncated = self.prompt_text(example, room=0, **mask)
+        return Encoded([self.tokens_of(text)], [], example.label, truncated)
 
     def scores(self, model: Any, batch: Batch) -> Tensor:
         logits: Tensor = model(**self.inputs(batch)).logits.float()

@@ -29,7 +29,7 @@ class MaskedScorer(LabelScorer):
         # A mask in the text itself would be taken for the label position.
         clean = {name: text.replace(self.tokenizer.mask_token, "") for name, text in example.fields.items()}
         example = replace(example, fields=clean)
-        words = self._words(example)
+        words = self.words_of(example)
         longest = max(map(len, words))
         counts = [1] if longest == 1 else [len(w) for w in words]
         template_has_mask = "mask" in placeholders(self.task.template)
@@ -37,12 +37,14 @@ class MaskedScorer(LabelScorer):
         for count in counts:
             masks = self.tokenizer.mask_token * count
             if template_has_mask:
-                text, truncated = self._prompt(example, room=longest - count, mask=masks)
+                text, truncated = self.prompt_text(example, room=longest - count, mask=masks)
             else:
                 ending = f" {masks}."
-                text, truncated = self._prompt(example, room=longest - count + len(self._ids(ending, special=False)))
+                text, truncated = self.prompt_text(
+                    example, room=longest - count + len(self.tokens_of(ending, special=False))
+                )
                 text += ending
-            prompts.append(self._ids(text))
+            prompts.append(self.tokens_of(text))
             cut |= truncated
         return Encoded(prompts, words, example.label, cut)
 

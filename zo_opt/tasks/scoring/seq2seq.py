@@ -20,8 +20,8 @@ class Seq2SeqScorer(LabelScorer):
     """Labels: each one's words are decoded."""
 
     def encode(self, example: Example) -> Encoded:
-        text, truncated = self._prompt(example, room=0)
-        return Encoded([self._ids(text)], self._words(example), example.label, truncated)
+        text, truncated = self.prompt_text(example, room=0)
+        return Encoded([self.tokens_of(text)], self.words_of(example), example.label, truncated)
 
     def scores(self, model: Any, batch: Batch) -> Tensor:
         from transformers.modeling_outputs import BaseModelOutput
@@ -49,11 +49,11 @@ class Seq2SeqGenerator(Writer, TextScorer):
     """A text to write, with the special tokens that the tokenizer gives it."""
 
     def encode(self, example: Example) -> Encoded:
-        text, truncated = self._prompt(example, room=0)
-        target = self._ids(example.references[0])
+        text, truncated = self.prompt_text(example, room=0)
+        target = self.tokens_of(example.references[0])
         if len(target) > self.max_length:
             target, truncated = target[: self.max_length - 1] + target[-1:], True
-        return Encoded([self._ids(text)], [target], truncated=truncated, references=example.references)
+        return Encoded([self.tokens_of(text)], [target], truncated=truncated, references=example.references)
 
     def token_losses(self, model: Any, batch: Batch) -> Tensor:
         targets_BT = batch["words"][:, 0]

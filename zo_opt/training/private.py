@@ -1,4 +1,4 @@
-"""Differential privacy of a run's training rows: options checked, noise found, rows sampled, a step made (docs/privacy.md)."""
+"""Differential privacy of a run's training rows: noise found, rows sampled, a step made (docs/privacy.md)."""
 
 from __future__ import annotations
 
@@ -9,63 +9,14 @@ import torch
 from torch import Tensor
 
 from zo_opt.adapters import AdapterModel
-from zo_opt.adapters.tt_init import FEATURES
-from zo_opt.choices import split
 from zo_opt.errors import ZOError
-from zo_opt.estimators import TwoSided
-from zo_opt.optim import OPTIMIZERS, ZerothOrderOptimizer
-from zo_opt.privacy import GaussianPrivacy, check_delta, check_epsilon, noise_for
+from zo_opt.optim import ZerothOrderOptimizer
+from zo_opt.privacy import GaussianPrivacy, noise_for
 from zo_opt.schedules import constant_queries, simulate
 from zo_opt.tasks.batches import BatchOrder
 from zo_opt.tasks.evaluation import Prepared
 from zo_opt.tasks.metrics import LANGUAGE_MODELLING
 from zo_opt.training.config import TrainConfig
-
-
-def check_privacy(config: TrainConfig) -> None:
-    """Whether a run's options allow a guarantee.
-
-    Raises:
-        ZOError: with a sentence on the first that does not.
-    """
-    if not config.private:
-        if config.privacy_clip is not None:
-            raise ZOError("privacy_clip was given without privacy_epsilon or privacy_noise; add one of them.")
-        return
-    if config.privacy_epsilon is not None and config.privacy_noise is not None:
-        raise ZOError(
-            "privacy_epsilon and privacy_noise were both given; the noise follows from epsilon, leave one out."
-        )
-    if config.privacy_epsilon is not None:
-        check_epsilon(config.privacy_epsilon)
-    check_delta(config.privacy_delta)
-    if config.privacy_clip is None:
-        raise ZOError(
-            "privacy needs --privacy_clip, the bound on one row's projected gradient; choose it without looking at these rows (docs/privacy.md)."
-        )
-    kind = OPTIMIZERS.find(config.optimizer_name)
-    if (
-        getattr(kind, "own_estimates", False)
-        or type(config.method.presets.get("estimator", TwoSided())) is not TwoSided
-        or not config.zeroth_order
-    ):
-        raise ZOError(
-            f"optimizer={config.optimizer_name!r} uses the rows otherwise than by two-sided differences, which alone are made private; "
-            "choose another, such as adazeta or mezo."
-        )
-    wrong = {
-        "adapter_init": config.adapter_init in FEATURES and "it places adapters by what the rows look like",
-        "query_mode": config.mode != "sequential" and "privacy needs sequential",
-        "schedule": config.schedule is not None
-        and split("schedule", config.schedule)[0] == "variance"
-        and "its queries depend on what was measured",
-        "objective": config.objective != "loss" and "privacy needs the loss of each row",
-        "batch_order": config.batch_order != TrainConfig.batch_order and "rows are sampled independently of each other",
-        "quantise": config.quantise == "bnb-int8" and "it rounds each row by what the other rows of its batch are",
-    }
-    for name, why in wrong.items():
-        if why:
-            raise ZOError(f"{name}={getattr(config, name)!r} cannot be used with privacy: {why}; leave it out.")
 
 
 def make_privacy(config: TrainConfig, rows: Prepared, say: Callable[[str], None]) -> GaussianPrivacy | None:
