@@ -20,7 +20,7 @@ from zo_opt import (
     load_adapter_model,
     trainable_parameters,
 )
-from zo_opt.optim import Adam
+from zo_opt.optim import Adam, ZerothOrderOptimizer
 from zo_opt.system.layers import layer_of
 
 BATCH = padded_batch("llama")
@@ -118,7 +118,7 @@ def test_a_resumed_run_takes_the_same_steps(tmp_path, make):
 
     def run(model, optimizer, steps):
         for step in steps:
-            if isinstance(optimizer, MeZO):
+            if isinstance(optimizer, ZerothOrderOptimizer):
                 optimizer.step(lambda: model(**BATCH).loss)
             else:
                 first_order_step(model, optimizer)

@@ -70,7 +70,8 @@ def batch_of(seed=0, examples=6):
 
 
 def optimizer_of(model, share, name="mezo", queries=3, **options):
-    options = {"lr": 0.05, "zo_eps": EPS, "query_schedule": constant_queries(queries)} | options
+    scale = {} if name == "forward-gradient" else {"zo_eps": EPS}
+    options = {"lr": 0.05, "query_schedule": constant_queries(queries)} | scale | options
     return OPTIMIZERS[name](trainable_parameters(model), module=model, share_prefix=share, **options)
 
 

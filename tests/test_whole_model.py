@@ -51,12 +51,13 @@ def same(first, second):
 
 
 def trained(net, name="mezo", steps=6, **options):
-    optimizer = OPTIMIZERS[name](net.parameters(), **{"lr": 0.01, "zo_eps": 0.05, "seed": 4, "module": net} | options)
+    scale = {} if name == "forward-gradient" else {"zo_eps": 0.05}
+    optimizer = OPTIMIZERS[name](net.parameters(), **{"lr": 0.01, "seed": 4, "module": net} | scale | options)
     losses = [float(optimizer.step(lambda x: loss_of(net, x)(), X)) for _ in range(steps)]
     return bits(net.parameters()), losses, optimizer
 
 
-@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+@pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - {"adamw"}))
 def test_every_optimizer_takes_the_steps_of_gathered_trainables(name, monkeypatch):
     """Losses and weights to the bit; matrices decay, vectors do not."""
     expected, losses, _ = trained(net_of(), name, weight_decay=0.1)
@@ -287,5 +288,5 @@ def test_a_copy_only_of_what_is_moved_in_place():
     assert optimizer.trainables().opaque == {2, 3}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StepDirections, "KEPT", 0)
-        optimizer._step_directions._kept.clear()
+        optimizer._directions._kept.clear()
         assert peak(lambda: optimizer.estimate(closure)) < (4 + 4 + 8) * MIB
