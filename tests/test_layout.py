@@ -1,16 +1,18 @@
-"""The import rules of the design, read from the source files themselves."""
+"""The rules of the design's layout, read from the source files themselves."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"zo_opt": ROOT / "zo_opt", "tt_kernels": ROOT / "kernels" / "tt_kernels"}
+LONGEST = 350  # lines of a module
 
 
 def module_name(path):
@@ -23,19 +25,25 @@ FILES = {module_name(p): p for folder in PACKAGES.values() for p in sorted(folde
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 
 
-def imports(name):
-    """Full names of all that a module imports, at any depth; relative imports resolved."""
-    package = name if FILES[name].name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(TREES[name]):
+def is_package(module):
+    return FILES[module].name == "__init__.py"
+
+
+def nodes(module):
+    """All of a module's syntax but what is there for type checkers alone."""
+    for top in TREES[module].body:
+        if not (isinstance(top, ast.If) and ast.unparse(top.test) == "TYPE_CHECKING"):
+            yield from ast.walk(top)
+
+
+def imports(module):
+    """Full names of all that a module imports, also within functions."""
+    for node in nodes(module):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                base = ".".join(
-                    [*package.split(".")[: len(package.split(".")) - node.level + 1], *filter(None, [base])]
-                )
-            yield from (f"{base}.{alias.name}" for alias in node.names)
+            assert not node.level, f"{module}:{node.lineno} imports relatively"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def within(name, *packages):
@@ -49,115 +57,66 @@ def modules(*packages):
 
 
 def test_files_are_found():
-    assert {"zo_opt", "zo_opt.directions", "zo_opt.optim.base", "tt_kernels.linear"} <= FILES.keys()
+    assert {"zo_opt", "zo_opt.directions", "zo_opt.optim.machine", "tt_kernels.linear"} <= FILES.keys()
     assert "torch.Tensor" in set(imports("zo_opt.directions.base"))
 
 
-@pytest.mark.parametrize("module", modules("tt_kernels"))
-def test_kernels_import_torch_only(module):
-    foreign = [i for i in imports(module) if not within(i, "torch", "tt_kernels", *sys.stdlib_module_names)]
-    assert foreign == []
+# --- which way imports run ---
 
-
-FORBIDDEN = {  # package -> what it must not import
+FORBIDDEN = {  # package -> what it must not import, besides what stands above all of these
+    "tt_kernels": ["zo_opt"],
     "zo_opt.errors": ["zo_opt"],
-    "zo_opt.directions": [f"zo_opt.{m}" for m in ("schedules", "estimators", "query_modes", "optim", "adapters")],
-    "zo_opt.schedules": [f"zo_opt.{m}" for m in ("estimators", "query_modes", "optim", "adapters")],
-    "zo_opt.queries.modes": [f"zo_opt.{m}" for m in ("estimators", "optim", "adapters")],
-    "zo_opt.estimators": [f"zo_opt.{m}" for m in ("optim", "adapters")],
+    "zo_opt.choices": ["torch", "zo_opt.directions"],
+    "zo_opt.system": ["zo_opt.directions", "zo_opt.schedules", "zo_opt.queries", "zo_opt.adapters"],
+    "zo_opt.directions": ["zo_opt.schedules", "zo_opt.queries", "zo_opt.estimators", "zo_opt.optim", "zo_opt.adapters"],
+    "zo_opt.schedules": ["zo_opt.directions", "zo_opt.queries", "zo_opt.estimators", "zo_opt.optim", "zo_opt.adapters"],
+    "zo_opt.queries": ["zo_opt.estimators", "zo_opt.optim", "zo_opt.adapters"],
+    "zo_opt.distributed": ["zo_opt.estimators", "zo_opt.optim", "zo_opt.adapters"],
+    "zo_opt.estimators": ["zo_opt.optim", "zo_opt.adapters"],
+    "zo_opt.privacy": ["zo_opt.optim", "zo_opt.adapters"],
     "zo_opt.optim": ["zo_opt.adapters", "tt_kernels"],
-    "zo_opt.adapters": [f"zo_opt.{m}" for m in ("optim", "estimators", "query_modes", "directions", "schedules")],
-    "zo_opt.tensor_train": [f"zo_opt.{m}" for m in ("optim", "adapters", "estimators", "query_modes")],
     "zo_opt.journal": ["zo_opt.adapters"],
-    "zo_opt.journal.format": ["zo_opt.adapters"],
-    "zo_opt.journal.replaying": ["zo_opt.adapters"],
-    "zo_opt.journal.provenance": ["zo_opt.adapters"],
-    "zo_opt.distributed": [f"zo_opt.{m}" for m in ("optim", "adapters", "estimators", "query_modes")],
-    "zo_opt.distributed.ranks": [f"zo_opt.{m}" for m in ("optim", "adapters", "estimators", "query_modes")],
-    "zo_opt.privacy": [f"zo_opt.{m}" for m in ("optim", "adapters", "estimators", "query_modes")],
-    "zo_opt.training": ["zo_opt.cli", "zo_opt.comparison"],
+    "zo_opt.tensor_train": ["zo_opt.queries", "zo_opt.estimators", "zo_opt.optim", "zo_opt.adapters"],
+    "zo_opt.adapters": ["zo_opt.directions", "zo_opt.schedules", "zo_opt.queries", "zo_opt.estimators", "zo_opt.optim"],
+}
+ABOVE = ["zo_opt.training", "zo_opt.trainer", "zo_opt.tasks", "zo_opt.comparison", "zo_opt.cli", "transformers"]
+FORBIDDEN = {package: [*names, *ABOVE] for package, names in FORBIDDEN.items()} | {
+    "zo_opt.training": ["zo_opt.comparison", "zo_opt.cli"],
+    "zo_opt.trainer": ["zo_opt.comparison", "zo_opt.cli"],
     "zo_opt.comparison": ["zo_opt.cli"],
 }
-LOWER = [p for p in FORBIDDEN if p not in ("zo_opt.training", "zo_opt.comparison")]
 
 
 @pytest.mark.parametrize("package", FORBIDDEN)
-def test_imports_point_one_way(package):
-    forbidden = FORBIDDEN[package] + (["zo_opt.training", "zo_opt.cli", "transformers"] if package in LOWER else [])
-    wrong = [(m, i) for m in modules(package) for i in imports(m) if within(i, *forbidden) and not within(i, package)]
-    assert wrong == []
+def test_imports_run_one_way(package):
+    wrong = [(m, i) for m in modules(package) for i in imports(m) if within(i, *FORBIDDEN[package])]
+    assert [pair for pair in wrong if not within(pair[1], package)] == []
 
 
-@pytest.mark.parametrize("module", modules("zo_opt"))
-def test_nothing_is_unpickled(module):
-    names = {
-        f"{n.value.id}.{n.attr}"
-        for n in ast.walk(TREES[module])
-        if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
-    }
-    assert not names & {"torch.load", "torch.save", "pickle.load", "pickle.loads", "joblib.load"}
-    assert [
-        i for i in imports(module) if within(i, "pickle", "dill", "cloudpickle", "joblib", "torch.load", "torch.save")
-    ] == []
+def test_no_circle_of_imports():
+    """Also none that an import within a function hides."""
+
+    def imported(name):
+        while name and name not in FILES:
+            name = name.rpartition(".")[0]
+        return name
+
+    graph = {m: {found for i in imports(m) if (found := imported(i)) and found not in ("zo_opt", m)} for m in FILES}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
 
 
-DRAWS = {
-    "rand",
-    "randn",
-    "randint",
-    "randperm",
-    "normal",
-    "bernoulli",
-    "multinomial",
-    "poisson",
-    "rand_like",
-    "randn_like",
-    "randint_like",
-}
-DRAWS_IN_PLACE = {
-    "normal_",
-    "uniform_",
-    "random_",
-    "bernoulli_",
-    "exponential_",
-    "cauchy_",
-    "geometric_",
-    "log_normal_",
-}
-GLOBAL = {
-    "random.seed",
-    "random.shuffle",
-    "random.random",
-    "random.choice",
-    "random.sample",
-    "random.randint",
-    "torch.manual_seed",
-    "torch.seed",
-}
-
-
-@pytest.mark.parametrize("module", modules("zo_opt", "tt_kernels"))
-def test_no_draw_from_the_global_random_state(module):
-    """Every torch draw names its generator; the global generators are neither seeded nor used."""
-    for call in (n for n in ast.walk(TREES[module]) if isinstance(n, ast.Call)):
-        name = ast.unparse(call.func)
-        own = any(k.arg == "generator" for k in call.keywords)
-        if (within(name, "torch") and name.split(".")[-1] in DRAWS) or name.split(".")[-1] in DRAWS_IN_PLACE:
-            assert own, f"{module}:{call.lineno} {name} draws from the global state"
-        assert name not in GLOBAL, f"{module}:{call.lineno} {name}"
-        assert not (
-            within(name, "np.random", "numpy.random") and name.split(".")[-1] not in {"default_rng", "Philox"}
-        ), f"{module}:{call.lineno}"
-
-
-def test_no_package_named_kernels():
-    assert not (ROOT / "kernels" / "__init__.py").exists()
-    assert (ROOT / "kernels" / "tt_kernels" / "__init__.py").exists()
+def test_kernels_import_torch_only():
+    found = {i for module in modules("tt_kernels") for i in imports(module)}
+    assert [i for i in found if not within(i, "torch", "tt_kernels", *sys.stdlib_module_names)] == []
 
 
 @pytest.mark.parametrize(("statement", "absent"), [
-    ("import zo_opt", ["transformers", "tensorly", "zo_opt.training", "zo_opt.cli"]),
+    ("import zo_opt", ["torch", "transformers", "tensorly", "numpy", "fcntl", "resource", "zo_opt.training", "zo_opt.cli"]),
     ("import tt_kernels", ["transformers", "zo_opt"]),
+    ("import zo_opt.cli.main", ["torch", "transformers"]),
 ])  # fmt: skip
 def test_importing_stays_light(statement, absent):
     """In a fresh interpreter, as a user would."""
@@ -166,11 +125,113 @@ def test_importing_stays_light(statement, absent):
     assert done.stdout.strip() == "[]"
 
 
+# --- what holds in every module ---
+
+
+UNSAFE = ("unittest", "pickle", "dill", "cloudpickle", "joblib")
+OF_ONE_SYSTEM = {"fcntl", "resource", "termios", "pwd", "grp"}
+# Of torch, transformers and the standard library, where they have no public name for it.
+OF_OTHERS = {
+    *("_C", "_functorch", "_is_fwd_grad_enabled", "_add_batch_dim", "_storage_Use_Count", "_cdata", "_current_level"),
+    *(
+        "_parameters",
+        "_modules",
+        "_version",
+        "_disable_dynamo",
+        "_NormBase",
+        "_apply",
+        "_compiled_call_impl",
+        "_opt_called",
+    ),
+    *("_attn_implementation", "_name_or_path", "_save", "_prepare_inputs", "_load_best_model", "_load_from_checkpoint"),
+    *("_set_signature_columns_if_needed", "_actions", "_typehint", "_fields"),
+}
+DRAWS = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson", "rand_like", "randn_like", "randint_like"}  # fmt: skip
+DRAWS_IN_PLACE = {"normal_", "uniform_", "random_", "bernoulli_", "exponential_", "cauchy_", "geometric_", "log_normal_"}  # fmt: skip
+GLOBAL = {
+    *(f"random.{name}" for name in ("seed", "shuffle", "random", "choice", "sample", "randint")),
+    *("torch.manual_seed", "torch.seed"),
+}
+
+
+def is_short(module):
+    lines = FILES[module].read_text(encoding="utf-8").count("\n")
+    if lines > LONGEST:
+        yield f"{lines} lines"
+
+
+def says_what_it_is_for(module):
+    said = (ast.get_docstring(TREES[module]) or "").split("\n\n")[0]
+    if not said or (is_package(module) and not said.endswith(".")):
+        yield f"no sentence on what it is for: {said!r}"
+
+
+def neither_unpickles_nor_mocks(module):
+    yield from (i for i in imports(module) if within(i, *UNSAFE))
+    attributes = {ast.unparse(n) for n in nodes(module) if isinstance(n, ast.Attribute)}
+    yield from attributes & {"torch.load", "torch.save"}
+
+
+def can_be_imported_on_every_system(module):
+    for node in TREES[module].body:
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None)]
+        yield from OF_ONE_SYSTEM.intersection(names)
+
+
+def is_private(name):
+    return name.startswith("_") and not name.startswith("__")
+
+
+def own_names(module):
+    """The private names that a module itself gives to something."""
+    for node in nodes(module):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.id if isinstance(node, ast.Name) else node.attr
+
+
+def takes_no_private_name_of_another(module):
+    """Whatever object it is asked of: a private name that a module uses is one that it gives."""
+    yield from (i for i in imports(module) if is_private(i.rpartition(".")[2]))
+    known = {*own_names(module), *OF_OTHERS}
+    used = [n for n in nodes(module) if isinstance(n, ast.Attribute) and is_private(n.attr)]
+    yield from (f"line {n.lineno}: {ast.unparse(n)}" for n in used if n.attr not in known)
+
+
+def draws_nothing_from_the_global_random_state(module):
+    """Every torch draw names its generator; the global generators are neither seeded nor used."""
+    for call in (n for n in nodes(module) if isinstance(n, ast.Call)):
+        name = ast.unparse(call.func)
+        last = name.rpartition(".")[2]
+        draws = (within(name, "torch") and last in DRAWS) or last in DRAWS_IN_PLACE
+        numpys = within(name, "np.random", "numpy.random") and last not in {"default_rng", "Philox"}
+        if (draws and all(k.arg != "generator" for k in call.keywords)) or name in GLOBAL or numpys:
+            yield f"line {call.lineno}: {name}"
+
+
+@pytest.mark.parametrize("rule", [
+    is_short, says_what_it_is_for, neither_unpickles_nor_mocks, can_be_imported_on_every_system,
+    takes_no_private_name_of_another, draws_nothing_from_the_global_random_state,
+], ids=lambda rule: rule.__name__)  # fmt: skip
+def test_every_module(rule):
+    assert {module: found for module in FILES if (found := list(rule(module)))} == {}
+
+
+# --- what the layout promises users ---
+
+
+def test_the_top_level_holds_folders():
+    assert {p.name for p in (ROOT / "zo_opt").glob("*.py")} == {"__init__.py", "errors.py", "choices.py"}
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
 def test_public_names():
     """The names under contract in the design."""
     script = (
         "from zo_opt import AdaZeta, MeZO, TTConfig, ZOError, NonFiniteLossError;"
         "from zo_opt import get_adapter_model, load_adapter_model, trainable_parameters;"
+        "from zo_opt.training import ZOTrainer, ZOTrainingArguments;"
         "from zo_opt.schedules import adazeta_queries; from tt_kernels import tt_linear; import zo_opt;"
         "assert all(hasattr(zo_opt, n) for n in zo_opt.__all__)"
     )
