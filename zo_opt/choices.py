@@ -124,13 +124,16 @@ class Table(Mapping[str, Any], Generic[T]):
             found = importlib.import_module(module)
             for part in attribute.split("."):
                 found = getattr(found, part)
-        except (ImportError, AttributeError, ValueError, SyntaxError) as error:
+        except Exception as error:  # the user's code may do anything
             raise ZOError(f"{self.part}={name!r} cannot be imported ({type(error).__name__}: {error}).") from error
         finally:
             sys.path.remove(here)
-        right = callable(found) and (self.kind is None or not inspect.isclass(found) or issubclass(found, self.kind))
+        if self.kind is None:
+            right = callable(found)
+        else:
+            right = issubclass(found, self.kind) if inspect.isclass(found) else isinstance(found, self.kind)
         if not right:
-            wanted = self.kind.__name__ if self.kind is not None else "function"
+            wanted = f"{self.kind.__name__} and no class of one" if self.kind is not None else "class or function"
             raise ZOError(f"{self.part}={name!r} is no {wanted}; give one of that kind.")
         return found
 

@@ -16,7 +16,7 @@ from zo_opt.comparison import output
 from zo_opt.comparison.budget import steps_within
 from zo_opt.comparison.fitting import Sizes, fitting_batch, sizes_of
 from zo_opt.comparison.lr_search import best_lr, lr_grid, model_parameters
-from zo_opt.comparison.options import SECONDS_PROBE_STEPS, CompareConfig, plain, recorded, run_config
+from zo_opt.comparison.options import SECONDS_PROBE_STEPS, CompareConfig, own_methods, plain, recorded, run_config
 from zo_opt.comparison.results import Row, step_seconds, summarise, unlearned
 from zo_opt.comparison.runs import Run
 from zo_opt.comparison.supervisor import run_all
@@ -29,6 +29,8 @@ from zo_opt.system.memory import parse_bytes
 from zo_opt.system.plain_json import read_object
 from zo_opt.tasks.metrics import LANGUAGE_MODELLING
 from zo_opt.training.config import TrainConfig
+from zo_opt.training.evaluate_run import check_allowed
+from zo_opt.training.parsing import own_code
 from zo_opt.training.resume import check_given
 from zo_opt.training.setup import load_examples
 from zo_opt.training.stop import InterruptedRunError
@@ -96,15 +98,25 @@ def resumed_options(
     path = options.output_dir / RECORD_NAME
     record = read_object(path, "give the output_dir of a zo-opt compare")
     try:
+        strange = own_methods(record["options"]["methods"]) | own_code(record["base"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, error) from error
+    named = own_methods(options.methods) | own_code(base.to_dict())
+    check_allowed(strange - named, path, trust_remote_code=base.trust_remote_code)
+    try:
         saved, saved_base = recorded(record["options"], record["base"])
         command = str(record["command"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:  # ZOError among them
-        raise ZOError(f"{path} is damaged ({error}); give the output_dir of a zo-opt compare.") from error
+        raise _damaged(path, error) from error
     check_given(options, saved, given, ("output_dir", "resume", "jobs"))
     check_given(base, saved_base, given, ("output_dir", "resume", "trust_remote_code"))
     jobs = options.jobs if "jobs" in given else saved.jobs
     saved = replace(saved, output_dir=options.output_dir, resume=True, jobs=jobs)
     return saved, replace(saved_base, trust_remote_code=base.trust_remote_code), command
+
+
+def _damaged(path: Path, error: Exception) -> ZOError:
+    return ZOError(f"{path} is damaged ({error}); give the output_dir of a zo-opt compare.")
 
 
 @dataclass

@@ -115,6 +115,15 @@ class CompareConfig:
         return 600 if self.budget_forwards is None and self.budget_seconds is None else self.budget_forwards
 
 
+def own_methods(methods: Any) -> set[str]:
+    """Those with code of the user's own: ``module:name`` besides the colon between optimizer and adapter.
+
+    >>> own_methods("adazeta, fzoo:lora, research:MyZO:lora")
+    {'research:MyZO:lora'}
+    """
+    return {str(name) for name in _listed(methods) if str(name).count(":") > 1}
+
+
 def _listed(value: Any) -> list[Any]:
     return [part.strip() for part in str(value).split(",")] if not isinstance(value, list) else value
 

@@ -22,6 +22,7 @@ from zo_opt.system.files import write_atomically
 from zo_opt.system.plain_json import is_number, read_object
 from zo_opt.tasks.metrics import METRICS
 from zo_opt.training.config import TrainConfig
+from zo_opt.training.parsing import own_code
 
 RISE = 2.0  # [choice] how far the training loss may rise above its start before a run counts as diverged
 _DIVERGED = "training failed"  # what the command line says of losses that are not finite
@@ -125,6 +126,8 @@ class Run:
             given = ["--output_dir", str(self.directory), "--resume"]
             given += ["--trust_remote_code"] * config.trust_remote_code
             known = read_object(options, _AGAIN) if options.is_file() else {}
+            if own_code(known):  # named again, it may run
+                given = ["--config", str(options), *given]
             if config.prefix_cache_dir is None and "prefix_cache_dir" in known:
                 given += ["--prefix_cache_dir", str(prefixes)]
         else:

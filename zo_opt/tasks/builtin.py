@@ -113,7 +113,7 @@ _BUILT_IN = (
     Task(OWN_TEXT, "{text}", kind=LANGUAGE_MODELLING),
 )
 # fmt: on
-TASKS: Table[Task] = Table("task", Task, {task.name: task for task in _BUILT_IN})
+TASKS: Table[Any] = Table("task", None, {task.name: task for task in _BUILT_IN})
 
 
 def get_task(name: str) -> Task:

@@ -42,11 +42,7 @@ def config_of(
         ZOError: they are none that this version has, or name code that nobody allowed.
     """
     try:
-        strange = sorted(own_code(record["config"]) - set(named))
-        if strange and not trust_remote_code:
-            raise ZOError(
-                f"{path} names code outside zo_opt ({', '.join(strange)}); give the option again, or --trust_remote_code to let it run."
-            )
+        check_allowed(own_code(record["config"]) - set(named), path, trust_remote_code=trust_remote_code)
         return replace(TrainConfig.from_dict(record["config"]), trust_remote_code=trust_remote_code)
     except ZOError:
         raise
@@ -55,6 +51,18 @@ def config_of(
             f"{path} is damaged, or of another version of zo_opt ({error}); give the output_dir of a run of zo-opt train, and "
             "resume with the version that began it."
         ) from error
+
+
+def check_allowed(strange: Collection[str], path: Path, *, trust_remote_code: bool) -> None:
+    """Whether code outside zo_opt that a file names may run.
+
+    Raises:
+        ZOError: nobody allowed it.
+    """
+    if strange and not trust_remote_code:
+        raise ZOError(
+            f"{path} names code outside zo_opt ({', '.join(sorted(strange))}); give the option again, or --trust_remote_code to let it run."
+        )
 
 
 def read_record(run_dir: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ def check_given(now: Any, then: Any, given: Collection[str], free: Collection[st
     """
     for name in (f.name for f in fields(now)):
         values = [getattr(options, name) for options in (now, then)]
-        if name not in given or name in free or _absolute(values[0]) == _absolute(values[1]):
+        if name not in given or name in free or _agree(*values):
             continue
         shown = [str(value) if isinstance(value, Path) else repr(value) for value in values]
         raise ZOError(
@@ -86,8 +86,13 @@ def check_given(now: Any, then: Any, given: Collection[str], free: Collection[st
         )
 
 
-def _absolute(value: Any) -> Any:
-    return value.resolve() if isinstance(value, Path) else value
+def _agree(now: Any, then: Any) -> bool:
+    """Whether a value given is the run's; of a part, its name and the options given."""
+    if isinstance(now, Path) and isinstance(then, Path):
+        return now.resolve() == then.resolve()
+    if isinstance(now, Mapping) and isinstance(then, Mapping):
+        return now.items() <= then.items()
+    return bool(now == then)
 
 
 @dataclass(frozen=True)
