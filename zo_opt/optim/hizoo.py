@@ -21,7 +21,7 @@ class HiZOO(ZerothOrderOptimizer):
 
     Source: arXiv 2402.15173, algorithm 1: H (its inverse Sigma) is updated before the step uses it, and starts at one. Three
     forwards a query (one more a step than MeZO: l0 is shared). Keeps one float32 tensor a parameter. Other arguments as in
-    :class:`~zo_opt.optim.base.ZerothOrderOptimizer`.
+    :class:`~zo_opt.optim.machine.ZerothOrderOptimizer`.
 
     Args:
         smoothing: s, in (0, 1].

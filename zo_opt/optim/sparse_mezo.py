@@ -21,7 +21,7 @@ class SparseMeZO(ZerothOrderOptimizer):
     Source: arXiv 2402.15751, algorithm 1. h is one number a parameter: the ``density`` quantile of its magnitudes when training
     starts; the mask follows the current weights and is never stored. [choice] A parameter with h = 0 (LoRA's B starts as
     zeros) is tuned whole: its entries would leave the mask with their first step. Other arguments as in
-    :class:`~zo_opt.optim.base.ZerothOrderOptimizer`.
+    :class:`~zo_opt.optim.machine.ZerothOrderOptimizer`.
 
     Args:
         density: share of entries to tune, in (0, 1].

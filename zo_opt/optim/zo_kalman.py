@@ -27,7 +27,7 @@ class ZOKalman(ZerothOrderOptimizer):
     Source: Kalman 1960, with a stationary first-order autoregressive state; for a -> 1 this is recursive least squares. [choice]
     P and R are in units of a gradient entry's own variance, which cancels from K: only their ratio matters. d entries are pinned
     down by about d queries within 1 / (1 - a) steps, so keep d at a thousand or so: P holds d^2 numbers. Other arguments as
-    in :class:`~zo_opt.optim.base.ZerothOrderOptimizer`.
+    in :class:`~zo_opt.optim.machine.ZerothOrderOptimizer`.
 
     Args:
         memory: a, in [0, 1).
