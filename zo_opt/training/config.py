@@ -58,7 +58,7 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
         if self.quantise is not None:
             check_kind(self.quantise)
         adapter = self.make_adapter()
-        if adapter.layers == []:
+        if adapter.layers == ():
             raise ZOError("layers=[] leaves nothing to adapt; give a number, a list of layers, or nothing.")
         if self.quantise is not None and type(adapter).in_place is not AdapterConfig.in_place:
             raise ZOError(

@@ -121,7 +121,7 @@ def parse_arguments(
     line = [re.sub(rf"^--({'|'.join(parts)})(?==|$)", r"--\1.name", a) for a in line]
     values: dict[str, Any] = {}
     for path in files:
-        values |= normalised(read_options_file(path))
+        values = _merged(values, normalised(read_options_file(path), parts))
     plain: dict[str, Any] = {}
     if "--help" not in line and "-h" not in line:
         plain = _parse_plain(line, add_plain_options(parser(), groups, skip), parts)
@@ -141,7 +141,7 @@ def typed(values: Mapping[str, Any], groups: Sequence[type] = GROUPS, parts: Seq
     Raises:
         ZOError: an option that there is not, or a value that is not possible.
     """
-    values = normalised(values)
+    values = normalised(values, parts)
     parser, names = Parser(prog="zo-opt train"), {part: _name_of(values.get(part)) for part in PARTS}
     add_plain_options(parser, groups, _fixed(names["optimizer"]))
     add_parts(parser, names, parts=parts)
@@ -159,9 +159,19 @@ def own_code(values: Mapping[str, Any]) -> set[str]:
     return {name for one in flat if (name := _name_of(one)) is not None and ":" in name}
 
 
-def normalised(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Every part that is chosen by name as ``{"name": ...}``, under its own key; what is null is left out."""
-    named = {_ALIASES.get(key, key): value for key, value in values.items() if value is not None}
+def normalised(values: Mapping[str, Any], parts: Sequence[str] = PARTS) -> dict[str, Any]:
+    """Every part that is chosen by name as ``{"name": ...}``, under its own key; what is null is left out.
+
+    Raises:
+        ZOError: one part under two keys.
+    """
+    given = {key: value for key, value in values.items() if value is not None}
+    if parts is not PARTS:
+        return given
+    for alias, part in _ALIASES.items():
+        if alias in given and part in given:
+            raise ZOError(f"{alias} and {part} are one option and were both given; give {part} with a name and its options.")
+    named = {_ALIASES.get(key, key): value for key, value in given.items()}
     return {k: {"name": v} if k in PARTS and isinstance(v, str) else v for k, v in named.items()}
 
 
@@ -224,7 +234,8 @@ def read_options_file(path: Path) -> dict[str, Any]:
                 raise ZOError(f"{path} is nested more than {_DEEPEST} deep; options are not.")
         values = yaml.safe_load(content)
     except (OSError, ValueError, yaml.YAMLError, RecursionError, MemoryError, OverflowError) as error:
-        raise ZOError(f"the file of options {path} cannot be read ({type(error).__name__}: {error}).") from error
+        said = " ".join(str(error).split())
+        raise ZOError(f"the file of options {path} cannot be read ({type(error).__name__}: {said}).") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ZOError(f"{path} is no file of options; give lines such as 'steps: 200'.")
     return values
