@@ -39,7 +39,6 @@ from zo_opt.tasks.rows import make_examples, read_rows
 from zo_opt.tasks.scoring import make_scorer
 from zo_opt.tasks.tasks import custom_task
 from zo_opt.training import TrainConfig, loop, train
-from zo_opt.training.config import LR_SCHEDULES
 
 Options = Callable[..., list[str]]
 Pictures = Callable[[], AbstractContextManager[None]]
@@ -239,7 +238,7 @@ EASY = {
     "save_steps": 5,
     "update_rule": "sgd",
     "optimizer": "mezo",
-    "clip": 0,
+    "step_control": "none",
     "batch_order": "shuffled",
 }
 HEAD = {"head": "classification", "steps": 9, "save_steps": 4, "query_mode": "split"}
@@ -422,10 +421,10 @@ def test_a_process_that_was_signalled_resumes_to_the_same_bits(
 CHOICES = [
     *[{"query_mode": mode} for mode in QUERY_MODES],
     *[{"directions": name} for name in DIRECTIONS],
-    *[{"optimizer": name} for name in OPTIMIZERS],
+    *[{"optimizer": name} for name in OPTIMIZERS if name != "adamw"],  # whose runs tests/test_first_order.py has
     *[{"update_rule": name} for name in UPDATE_RULES],
     *[{"precision": name} for name in PRECISIONS],
-    *[{"lr_schedule": name} for name in LR_SCHEDULES],
+    *[{"lr_schedule": name} for name in ("linear", "cosine", "constant")],
     *[{"batch_order": name} for name in ORDERS],
     {"query_schedule": "adazeta"},
     {"prefix_cache_mb": 0},
@@ -437,7 +436,7 @@ CHOICES = [
     {"target_modules": "[self_attn.o_proj]"},
     {"eval_batch_size": 5, "batch_size": 3},
     {"batch_size": 100},
-    {"clip": 0},
+    {"step_control": "none"},
     {"weight_decay": 0.1},
     {"max_length": 12},
     {"activation": "gelu"},
