@@ -24,6 +24,7 @@ from zo_opt.comparison.results import Row, end_loss, interval, summarise
 from zo_opt.comparison.runs import Run
 from zo_opt.errors import ZOError
 from zo_opt.optim import OPTIMIZERS, ZerothOrderOptimizer
+from zo_opt.record.metrics import make_line
 from zo_opt.training.build_optimizer import make_optimizer
 from zo_opt.training.config import TrainConfig
 
@@ -112,12 +113,12 @@ def made_up(
             "queries": 0,
             "dropped": 0,
             "forwards": 3 * (i + 1),
-            "seconds": 0.5 * (i + 1),
             "projected_grads": [],
         }
         for i, loss in enumerate(losses)
     ]
-    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    written = [make_line(line, 0.5 * (line["step"] + 1)) + b"\n" for line in lines]
+    (directory / "metrics.jsonl").write_bytes(b"".join(written))
     measured = {
         "metric": metric, "lr": 0.1, "batch_size": 4, "trainable": 10, "trainable_end": 10, "adapter_bytes": 40,
         "train_peak_memory": 1 << 20, "steps": len(losses), "forwards": 3 * len(losses),

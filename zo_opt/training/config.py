@@ -77,6 +77,8 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
                 "another optimizer than forward-gradient."
             )
         self.check_given_parts()
+        if self.zo_eps is not None and self.differentiates:
+            raise ZOError("zo_eps is of no use to exact derivatives; leave it out, or choose another estimator.")
         check_trackers(self.report_to)
         if self.share != "queries":
             self.make_distributed()
@@ -129,7 +131,7 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
     @property
     def differentiates(self) -> bool:
         """Whether the optimizer needs a loss that torch can differentiate."""
-        estimator = self.method.presets.get("estimator")
+        estimator = self.method.presets.get("estimator") if self.estimator is None else _made(ESTIMATORS, self.estimator)
         return not self.zeroth_order or (isinstance(estimator, Estimator) and estimator.differentiates)
 
     @property
