@@ -109,7 +109,19 @@ def test_options_of_the_other_schedules(here: Path) -> None:
 
 def test_derived_beta(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
-        run_main(["schedule", "--schedule.beta", "derived", "--schedule.max_queries", "30", "--steps", "1000", "--steps_per_epoch", "10"])
+        run_main(
+            [
+                "schedule",
+                "--schedule.beta",
+                "derived",
+                "--schedule.max_queries",
+                "30",
+                "--steps",
+                "1000",
+                "--steps_per_epoch",
+                "10",
+            ]
+        )
         == 0
     )
     assert "derived for 100 epochs" in capsys.readouterr().out
@@ -156,13 +168,24 @@ CASES: dict[str, Case] = {
     "too few epochs to derive beta": (nothing, "--schedule.beta derived --steps 20", "20 epochs.*at least 24"),
     **{
         f"{name} {value}": (nothing, f"--{name} {value}", name.rpartition(".")[2])
-        for name in ("schedule.max_queries", "schedule.min_queries", "steps", "steps_per_epoch", "batch_size", "signal_end")
+        for name in (
+            "schedule.max_queries",
+            "schedule.min_queries",
+            "steps",
+            "steps_per_epoch",
+            "batch_size",
+            "signal_end",
+        )
         for value in ("0", "-2", "word")
     },
     "steps without end": (nothing, "--steps 1000000000", "steps=1000000000"),
     "every example without split": (nothing, "--query_schedule every-example", "add --query_mode split"),
     "a flat option of a schedule": (nothing, "--max_queries 3", r"Did you mean --schedule\.max_queries\?"),
-    "an option of no schedule": (nothing, "--schedule.colour 3", "the schedule has no option 'colour'; it has alpha, beta"),
+    "an option of no schedule": (
+        nothing,
+        "--schedule.colour 3",
+        "the schedule has no option 'colour'; it has alpha, beta",
+    ),
     "an option of another schedule": (nothing, "--schedule.queries 3", "the schedule has no option 'queries'"),
     "an adapter": (nothing, "--adapter.rank 3", "adapter"),
     "a floor above the ceiling": (nothing, "--schedule.min_queries 20", "min_queries=20"),
@@ -170,7 +193,11 @@ CASES: dict[str, Case] = {
     "a signal that is none": (nothing, "--signal_end nan", "signal_end"),
     "too small a budget": (nothing, "--query_schedule budget --schedule.forwards 1999", "forwards=1999.*2000"),
     "a budget of nothing": (nothing, "--query_schedule budget --schedule.forwards 0", "forwards=0"),
-    "a budget in split mode": (nothing, "--query_schedule budget --query_mode split", "leaves a budget nothing to decide"),
+    "a budget in split mode": (
+        nothing,
+        "--query_schedule budget --query_mode split",
+        "leaves a budget nothing to decide",
+    ),
     "milestones of another form": (nothing, "--query_schedule stepwise --schedule.milestones 5", "'5'"),
     "milestones that begin late": (nothing, "--query_schedule stepwise --schedule.milestones 5:1", "begin at step 0"),
     "unknown option": (nothing, "--bogus 3", "bogus"),

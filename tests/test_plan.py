@@ -241,7 +241,7 @@ def test_command(model_dir, tmp_path, capsys):
 def test_the_table_is_whole_in_80_columns(model_dir, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     methods = "adazeta-placed,full,zo-conservative:tt-lora"
-    assert run_main(["plan", "--model_name_or_path", str(model_dir), "--methods", methods]) == 0
+    assert run_main(["plan", "--model_name_or_path", str(model_dir), "--methods", methods, "--length", "64"]) == 0
     table = capsys.readouterr().out.partition("Estimates")[0].splitlines()[1:]
     assert max(map(len, table)) <= 80
     assert "…" not in "".join(table)
@@ -253,7 +253,9 @@ def test_a_method_that_does_not_fit_the_model_has_a_note(model_dir, capsys):
     (model_dir / "config.json").write_text(
         json.dumps(config | {"num_hidden_layers": 1, "model_type": "olmo", "architectures": ["OlmoForCausalLM"]})
     )
-    assert run_main(["plan", "--model_name_or_path", str(model_dir), "--methods", "lora,loretta"]) == 0
+    assert (
+        run_main(["plan", "--model_name_or_path", str(model_dir), "--methods", "lora,loretta", "--length", "64"]) == 0
+    )
     assert "loretta: there are no default targets for model type 'olmo'" in capsys.readouterr().out
 
 

@@ -43,6 +43,10 @@ from zo_opt.training import TrainConfig, loop, train
 Options = Callable[..., list[str]]
 Pictures = Callable[[], AbstractContextManager[None]]
 STEPS = 60
+# As a file or Python has it.
+NESTED_QUICK = {k: v for k, v in QUICK.items() if k not in ("query_schedule", "queries")} | {
+    "schedule": {"name": "constant", "queries": 2}
+}
 
 
 def metrics(directory: Path) -> list[dict[str, Any]]:
@@ -525,7 +529,7 @@ def test_queries_follow_adazetas_schedule(toy_options: Options, tmp_path: Path) 
 
 def test_options_from_a_yaml_file(toy_options: Options, tmp_path: Path) -> None:
     moved = ("template", "verbalizers", *QUICK)
-    options = {"template": "{text} It was", "verbalizers": "terrible,great", **QUICK, "lr": 0.5, "steps": 9}
+    options = {"template": "{text} It was", "verbalizers": "terrible,great", **NESTED_QUICK, "lr": 0.5, "steps": 9}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(options))
     line = toy_options(**dict.fromkeys(moved), config=tmp_path / "run.yaml", steps=3, output_dir=tmp_path / "out")
     assert run_main(line) == 0
@@ -622,7 +626,7 @@ def test_metrics_are_json_also_where_a_loss_is_not_finite(
 def test_from_python(tiny_model_dir: Path, sentiment_files: Sentiment, tmp_path: Path) -> None:
     config = TrainConfig(
         model_name_or_path=str(tiny_model_dir), train_file=sentiment_files.train, eval_file=sentiment_files.eval,
-        template="{text} It was", verbalizers="terrible,great", output_dir=tmp_path / "out", steps=2, **QUICK,
+        template="{text} It was", verbalizers="terrible,great", output_dir=tmp_path / "out", steps=2, **NESTED_QUICK,
     )  # fmt: skip
     summary, directory = train(config, Reporter(), "from a test")
     assert directory == tmp_path / "out"

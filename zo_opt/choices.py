@@ -81,7 +81,9 @@ class Table(Mapping[str, Any], Generic[T]):
         made: Any = choice
         if not isinstance(choice, str | Mapping):
             if not (callable(choice) or (self.kind is not None and isinstance(choice, self.kind))):
-                raise ZOError(f"{self.part}={choice!r} is not possible; give one of {', '.join(self.entries)}, or your own.")
+                raise ZOError(
+                    f"{self.part}={choice!r} is not possible; give one of {', '.join(self.entries)}, or your own."
+                )
             return made  # type: ignore[no-any-return]
         name, options = split(self.part, choice)
         found = self.find(name)

@@ -131,7 +131,9 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
     @property
     def differentiates(self) -> bool:
         """Whether the optimizer needs a loss that torch can differentiate."""
-        estimator = self.method.presets.get("estimator") if self.estimator is None else _made(ESTIMATORS, self.estimator)
+        estimator = (
+            self.method.presets.get("estimator") if self.estimator is None else _made(ESTIMATORS, self.estimator)
+        )
         return not self.zeroth_order or (isinstance(estimator, Estimator) and estimator.differentiates)
 
     @property

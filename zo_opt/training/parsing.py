@@ -57,7 +57,9 @@ class Parser(ArgumentParser):
         sentence = f"{text}."
         if (found := re.match(r'Parser key "([\w.]+)": (.*)', text)) is not None and found[1] in self.hints():
             sentence = f"{found[1]}={_given(found[2])} is not possible; give {in_words(self.hints()[found[1]])}."
-        elif (found := re.match(r"unrecognized arguments: -*([\w.\-]+)|Key '([\w.]+)' is not expected", text)) is not None:
+        elif (
+            found := re.match(r"unrecognized arguments: -*([\w.\-]+)|(?:Key|Option) '([\w.]+)' is not", text)
+        ) is not None:
             sentence = self.unknown(found[1] or found[2])
         elif (found := re.match(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text)) is not None:
             sentence = self.unknown(f"{found[1]}.{found[2]}")
@@ -127,6 +129,7 @@ def parse_arguments(
         plain = _parse_plain(line, add_plain_options(parser(), groups, skip), parts)
     kinds = several(values | plain) if several is not None else {}
     names = {part: _named(line, part) or _name_of(values.get(part)) for part in PARTS}
+    values = {k: v for k, v in values.items() if k not in PARTS or _name_of(v) in (None, names[k])}  # not named anew
     full = parser()
     add_plain_options(full, groups, skip | _fixed(names["optimizer"]))
     add_parts(full, names, kinds, parts)
@@ -170,7 +173,9 @@ def normalised(values: Mapping[str, Any], parts: Sequence[str] = PARTS) -> dict[
         return given
     for alias, part in _ALIASES.items():
         if alias in given and part in given:
-            raise ZOError(f"{alias} and {part} are one option and were both given; give {part} with a name and its options.")
+            raise ZOError(
+                f"{alias} and {part} are one option and were both given; give {part} with a name and its options."
+            )
     named = {_ALIASES.get(key, key): value for key, value in given.items()}
     return {k: {"name": v} if k in PARTS and isinstance(v, str) else v for k, v in named.items()}
 
@@ -210,7 +215,7 @@ def add_parts(
             kinds = [TABLES[part].find(chosen)] if chosen and chosen != "none" else []
         added: set[str] = set()
         for kind in kinds:
-            hints, helps = _hints(kind), _helps(kind)
+            hints, helps = option_types(kind), _helps(kind)
             for name, default in own_options(part, kind).items():
                 if name not in added:
                     added.add(name)
@@ -381,7 +386,7 @@ def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
     return merged
 
 
-def _hints(kind: Any) -> dict[str, Any]:
+def option_types(kind: Any) -> dict[str, Any]:
     """Option -> type, of a dataclass, a class or a function."""
     target = kind if is_dataclass(kind) else kind.__init__ if inspect.isclass(kind) else getattr(kind, "choose", kind)
     hints: dict[str, Any] = {}
