@@ -25,10 +25,9 @@ from zo_opt import AdaLoRAConfig, DoRAConfig, LoRAConfig, MeZO, VeRAConfig, ZOEr
 from zo_opt.adapters import ADAPTERS, AdapterModel, load_adapter_model, make_config
 from zo_opt.adapters.adapted import AdaptedModule
 from zo_opt.adapters.storage import CONFIG_NAME, SCHEDULE_NAME, WEIGHTS_NAME
-from zo_opt.cli.main import _parser
 from zo_opt.comparison.compare import resumed_options
 from zo_opt.comparison.lr_search import best_lr
-from zo_opt.comparison.options import CompareConfig, run_config
+from zo_opt.comparison.options import CompareConfig, plain, run_config
 from zo_opt.comparison.results import summarise
 from zo_opt.comparison.runs import Run as OneRun
 from zo_opt.journal import Journal, read_journal, replay
@@ -40,8 +39,9 @@ from zo_opt.record.metrics import read_metrics
 from zo_opt.record.watch import Watched
 from zo_opt.tasks.rows import column_values, hold_out, make_examples, read_rows
 from zo_opt.tasks.tasks import custom_task
-from zo_opt.training.config import TrainConfig, to_plain
+from zo_opt.training.config import TrainConfig
 from zo_opt.training.evaluate_run import read_config
+from zo_opt.training.parsing import Parser, parse_arguments
 
 SEPARATOR = b"\n=====\n"
 Run = Callable[[bytes, Path], None]
@@ -247,10 +247,11 @@ def read_raw_journal(content: bytes, directory: Path) -> None:
 
 def records(directory: Path) -> list[bytes]:
     del directory
-    config = TrainConfig(adapter="lora", rank=2, layers=[0], adapter_options={"alpha": 2.0}, milestones="0:1,5:2")
+    lora = {"name": "lora", "rank": 2, "layers": [0], "alpha": 2.0}
+    config = TrainConfig(adapter=lora, schedule={"name": "stepwise", "milestones": "0:1,5:2"})
     return [
         json.dumps({"command": "zo-opt train", "config": c.to_dict(), "resolved": {"labels": 2}}).encode()
-        for c in (config, TrainConfig(), TrainConfig(adapter="tt-lora", tt_rank=3, query_schedule="linear"))
+        for c in (config, TrainConfig(), TrainConfig(adapter={"name": "tt-lora", "tt_rank": 3}, schedule="linear"))
     ]
 
 
@@ -348,21 +349,15 @@ def read_table(content: bytes, directory: Path) -> None:
 def option_files(directory: Path) -> list[bytes]:
     del directory
     return [
-        b"steps: 5\nlr: 1e-3\nlayers: [1, 2]\nadapter_options:\n  alpha: 2.0\nadapter: lora\ntrain_file: null\n",
-        b"{steps: 5, target_modules: [q_proj], rank_pattern: {q: 3}}\n",
+        b"steps: 5\nlr: 1e-3\nadapter:\n  name: lora\n  layers: [1, 2]\n  alpha: 2.0\ntrain_file: null\n",
+        b"{steps: 5, adapter: {target_modules: [q_proj], rank_pattern: {q: 3}}, schedule: linear, step_control: none}\n",
     ]
 
 
-_PARSER: list[Any] = []
-
-
 def read_options(content: bytes, directory: Path) -> None:
-    if not _PARSER:
-        _PARSER.append(_parser("train"))
     (directory / "options.yaml").write_bytes(content)
-    parsed = _PARSER[0].parse_args(["train", "--config", str(directory / "options.yaml")])["train"].as_dict()
-    parsed.pop("config", None)
-    TrainConfig(**parsed).check()
+    line = ["--config", str(directory / "options.yaml")]
+    TrainConfig(**parse_arguments(line, lambda: Parser(prog="zo-opt train"))).check()
 
 
 # --- a comparison's directory ---
@@ -375,7 +370,7 @@ def comparisons(directory: Path) -> list[bytes]:
         "before": side, "after": side, "metric": "accuracy", "lr": 0.1, "batch_size": 16, "trainable": 5, "trainable_end": 5,
         "adapter_bytes": 20, "train_peak_memory": 1000, "steps": 3, "forwards": 6,
     }  # fmt: skip
-    record = {"command": "zo-opt compare", "options": to_plain(CompareConfig()), "base": TrainConfig().to_dict()}
+    record = {"command": "zo-opt compare", "options": plain(CompareConfig()), "base": TrainConfig().to_dict()}
     text = side | {"perplexity": 1e90, "loss": 207.0, "row_scores": [206.0, None, 208.0], "row_weights": [1, 2, 3]}
     language = results | {"before": text, "after": text, "metric": "perplexity"}
     kinds = (

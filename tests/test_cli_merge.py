@@ -24,11 +24,11 @@ Options = Callable[..., list[str]]
 RUNS: dict[str, dict[str, Any]] = {
     "tt": {},
     "tt-lora": {"rank": 4, "tt_rank": 2, "lora_alpha": 3.5, "rank_pattern": '{"v_proj": 2}', "layers": 2},
-    "tt-delta": {"rank": 3, "scale": 0.5, "adapter_init": "svd", "target_modules": "[q_proj, embed_tokens]", "layers": None, "adapter_options": '{"layers": null}'},
+    "tt-delta": {"rank": 3, "scale": 0.5, "init": "svd", "target_modules": "[q_proj, embed_tokens]", "layers": "null"},
     "tt-lora head": {"head": "classification", "template": None, "verbalizers": None},
     "tt-delta tensorised head": {
         "head": "classification", "template": None, "verbalizers": None, "modules_to_tensorize": "[score]",
-        "adapter_options": '{"tensorize_rank": 2}', "query_mode": "split", "queries": 4,
+        "tensorize_rank": 2, "query_mode": "split", "queries": 4,
     },
 }  # fmt: skip
 RUNS |= {name: {} for name in ADAPTERS if name not in RUNS}

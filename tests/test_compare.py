@@ -138,7 +138,7 @@ def test_where_all_fail_there_is_a_table(
     forked: None, compare_line: Compare, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    line = compare_line(methods="lora,mezo-lora", target_modules='["q_proj","nowhere"]', output_dir=out)
+    line = compare_line(methods="lora,mezo-lora", **{"adapter.target_modules": '["q_proj","nowhere"]'}, output_dir=out)
     code = run_main(line)
     rows, text = rows_of(out), capsys.readouterr()
     assert code == 2
@@ -149,7 +149,7 @@ def test_where_all_fail_there_is_a_table(
 
 def test_one_that_diverges(forked: None, compare_line: Compare, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "out"
-    line = compare_line(methods="lora,full", adapter_options='{"alpha": 1e38}', budget_forwards=60, output_dir=out)
+    line = compare_line(methods="lora,full", **{"adapter.alpha": 1e38}, budget_forwards=60, output_dir=out)
     assert run_main(line) == 0
     rows = rows_of(out)
     assert rows["full"]["state"] == "finished"
@@ -322,7 +322,7 @@ WRONG = {
     "one trial": ({"lr_trials": 1}, "at least 2"),
     "lr and trials": ({"lr": 0.1, "lr_trials": 2}, "leave one out"),
     "memory without unit": ({"budget_memory": "24"}, "unit"),
-    "rank that cannot be": ({"methods": "lora", "rank": -1}, "method lora: "),
+    "rank that cannot be": ({"methods": "lora", "adapter.rank": -1}, "method lora: "),
     "no rows": ({"train_file": "nowhere.jsonl"}, "nowhere.jsonl"),
 }
 

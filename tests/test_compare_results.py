@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from zo_opt.comparison import output
-from zo_opt.comparison.budget import make_toy, steps_within
+from zo_opt.comparison.budget import steps_within
 from zo_opt.comparison.lr_search import best_lr, lr_grid
 from zo_opt.comparison.results import Row, end_loss, interval, summarise
 from zo_opt.comparison.runs import Run
 from zo_opt.errors import ZOError
 from zo_opt.optim import OPTIMIZERS, ZerothOrderOptimizer
+from zo_opt.record.metrics import make_line
 from zo_opt.training.build_optimizer import make_optimizer
 from zo_opt.training.config import TrainConfig
 
@@ -32,7 +33,7 @@ from zo_opt.training.config import TrainConfig
 
 def spent(config: TrainConfig, steps: int, steps_per_epoch: int) -> int:
     """What a whole run takes, step by step."""
-    toy, config = make_toy(), replace(config, steps=steps)
+    toy, config = torch.nn.Linear(4, 2), replace(config, steps=steps)
     optimizer = make_optimizer(config, toy, list(toy.parameters()), 0.0, steps_per_epoch)
     assert isinstance(optimizer, ZerothOrderOptimizer)
     batch = torch.linspace(-1, 1, config.batch_size * 4).view(config.batch_size, 4)
@@ -42,7 +43,7 @@ def spent(config: TrainConfig, steps: int, steps_per_epoch: int) -> int:
 
 
 def test_every_optimizer_stays_within_its_budget() -> None:
-    for name in OPTIMIZERS:
+    for name in (name for name in OPTIMIZERS if name != "adamw"):
         config = TrainConfig(optimizer=name, adapter="lora", batch_size=4)
         steps = steps_within(config, 19, 5)
         assert spent(config, steps, 5) <= 19 < spent(config, steps + 1, 5), name
@@ -56,9 +57,12 @@ def test_every_optimizer_stays_within_its_budget() -> None:
 def test_schedules_stay_within_their_budget(
     schedule: str, optimizer: str, budget: int, per_epoch: int, most: int
 ) -> None:
+    options = {
+        "constant": {"queries": most}, "adazeta": {"min_queries": 1, "max_queries": most}
+    }.get(schedule, {"start": 1, "end": most})  # fmt: skip
     config = TrainConfig(
-        optimizer=optimizer, query_mode="sequential", query_schedule=schedule, min_queries=1, max_queries=most, batch_size=2,
-    )  # fmt: skip
+        optimizer=optimizer, query_mode="sequential", schedule={"name": schedule} | options, batch_size=2
+    )
     steps = steps_within(config, budget, per_epoch)
     assert spent(config, steps, per_epoch) <= budget < spent(config, steps + 1, per_epoch)
 
@@ -71,7 +75,7 @@ def test_backpropagation_costs_three_forwards() -> None:
 
 
 def test_the_variance_schedule_is_taken_at_its_dearest() -> None:
-    config = TrainConfig(optimizer="mezo", query_mode="sequential", query_schedule="variance", max_queries=5)
+    config = TrainConfig(optimizer="mezo", query_mode="sequential", schedule={"name": "variance", "max_queries": 5})
     assert steps_within(config, 100, 1) == 10
 
 
@@ -109,12 +113,12 @@ def made_up(
             "queries": 0,
             "dropped": 0,
             "forwards": 3 * (i + 1),
-            "seconds": 0.5 * (i + 1),
             "projected_grads": [],
         }
         for i, loss in enumerate(losses)
     ]
-    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    written = [make_line(line, 0.5 * (line["step"] + 1)) + b"\n" for line in lines]
+    (directory / "metrics.jsonl").write_bytes(b"".join(written))
     measured = {
         "metric": metric, "lr": 0.1, "batch_size": 4, "trainable": 10, "trainable_end": 10, "adapter_bytes": 40,
         "train_peak_memory": 1 << 20, "steps": len(losses), "forwards": 3 * len(losses),

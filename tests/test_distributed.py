@@ -137,7 +137,7 @@ def test_every_optimizer_equals_one_process(ranks):
 
 
 def test_forward_gradients_are_refused():
-    with pytest.raises(ZOError, match='query_mode="distributed" does not apply to forward gradients'):
+    with pytest.raises(ZOError, match="query_mode='distributed' does not apply to estimator 'forward-mode'"):
         build("forward-gradient", Model(), query_mode="distributed")
 
 

@@ -35,7 +35,7 @@ def problem() -> tuple[nn.Linear, Callable[[Any], Tensor], Tensor]:
 @pytest.mark.parametrize("clip", [0.0, 0.5])
 def test_the_same_bits_as_adamw_by_hand(clip: float) -> None:
     model, closure, batches = problem()
-    optimizer = Backpropagation(model.parameters(), lr=0.03, betas=(0.9, 0.99), weight_decay=0.1, max_grad_norm=clip)
+    optimizer = Backpropagation(model.parameters(), lr=0.03, beta2=0.99, weight_decay=0.1, max_grad_norm=clip)
     twin, twin_closure, _ = problem()
     adamw = torch.optim.AdamW(twin.parameters(), lr=0.03, betas=(0.9, 0.99), weight_decay=0.1)
     for batch in batches:
@@ -59,7 +59,7 @@ def test_what_is_not_finite_never_reaches_the_weights(what: str) -> None:
     theta = nn.Parameter(torch.tensor([1.0, 0.0]))
     optimizer = Backpropagation([theta], lr=0.1, weight_decay=0.1, max_grad_norm=1.0, max_failed_steps=3)
     optimizer.step(lambda _: theta.square().sum(), None)
-    before, moments = theta.detach().clone(), optimizer.adamw.state[theta]["exp_avg"].clone()
+    before, moments = theta.detach().clone(), optimizer.state[theta]["exp_avg"].clone()
 
     def bad(_: Any) -> Tensor:
         # The root's derivative at zero is infinite, its value is not.
@@ -93,7 +93,7 @@ def test_ten_steps_in_a_row_by_default() -> None:
 def test_a_dropped_first_step_does_not_upset_a_scheduler() -> None:
     theta = nn.Parameter(torch.ones(2))
     optimizer = Backpropagation([theta], lr=0.1)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer.adamw, lambda step: 1 / (step + 1))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
     optimizer.step(lambda _: theta.sum() * float("nan"), None)
     scheduler.step()  # warnings are errors here
 
@@ -130,7 +130,7 @@ def test_lora_plus_reaches_the_optimizer() -> None:
     optimizer = make_optimizer(config, model, make_param_groups(config, model, 1e-3), 1e-3, 1)
     assert isinstance(optimizer, Backpropagation)
     names = {id(p): n for n, p in model.named_parameters()}
-    lrs = {names[id(p)]: group["lr"] for group in optimizer.adamw.param_groups for p in group["params"]}
+    lrs = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
     assert {lr for name, lr in lrs.items() if "lora_B" in name} == {1.6e-2}
     assert {lr for name, lr in lrs.items() if "lora_A" in name} == {1e-3}
 
@@ -219,7 +219,10 @@ def test_dropped_steps_do_not_stop_adapters_that_change(
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("directions", "gaussian"), ("query_mode", "split"), ("query_schedule", "linear"), ("max_queries", 3), ("update_rule", "sgd")],
+    [
+        ("directions", "gaussian"), ("query_mode", "split"), ("schedule", "linear"), ("schedule", {"name": "constant", "queries": 3}),
+        ("update_rule", "sgd"), ("step_control", "clip"), ("zo_eps", 1e-3), ("estimator", "one-sided"), ("line_search", [0, 1]),
+    ],
 )  # fmt: skip
 def test_options_of_zeroth_order_are_refused(option: str, value: Any) -> None:
     with pytest.raises(ZOError, match=option):

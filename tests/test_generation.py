@@ -249,7 +249,8 @@ def test_a_run_learns_to_answer(
         "template": "{text} It was",
     }
     line = command(
-        **own, max_new_tokens=3, optimizer="adamw", adapter="tt", adapter_init="random", rank=8, bottleneck=32, layers=4, lr=0.01,
+        **own, max_new_tokens=3, optimizer="adamw", adapter="tt", adapter_init="random", lr=0.01,
+        **{"adapter.rank": 8, "adapter.bottleneck": 32, "adapter.layers": 4},
         steps=80, held_out=16, output_dir=tmp_path / "out",
     )  # fmt: skip
     assert run_main(line) == 0

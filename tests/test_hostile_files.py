@@ -102,14 +102,14 @@ def test_a_peft_pickle_is_no_adapter(tmp_path: Path) -> None:
 
 YAML = {
     "a tag that runs code": "steps: !!python/object/apply:os.system ['touch {trace}']\n",
-    "a class by name": "adapter_options:\n  class_path: subprocess.Popen\n  init_args:\n    args: touch {trace}\n",
-    "a class by name within": "adapter_options:\n  x:\n    class_path: subprocess.Popen\n    init_args:\n      args: [touch, '{trace}']\n",
-    "a list that holds itself": "adapter_options: &a\n  x: *a\n",
-    "a billion laughs": "adapter_options:\n  a: &a [x,x,x,x,x,x,x,x,x]\n"
+    "a class by name": "adapter:\n  class_path: subprocess.Popen\n  init_args:\n    args: touch {trace}\n",
+    "a class by name within": "adapter:\n  x:\n    class_path: subprocess.Popen\n    init_args:\n      args: [touch, '{trace}']\n",
+    "a list that holds itself": "adapter: &a\n  x: *a\n",
+    "a billion laughs": "adapter:\n  a: &a [x,x,x,x,x,x,x,x,x]\n"
     + "".join(f"  {n}: &{n} [{','.join(['*' + m] * 9)}]\n" for m, n in zip("abcdefgh", "bcdefghi", strict=True)),
-    "nesting": "adapter_options: " + "[" * 5000 + "\n",
+    "nesting": "adapter: " + "[" * 5000 + "\n",
     "no text": "\udcff\udcfe",
-    "nothing where a number belongs": "steps:\n",
+    "a word where a number belongs": "steps: many\n",
 }
 
 
@@ -268,7 +268,7 @@ def test_patterns_mean_what_they_mean_to_peft(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_lines_that_no_run_writes(tmp_path: Path, line: str) -> None:
     header = {
-        "format": "zo_opt.journal/1", "start": {"step": 0, "updates": 0}, "frozen": "", "tuned": "", "device": "cpu", "torch": "2",
+        "format": "zo_opt.journal/2", "start": {"step": 0, "updates": 0}, "frozen": "", "tuned": "", "device": "cpu", "torch": "2",
         "optimizer": {
             "name": "mezo", "directions": "gaussian", "update_rule": "sgd", "seed": 0, "settings": {}, "directions_settings": {},
             "update_rule_settings": {}, "groups": [],

@@ -31,7 +31,7 @@ def test_small_updates_are_not_lost(dtype, small, start, slope, rule, monkeypatc
     theta = nn.Parameter(torch.full((entries,), start, dtype=dtype))
     ulp = torch.finfo(dtype).eps  # between 1 and 2
     # Along ones, the estimate is the slope of the mean entry, the same for all entries; perturbed by an exact 2^-4.
-    options = {"zo_eps": 2.0**-4, "directions": Ones(), "update_rule": rule}
+    options = {"zo_eps": 2.0**-4, "directions": Ones()} | ({} if rule is None else {"update_rule": rule})
     optimizer = make(None, params=[theta], lr=ulp / 100, **options)
     for _ in range(steps):
         optimizer.step(lambda: slope * theta.double().mean())

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from zo_opt.adapters import ADAPTERS
-from zo_opt.comparison.options import CompareConfig, given_options, run_config
+from zo_opt.comparison.options import CompareConfig, run_config
 from zo_opt.errors import ZOError
 from zo_opt.optim import OPTIMIZERS
 from zo_opt.training.config import TrainConfig
@@ -37,10 +37,12 @@ COMBINED = [f"{optimizer}:{adapter}" for optimizer, adapter in zip(OPTIMIZERS, l
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "none": {},
-    "adapters": {"rank": 4, "lora_alpha": 8.0, "bottleneck": 16, "scale": 2.0, "tt_rank": 3, "activation": "gelu"},
+    "adapters": {
+        "adapter": {"rank": 4, "alpha": 8.0, "bottleneck": 16, "scale": 2.0, "tt_rank": 3, "activation": "gelu"}
+    },
     "placement": {"adapter_init": "class_means"},
-    "modules": {"layers": 2, "adapter_options": {"tensorize_rank": 3}, "rank_pattern": {"q_proj": 2}},
-    "zeroth order": {"query_mode": "sequential", "query_schedule": "linear", "max_queries": 9},
+    "modules": {"adapter": {"layers": 2, "tensorize_rank": 3, "rank_pattern": {"q_proj": 2}}},
+    "zeroth order": {"query_mode": "sequential", "schedule": {"name": "linear", "end": 9}},
     "directions and update rule": {"directions": "gaussian", "update_rule": "adam"},
 }
 
@@ -55,15 +57,15 @@ def test_a_run_passes_its_checks(name: str, options: str) -> None:
     method = get_method(name)
     config = run_config(TrainConfig(**OPTIONS[options]), method)
     config.check()
-    assert (config.optimizer, config.adapter) == (method.optimizer, method.adapter)
-    assert set(given_options(config)) <= set(vars(config))
+    assert (config.optimizer_name, config.adapter_name) == (method.optimizer, method.adapter)
+    assert TrainConfig.from_dict(config.given()) == config
 
 
 def test_what_the_user_gave_wins_over_the_methods_own() -> None:
     assert run_config(TrainConfig(query_mode="split"), get_method("mezo-lora")).query_mode == "split"
     assert run_config(TrainConfig(), get_method("mezo-lora")).query_mode == "auto"
-    assert run_config(TrainConfig(rank=3), get_method("lora")).rank == 3
-    assert run_config(TrainConfig(tt_rank=3), get_method("lora")).tt_rank is None
+    assert run_config(TrainConfig(adapter={"rank": 3}), get_method("lora")).make_adapter().rank == 3
+    assert run_config(TrainConfig(adapter={"tt_rank": 3}), get_method("lora")).adapter == {"name": "lora"}
     assert run_config(TrainConfig(adapter_init="class_means"), get_method("adazeta")).adapter_init == "class_means"
     assert run_config(TrainConfig(adapter_init="class_means"), get_method("lora")).adapter_init == "auto"
 
@@ -81,6 +83,6 @@ def test_methods_as_a_list_or_a_word() -> None:
 
 
 def test_one_rank_for_all_is_where_adalora_ends() -> None:
-    adapter = run_config(TrainConfig(rank=4), get_method("adalora")).make_adapter()
+    adapter = run_config(TrainConfig(adapter={"rank": 4}), get_method("adalora")).make_adapter()
     assert vars(adapter)["target_rank"] == 4
     assert vars(adapter)["rank"] == 6

@@ -298,7 +298,8 @@ def test_a_resumed_run_that_writes_ends_in_the_same_bits(
     def line(directory: Path) -> list[str]:
         return command(
             model_name_or_path=tiny_dir("llama"), train_file=tmp_path / "rows.jsonl", target_column="answer", held_out=4,
-            objective="exact_match", max_new_tokens=2, queries=2, output_dir=directory,
+            objective="exact_match", max_new_tokens=2, output_dir=directory,
+            **{"schedule.max_queries": 2},
         )  # fmt: skip
 
     assert_resumes_to_the_same_bits(line, tmp_path, monkeypatch)

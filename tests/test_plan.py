@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from zo_opt import MeZO, get_adapter_model, trainable_parameters
 from zo_opt.adapters import ADAPTERS
 from zo_opt.errors import ZOError
-from zo_opt.optim import OPTIMIZERS
+from zo_opt.optim import OPTIMIZERS, ZerothOrderOptimizer
 from zo_opt.planning import Setting, make_skeleton, plan_method, read_config
 from zo_opt.system.memory import parse_bytes, peak_memory, reset_peak_memory, total_memory
 from zo_opt.training.config import TrainConfig
@@ -80,7 +80,7 @@ def test_a_step_takes_what_is_foretold(name, method):
         optimizer = torch.optim.AdamW(trained, lr=1e-6, foreach=False)
 
     def step():
-        if isinstance(optimizer, MeZO):
+        if isinstance(optimizer, ZerothOrderOptimizer):
             optimizer.step(lambda b: model(**b).loss, batch)
             return
         optimizer.zero_grad()
@@ -115,7 +115,7 @@ def test_every_adapter_is_planned(name, adapter):
     assert zeroth.gradients == zeroth.optimizer == 0
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "adamw"])
 def test_every_optimizer_is_planned(optimizer):
     """Its state is what its update rule and the method itself keep: that of a real one."""
     found = plan_method(skeleton_of("llama"), get_method(f"{optimizer}:lora").config(), SMALL)
@@ -241,7 +241,7 @@ def test_command(model_dir, tmp_path, capsys):
 def test_the_table_is_whole_in_80_columns(model_dir, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     methods = "adazeta-placed,full,zo-conservative:tt-lora"
-    assert run_main(["plan", "--model_name_or_path", str(model_dir), "--methods", methods]) == 0
+    assert run_main(["plan", "--model_name_or_path", str(model_dir), "--methods", methods, "--length", "64"]) == 0
     table = capsys.readouterr().out.partition("Estimates")[0].splitlines()[1:]
     assert max(map(len, table)) <= 80
     assert "…" not in "".join(table)
@@ -253,7 +253,9 @@ def test_a_method_that_does_not_fit_the_model_has_a_note(model_dir, capsys):
     (model_dir / "config.json").write_text(
         json.dumps(config | {"num_hidden_layers": 1, "model_type": "olmo", "architectures": ["OlmoForCausalLM"]})
     )
-    assert run_main(["plan", "--model_name_or_path", str(model_dir), "--methods", "lora,loretta"]) == 0
+    assert (
+        run_main(["plan", "--model_name_or_path", str(model_dir), "--methods", "lora,loretta", "--length", "64"]) == 0
+    )
     assert "loretta: there are no default targets for model type 'olmo'" in capsys.readouterr().out
 
 

@@ -250,8 +250,9 @@ def research(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_task_of_ones_own_stands_wherever_a_name_does(
-    research: str, tiny_dir: Callable[[str], Path], tmp_path: Path
+    research: str, tiny_dir: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """A record that names code is a stranger's until one says otherwise."""
     assert get_task(f"{research}:mine") is get_task(f"{research}:made")
     assert len(task_rows(f"{research}:mine")) == 24
     assert task_rows(f"{research}:mine", split="held_out") == []
@@ -262,7 +263,9 @@ def test_a_task_of_ones_own_stands_wherever_a_name_does(
         == 0
     )
     assert results(tmp_path / "out")["after"]["rows"] == 7  # 30 %
-    assert run_main(["eval", str(tmp_path / "out")]) == 0
+    assert run_main(["eval", str(tmp_path / "out")]) == 2
+    assert f"names code outside zo_opt ({research}:mine)" in capsys.readouterr().err
+    assert run_main(["eval", str(tmp_path / "out"), "--trust_remote_code"]) == 0
 
 
 def test_what_is_no_task_is_refused(research: str) -> None:

@@ -76,10 +76,14 @@ class Table(Mapping[str, Any], Generic[T]):
             defaults: values for options that it has and that were not given.
 
         Raises:
-            ZOError: the name or an option is not known, or a value is not possible.
+            ZOError: the name or an option is not known, a value is not possible, or the thing is of another kind.
         """
         made: Any = choice
         if not isinstance(choice, str | Mapping):
+            if not (callable(choice) or (self.kind is not None and isinstance(choice, self.kind))):
+                raise ZOError(
+                    f"{self.part}={choice!r} is not possible; give one of {', '.join(self.entries)}, or your own."
+                )
             return made  # type: ignore[no-any-return]
         name, options = split(self.part, choice)
         found = self.find(name)

@@ -139,7 +139,7 @@ def find_targets(
         if not any(matches(t.name, wanted) for t in targets):
             raise ZOError(
                 f"layers={layers!r} leaves nothing of target module {wanted!r}; leave it out, or adapt all layers (layers=None, "
-                "on the command line --adapter_options '{\"layers\": null}')."
+                "on the command line --adapter.layers null)."
             )
     return targets
 

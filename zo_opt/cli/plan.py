@@ -74,6 +74,9 @@ def run(options: Namespace, command: str) -> None:
     names = config.methods.split(",") if config.methods is not None else METHODS
     methods = [get_method(name.strip()) for name in dict.fromkeys(names)]
     skeleton = make_skeleton(read_config(config.model_name_or_path), config.head, config.model_name_or_path)
+    positions = getattr(skeleton.config, "max_position_embeddings", None)
+    if positions is not None and config.length > positions:
+        raise ZOError(f"length={config.length} is more than the model's {positions} positions; give at most that.")
     base = current_memory(device) if device.type == "cpu" else CONTEXT  # all that a run imports is imported by now
     rows, notes, reporter = [], {}, Reporter()
     for method in methods:

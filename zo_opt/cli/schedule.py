@@ -28,8 +28,8 @@ class ScheduleConfig:
     """Which schedules to show, over which run.
 
     Args:
-        query_schedule: one or several with commas between: constant, adazeta, linear, cosine, stepwise, budget, variance, or
-            module:function; their options are --schedule.alpha, --schedule.max_queries and so on.
+        query_schedule: one or several with commas between: constant, adazeta, linear, cosine, stepwise, budget, variance,
+            every-example (split alone), or module:function; their options are --schedule.alpha, --schedule.max_queries and so on.
         steps: optimizer steps of the run.
         steps_per_epoch: steps in an epoch, examples / batch_size rounded up.
         signal_end: what is left of the mean square of projected gradients at the last step, assumed to fall geometrically;
@@ -77,6 +77,9 @@ class ScheduleConfig:
             raise ZOError(f"steps={self.steps} is more than can be shown; give at most {MAX_STEPS}.")
         if self.signal_end > 1:
             raise ZOError(f"signal_end={self.signal_end} is not possible; give a number above 0 and at most 1.")
+        for name in self.names:
+            if getattr(SCHEDULES.find(name), "needs_split", False) and self.query_mode != "split":
+                raise ZOError(f"schedule {name!r} gives each example a direction of its own; add --query_mode split.")
 
     def courses(self) -> list[Course]:
         """What each schedule asks for over the whole run."""

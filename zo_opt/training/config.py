@@ -60,7 +60,7 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
         if self.quantise is not None:
             check_kind(self.quantise)
         adapter = self.make_adapter()
-        if adapter.layers == []:
+        if adapter.layers == ():
             raise ZOError("layers=[] leaves nothing to adapt; give a number, a list of layers, or nothing.")
         if self.quantise is not None and type(adapter).in_place is not AdapterConfig.in_place:
             raise ZOError(
@@ -79,6 +79,8 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
                 "another optimizer than forward-gradient."
             )
         self.check_given_parts()
+        if self.zo_eps is not None and self.differentiates:
+            raise ZOError("zo_eps is of no use to exact derivatives; leave it out, or choose another estimator.")
         check_trackers(self.report_to)
         if self.share != "queries":
             self.make_distributed()
@@ -175,7 +177,9 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
     @property
     def differentiates(self) -> bool:
         """Whether the optimizer needs a loss that torch can differentiate."""
-        estimator = self.method.presets.get("estimator")
+        estimator = (
+            self.method.presets.get("estimator") if self.estimator is None else _made(ESTIMATORS, self.estimator)
+        )
         return not self.zeroth_order or (isinstance(estimator, Estimator) and estimator.differentiates)
 
     @property

@@ -125,8 +125,8 @@ class LearningOptions:
             module:name, your own.
         estimator: losses -> derivatives: two-sided or one-sided; the optimizer's own if not given.
         directions: their distribution; rademacher, or the optimizer's own, if not given.
-        schedule: queries of each step: adazeta (paper), constant, linear, cosine, stepwise, budget, variance, or module:function;
-            the optimizer's own if not given.
+        schedule: queries of each step: adazeta (paper), constant, linear, cosine, stepwise, budget, variance, every-example (split
+            alone), or module:function; the optimizer's own if not given.
         update_rule: sgd, adam, sign, momentum or amsgrad, on the estimated gradient (adam for adazeta, else the optimizer's own).
         step_control: what is done to projected gradients before the update: clip (at 3 times their running root mean square) if
             not given; none; or a list in a file of options.

@@ -28,11 +28,16 @@ _DEEPEST = 20  # lists and mappings within each other in a file of options
 # Another name of an option: the schedule's in Python; and what users of transformers, or of earlier versions, would type.
 _ALIASES = {"query_schedule": "schedule"}
 _ELSEWHERE = {
-    "learning_rate": "lr", "num_train_epochs": "steps", "max_steps": "steps", "per_device_train_batch_size": "batch_size",
-    "model": "model_name_or_path", "quantize": "quantise", "optim": "optimizer", "dataset": "train_file",
-    "clip": "step_control.factor", "alpha": "schedule.alpha", "beta": "schedule.beta", "max_queries": "schedule.max_queries",
-    "min_queries": "schedule.min_queries", "budget_forwards": "schedule.forwards", "lora_alpha": "adapter.alpha",
-    "beta1": "update_rule.beta1", "beta2": "update_rule.beta2", "rank": "adapter.rank", "layers": "adapter.layers",
+    "learning_rate": "lr", "num_train_epochs": "steps", "epochs": "steps", "max_steps": "steps", "lr_scheduler_type": "lr_schedule",
+    "per_device_train_batch_size": "batch_size", "gradient_accumulation_steps": "batch_size",
+    "per_device_eval_batch_size": "eval_batch_size", "max_seq_length": "max_length", "resume_from_checkpoint": "resume",
+    "model": "model_name_or_path", "quantize": "quantise", "load_in_8bit": "quantise", "bf16": "precision", "fp16": "precision",
+    "optim": "optimizer", "dataset": "train_file", "validation_file": "eval_file",
+    "clip": "step_control.factor", "alpha": "schedule.alpha", "beta": "schedule.beta", "queries": "schedule.queries",
+    "max_queries": "schedule.max_queries", "min_queries": "schedule.min_queries", "budget_forwards": "schedule.forwards",
+    "milestones": "schedule.milestones", "beta1": "update_rule.beta1", "beta2": "update_rule.beta2",
+    "rank": "adapter.rank", "lora_r": "adapter.rank", "lora_alpha": "adapter.alpha", "tt_rank": "adapter.tt_rank",
+    "layers": "adapter.layers", "target_modules": "adapter.target_modules", "bottleneck": "adapter.bottleneck",
 }  # fmt: skip
 
 
@@ -40,25 +45,25 @@ class Parser(ArgumentParser):
     """Mistakes in options are sentences; true-or-false options may stand alone.
 
     Attributes:
+        parts: those that its command has.
         names: of the parts whose options it has.
     """
 
+    parts: Sequence[str] = ()
     names: Mapping[str, str | None] = MappingProxyType({})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = " ".join(message.split()).rstrip(".")
-        see = f"see {self.prog} --help."
+        sentence = f"{text}."
         if (found := re.match(r'Parser key "([\w.]+)": (.*)', text)) is not None and found[1] in self.hints():
-            raise ZOError(
-                f"{found[1]}={_given(found[2])} is not possible; give {in_words(self.hints()[found[1]])}; {see}"
-            )
-        if (found := re.match(r"unrecognized arguments: -*([\w.\-]+)", text)) is not None:
-            raise ZOError(f"{self.unknown(found[1])}; {see}")
-        if (found := re.match(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text)) is not None:
-            raise ZOError(f"{self.unknown(f'{found[1]}.{found[2]}')}; {see}")
-        if (found := re.match(r"Key '([\w.]+)' is not expected", text)) is not None:
-            raise ZOError(f"{self.unknown(found[1])}; {see}")
-        raise ZOError(f"{text}; {see}")
+            sentence = f"{found[1]}={_given(found[2])} is not possible; give {in_words(self.hints()[found[1]])}."
+        elif (
+            found := re.match(r"unrecognized arguments: -*([\w.\-]+)|(?:Key|Option) '([\w.]+)' is not", text)
+        ) is not None:
+            sentence = self.unknown(found[1] or found[2])
+        elif (found := re.match(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text)) is not None:
+            sentence = self.unknown(f"{found[1]}.{found[2]}")
+        raise ZOError(f"{sentence} See {self.prog} --help.")
 
     def hints(self) -> dict[str, Any]:
         """Option -> its type."""
@@ -75,15 +80,15 @@ class Parser(ArgumentParser):
         known, (part, dot, option) = list(self.hints()), name.partition(".")
         optimizer = self.names.get("optimizer")
         if part in _fixed(optimizer):
-            return f"{part} is no option of optimizer {optimizer!r}; leave it out, or choose another optimizer"
+            return f"{part} is no option of optimizer {optimizer!r}; leave it out, or choose another optimizer."
         if part in PARTS and dot:
             has = [k.partition(".")[2] for k in known if k.startswith(f"{part}.") and not k.endswith(".name")]
             chosen = f"{part} {self.names[part]!r}" if self.names.get(part) else f"the {part}"
-            return f"{chosen} has no option {option!r}; it has {', '.join(has) or 'none'}{did_you_mean(option, has)[:-1].replace(' Did', '. Did')}"
-        nested = [k for k in known if k.endswith(f".{name}")]
-        meant = _ELSEWHERE.get(name) or (nested[0] if nested else "")
-        hint = f" Did you mean --{meant}?" if meant else did_you_mean(name, known).replace("mean ", "mean --")
-        return f"--{name} is not known.{hint or ' Check its name'}"
+            return f"{chosen} has no option {option!r}; it has {', '.join(has) or 'none'}.{did_you_mean(option, has)}"
+        meant = _ELSEWHERE.get(name, "")
+        if meant in known or meant.partition(".")[0] in self.parts:
+            return f"--{name} is not known. Did you mean --{meant}?"
+        return f"--{name} is not known.{did_you_mean(name, known).replace('mean ', 'mean --')}"
 
 
 def parse_arguments(
@@ -118,12 +123,13 @@ def parse_arguments(
     line = [re.sub(rf"^--({'|'.join(parts)})(?==|$)", r"--\1.name", a) for a in line]
     values: dict[str, Any] = {}
     for path in files:
-        values |= normalised(read_options_file(path))
+        values = _merged(values, normalised(read_options_file(path), parts))
     plain: dict[str, Any] = {}
     if "--help" not in line and "-h" not in line:
-        plain = _parse_plain(line, add_plain_options(parser(), groups, skip))
+        plain = _parse_plain(line, add_plain_options(parser(), groups, skip), parts)
     kinds = several(values | plain) if several is not None else {}
     names = {part: _named(line, part) or _name_of(values.get(part)) for part in PARTS}
+    values = {k: v for k, v in values.items() if k not in PARTS or _name_of(v) in (None, names[k])}  # not named anew
     full = parser()
     add_plain_options(full, groups, skip | _fixed(names["optimizer"]))
     add_parts(full, names, kinds, parts)
@@ -138,7 +144,7 @@ def typed(values: Mapping[str, Any], groups: Sequence[type] = GROUPS, parts: Seq
     Raises:
         ZOError: an option that there is not, or a value that is not possible.
     """
-    values = normalised(values)
+    values = normalised(values, parts)
     parser, names = Parser(prog="zo-opt train"), {part: _name_of(values.get(part)) for part in PARTS}
     add_plain_options(parser, groups, _fixed(names["optimizer"]))
     add_parts(parser, names, parts=parts)
@@ -156,9 +162,21 @@ def own_code(values: Mapping[str, Any]) -> set[str]:
     return {name for one in flat if (name := _name_of(one)) is not None and ":" in name}
 
 
-def normalised(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Every part that is chosen by name as ``{"name": ...}``, under its own key; what is null is left out."""
-    named = {_ALIASES.get(key, key): value for key, value in values.items() if value is not None}
+def normalised(values: Mapping[str, Any], parts: Sequence[str] = PARTS) -> dict[str, Any]:
+    """Every part that is chosen by name as ``{"name": ...}``, under its own key; what is null is left out.
+
+    Raises:
+        ZOError: one part under two keys.
+    """
+    given = {key: value for key, value in values.items() if value is not None}
+    if parts is not PARTS:
+        return given
+    for alias, part in _ALIASES.items():
+        if alias in given and part in given:
+            raise ZOError(
+                f"{alias} and {part} are one option and were both given; give {part} with a name and its options."
+            )
+    named = {_ALIASES.get(key, key): value for key, value in given.items()}
     return {k: {"name": v} if k in PARTS and isinstance(v, str) else v for k, v in named.items()}
 
 
@@ -183,6 +201,7 @@ def add_parts(
     from zo_opt.training.parts import TABLES, default_name, own_options  # what they are is heavy
 
     fixed = _fixed(names["optimizer"])
+    parser.parts = parts
     parser.names = {part: names[part] or default_name(part, names) for part in parts if part not in (several or {})}
     said = {p.arg_name: p.description for p in docstring_parser.parse(LearningOptions.__doc__ or "").params}
     for part in parts:
@@ -196,7 +215,7 @@ def add_parts(
             kinds = [TABLES[part].find(chosen)] if chosen and chosen != "none" else []
         added: set[str] = set()
         for kind in kinds:
-            hints, helps = _hints(kind), _helps(kind)
+            hints, helps = option_types(kind), _helps(kind)
             for name, default in own_options(part, kind).items():
                 if name not in added:
                     added.add(name)
@@ -220,7 +239,8 @@ def read_options_file(path: Path) -> dict[str, Any]:
                 raise ZOError(f"{path} is nested more than {_DEEPEST} deep; options are not.")
         values = yaml.safe_load(content)
     except (OSError, ValueError, yaml.YAMLError, RecursionError, MemoryError, OverflowError) as error:
-        raise ZOError(f"the file of options {path} cannot be read ({type(error).__name__}: {error}).") from error
+        said = " ".join(str(error).split())
+        raise ZOError(f"the file of options {path} cannot be read ({type(error).__name__}: {said}).") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ZOError(f"{path} is no file of options; give lines such as 'steps: 200'.")
     return values
@@ -229,29 +249,29 @@ def read_options_file(path: Path) -> dict[str, Any]:
 def in_words(hint: Any) -> str:
     """What an option of a type can be.
 
-    >>> in_words(Literal["lm", "classification"]), in_words(int | None), in_words(list[int])
-    ('lm or classification', 'a whole number or null', 'a list such as [a whole number]')
+    >>> in_words(Literal["lm", "classification"] | None), in_words(list[int])
+    ('lm, classification or null', 'a list such as [a whole number]')
     """
+    words = _words(hint)
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _words(hint: Any) -> list[str]:
     kind, inner = get_origin(hint), get_args(hint)
     if kind in (Union, UnionType):
-        return _or([in_words(one) for one in inner])
+        return [word for one in inner for word in _words(one)]
     if kind is Literal:
-        return _or([str(one) for one in inner])
+        return [str(one) for one in inner]
     if kind in (list, Sequence):
-        return f"a list such as [{in_words(inner[0])}]"
+        return [f"a list such as [{in_words(inner[0])}]"]
     if kind in (dict, Mapping):
-        return "a mapping such as {name: value}"
-    return {
-        "PositiveInt": "a whole number of at least 1, such as 1, 16 or 100",
-        "NonNegativeInt": "a whole number of at least 0, such as 0, 1 or 100",
-        "PositiveFloat": "a number above 0, such as 1e-3, 0.1 or 1",
-        "NonNegativeFloat": "a number of at least 0, such as 0, 1e-3 or 0.1",
+        return ["a mapping such as {name: value}"]
+    known = {
+        "PositiveInt": "a whole number of at least 1", "NonNegativeInt": "a whole number of at least 0",
+        "PositiveFloat": "a number above 0", "NonNegativeFloat": "a number of at least 0",
         "int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "Path": "a path", "NoneType": "null",
-    }.get(getattr(hint, "__name__", ""), str(hint))  # fmt: skip
-
-
-def _or(words: Sequence[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+    }  # fmt: skip
+    return [known.get(getattr(hint, "__name__", ""), str(hint))]
 
 
 def _given(problem: str) -> str:
@@ -260,7 +280,8 @@ def _given(problem: str) -> str:
         r"(?:[Gg]iven value|Got value): (.*)$|: (\S+) does not conform|base 10: (\S+)|to float: (\S+)", problem
     )
     value = next((g for g in found.groups() if g is not None), "") if found is not None else ""
-    return repr(value.strip("'"))
+    value = value.strip("'")
+    return value if re.fullmatch(r"[-+\d.e]+|-?(nan|inf)", value) else repr(value)
 
 
 def _without_config(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
@@ -276,8 +297,9 @@ def _without_config(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
     return files, line
 
 
-def _parse_plain(line: Sequence[str], parser: Parser) -> dict[str, Any]:
+def _parse_plain(line: Sequence[str], parser: Parser, parts: Sequence[str]) -> dict[str, Any]:
     """The plain options; a mistake in them is found without importing what the parts are."""
+    parser.parts = parts
     known, taken, mine = set(parser.hints()), [], True
     for argument in line:
         if argument.startswith("--"):
@@ -364,7 +386,7 @@ def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
     return merged
 
 
-def _hints(kind: Any) -> dict[str, Any]:
+def option_types(kind: Any) -> dict[str, Any]:
     """Option -> type, of a dataclass, a class or a function."""
     target = kind if is_dataclass(kind) else kind.__init__ if inspect.isclass(kind) else getattr(kind, "choose", kind)
     hints: dict[str, Any] = {}

@@ -75,7 +75,7 @@ def private_step(optimizer: ZerothOrderOptimizer, model: AdapterModel, rows: Pre
 
 def spent(config: TrainConfig, optimizer: object) -> str:
     """The guarantee of what a run has released, in words; empty where nothing was asked for."""
-    privacy = getattr(optimizer, "privacy", None)
+    privacy = optimizer.setting.privacy if isinstance(optimizer, ZerothOrderOptimizer) else None
     if privacy is None:
         return ""
     epsilon = privacy.epsilon(config.privacy_delta)
