@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 from rich import box
 from rich.table import Table
 
 from zo_opt.diagnosis.diagnose import Diagnosis, diagnose
+from zo_opt.diagnosis.options import DiagnoseConfig
 from zo_opt.diagnosis.plot import draw
 from zo_opt.errors import ZOError
 from zo_opt.record.progress import Reporter
@@ -21,8 +22,8 @@ def run(options: Namespace, command: str) -> None:
     """Measure, print the table and the advice, draw the picture."""
     reporter = Reporter()
     values = vars(options)
-    values.pop("config", None)
-    queries, eps_grid, out = values.pop("queries"), values.pop("eps_grid"), values.pop("out")
+    own = DiagnoseConfig(**{f.name: values.pop(f.name) for f in fields(DiagnoseConfig) if f.name in values})
+    out = own.out
     if out.suffix != ".png":
         raise ZOError(f"out={out} is no picture; give a name that ends in .png.")
     data = out.with_suffix(".json")
@@ -31,7 +32,7 @@ def run(options: Namespace, command: str) -> None:
         raise ZOError(f"{' and '.join(taken)} exist already; give another --out.")
     if not out.parent.is_dir():
         raise ZOError(f"the directory {out.parent} of --out does not exist; create it first.")
-    diagnosis = diagnose(TrainConfig(**values), reporter, queries=queries, eps_grid=eps_grid)
+    diagnosis = diagnose(TrainConfig(**values), reporter, queries=own.queries, eps_grid=own.eps_grid)
     reporter.console.print(table(diagnosis))
     for line in diagnosis.advice:
         reporter.say(line)

@@ -145,12 +145,10 @@ def _add_eval(parser: Parser) -> None:
 
 
 def _add_diagnose(parser: Parser) -> None:
+    from zo_opt.diagnosis.options import DiagnoseConfig
+
     _add_train(parser)
-    parser.add_argument("--queries", type=int, default=48, help="directions, each on an example of its own")
-    parser.add_argument("--eps_grid", type=list[float] | None, help="values of zo_eps to try")
-    parser.add_argument(
-        "--out", type=Path, default=Path("diagnose.png"), help="the picture; numbers beside it as .json"
-    )
+    parser.add_class_arguments(DiagnoseConfig, None)
 
 
 def _add_schedule(parser: Parser) -> None:
