@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from forked_runs import ForkedRun
 from tiny_models import build
 
-from zo_opt import optim
+from zo_opt import MeZO, optim
 from zo_opt.adapters import ADAPTERS
 from zo_opt.cli.main import COMMANDS, main
 from zo_opt.comparison import runs
@@ -80,9 +81,11 @@ def test_a_command_is_taken_by_the_parser(command: str, monkeypatch: pytest.Monk
         "from dataclasses import dataclass\nfrom zo_opt import LoRAConfig\n"
         "def reward(predictions, references):\n    return []\n\n\n@dataclass(frozen=True)\nclass MyConfig(LoRAConfig):\n    pass\n"
     )
-    assert main([name, *rest]) == 0
-    if rest[-1:] in (["--help"], ["--print_config"]):
+    if "--help" in rest:
+        with pytest.raises(SystemExit, match="0"):
+            main([name, *rest])
         return
+    assert main([name, *rest]) == 0
     values = vars(parsed[0])
     if (
         name == "train" and "resume" not in values and "quantise" not in values
@@ -203,9 +206,10 @@ def test_python_blocks_of_other_pages(page: str, tmp_path: Path, monkeypatch: py
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         for block in blocks(page, "python"):
-            if "from trl" in block:  # tests/test_trainer_trl.py, where TRL is
-                block = "\n".join(line for line in block.splitlines() if line.startswith("from zo_opt"))
-            exec(compile(block, page, "exec"), names)
+            lines = block.splitlines()
+            if "from trl" in block:  # run by tests/test_trainer_trl.py, where TRL is
+                lines = [line for line in lines if line.startswith("from zo_opt")]
+            exec(compile("\n".join(lines), page, "exec"), names)
     finally:
         if started:
             torch.distributed.destroy_process_group()
@@ -242,7 +246,9 @@ def test_the_command_lines_of_the_readme_run(
     lines = [c.split("#")[0].strip() for b in blocks("README.md", "bash") for c in b.splitlines()]
     for command in (c for c in lines if c.startswith("zo-opt")):
         line = shlex.split(command)[1:]
-        if line[0] in own and "--help" not in line:
+        if "--help" in line:
+            continue
+        if line[0] in own:
             line = [a for a in line if a not in {"./my-model", "--model_name_or_path"}] + own[line[0]]
         assert main(line) == 0, command
 
@@ -291,11 +297,14 @@ def test_tasks_that_documents_name_exist() -> None:
 
 
 def test_arguments_of_the_trainer() -> None:
+    from transformers import TrainingArguments
+
     from zo_opt.training import ZOArguments
 
+    own = {f.name for f in fields(ZOArguments)} - {f.name for f in fields(TrainingArguments)}
     rows = rows_of("docs/trainer.md", "| argument | meaning")
     named = {a for row in rows.values() for a in re.findall(r"`(\w+)`", row[0])}
-    assert named == {f.name for f in fields(ZOArguments)}
+    assert named == own
 
 
 def test_folders_that_documents_list() -> None:
@@ -303,3 +312,52 @@ def test_folders_that_documents_list() -> None:
     table = rows_of("README.md", "| folder | what |")
     packages = {p.parent.name for p in (ROOT / "zo_opt").glob("*/__init__.py")}
     assert {n.removeprefix("zo_opt/").strip("/") for n in table if n.startswith("zo_opt/")} == packages
+
+
+# --- diagrams ---
+
+
+def called(action: Callable[[], object]) -> list[str]:
+    """The package's functions that an action calls, in order, as docs/developing.md writes them."""
+    calls: list[str] = []
+    package = str(ROOT / "zo_opt") + "/"
+
+    def note(frame: Any, event: str, _argument: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(package):
+            calls.append(f"{frame.f_code.co_filename.removeprefix(package)} · {frame.f_code.co_qualname}")
+
+    sys.setprofile(note)
+    try:
+        action()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def diagram(title: str) -> list[str]:
+    text = PAGES["docs/developing.md"].split(f"## {title}\n")[1]
+    return re.findall(r"[\w/]+\.py · [\w.]+", text.split("```text\n")[1].split("```")[0])
+
+
+def assert_in_order(named: list[str], calls: list[str]) -> None:
+    """Each is called, after the first call of the one before."""
+    for at, name in enumerate(named):
+        assert name in calls, f"{name} is not called after {named[at - 1]}"
+        calls = calls[calls.index(name) + 1 :]
+
+
+def test_the_diagram_of_a_step() -> None:
+    theta = torch.nn.Parameter(torch.ones(3))
+    optimizer = MeZO([theta], lr=0.1, step_control="clip")
+    assert_in_order(diagram("One step"), called(lambda: optimizer.step(lambda: theta.square().sum())))
+
+
+def test_the_diagrams_of_a_run(
+    toy_options: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = toy_options(steps=1, output_dir="out")
+    calls = called(lambda: main(line))
+    assert Path("out/results.json").is_file()
+    assert_in_order(diagram("From options to a run"), calls)
+    assert_in_order(diagram("A row's way"), calls)
