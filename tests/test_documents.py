@@ -99,7 +99,7 @@ def known_options() -> set[str]:
     """Every option of every command."""
     from zo_opt.cli.plan import PlanConfig
     from zo_opt.cli.schedule import ScheduleConfig
-    from zo_opt.diagnosis.options import DiagnoseConfig
+    from zo_opt.cli.diagnose import DiagnoseConfig
 
     groups = (TrainConfig, CompareConfig, PlanConfig, ScheduleConfig, DiagnoseConfig)
     plain = {f.name for group in groups for f in fields(group)}

@@ -4,26 +4,44 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from dataclasses import asdict, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 from rich import box
 from rich.table import Table
 
-from zo_opt.diagnosis.diagnose import Diagnosis, diagnose
-from zo_opt.diagnosis.options import DiagnoseConfig
+from zo_opt.diagnosis.diagnose import EPS_GRID, Diagnosis, diagnose
 from zo_opt.diagnosis.plot import draw
 from zo_opt.errors import ZOError
 from zo_opt.record.progress import Reporter
 from zo_opt.system.files import write_atomically
 from zo_opt.training.config import TrainConfig
+from zo_opt.training.options import PositiveInt
+
+
+@dataclass(frozen=True)
+class DiagnoseConfig:
+    """What is measured, beside the options of a run.
+
+    Args:
+        queries: directions, each on an example of its own.
+        eps_grid: values of zo_eps to try.
+        out: the picture; numbers beside it as .json.
+    """
+
+    queries: PositiveInt = 48
+    eps_grid: Sequence[float] = EPS_GRID
+    out: Path = Path("diagnose.png")
 
 
 def run(options: Namespace, command: str) -> None:
     """Measure, print the table and the advice, draw the picture."""
     reporter = Reporter()
     values = vars(options)
-    own = DiagnoseConfig(**{f.name: values.pop(f.name) for f in fields(DiagnoseConfig) if f.name in values})
-    out = own.out
+    values.pop("config", None)
+    asked = DiagnoseConfig(**{f.name: values.pop(f.name) for f in fields(DiagnoseConfig) if f.name in values})
+    out = asked.out
     if out.suffix != ".png":
         raise ZOError(f"out={out} is no picture; give a name that ends in .png.")
     data = out.with_suffix(".json")
@@ -32,7 +50,7 @@ def run(options: Namespace, command: str) -> None:
         raise ZOError(f"{' and '.join(taken)} exist already; give another --out.")
     if not out.parent.is_dir():
         raise ZOError(f"the directory {out.parent} of --out does not exist; create it first.")
-    diagnosis = diagnose(TrainConfig(**values), reporter, queries=own.queries, eps_grid=own.eps_grid)
+    diagnosis = diagnose(TrainConfig(**values), reporter, queries=asked.queries, eps_grid=asked.eps_grid)
     reporter.console.print(table(diagnosis))
     for line in diagnosis.advice:
         reporter.say(line)

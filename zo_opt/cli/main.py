@@ -145,7 +145,7 @@ def _add_eval(parser: Parser) -> None:
 
 
 def _add_diagnose(parser: Parser) -> None:
-    from zo_opt.diagnosis.options import DiagnoseConfig
+    from zo_opt.cli.diagnose import DiagnoseConfig
 
     _add_train(parser)
     parser.add_class_arguments(DiagnoseConfig, None)
@@ -153,7 +153,9 @@ def _add_diagnose(parser: Parser) -> None:
 
 def _add_schedule(parser: Parser) -> None:
     from zo_opt.cli.schedule import ScheduleConfig
+    from zo_opt.schedules import SCHEDULES
 
+    parser.epilog = f"Schedules: {', '.join(SCHEDULES)}; or module:function, your own."
     _add_train(parser)
     parser.add_class_arguments(ScheduleConfig, None, skip={"schedule"})
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from zo_opt.adapters import trainable_parameters
-from zo_opt.diagnosis.options import EPS_GRID
 from zo_opt.directions import DIRECTIONS, StepDirections
 from zo_opt.errors import ZOError
 from zo_opt.estimators import TwoSided, TwoSidedWithCurvature, directional_derivative
@@ -25,6 +24,8 @@ from zo_opt.queries.trainables import Trainables
 from zo_opt.record.progress import Reporter, Tracker
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.setup import Examples, Tools, build_tools, load_examples
+
+EPS_GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 
 @dataclass(frozen=True)
