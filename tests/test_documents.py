@@ -6,8 +6,10 @@ import importlib
 import re
 import shlex
 import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import fields
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from forked_runs import ForkedRun
+from packaging.requirements import Requirement
 from tiny_models import build
 
 from zo_opt import MeZO, optim
@@ -28,7 +31,13 @@ from zo_opt.training.config import TrainConfig
 from zo_opt.training.parts import TABLES, own_options
 
 ROOT = Path(__file__).parents[1]
-NAMES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+NAMES = [
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")),
+]
 PAGES = {name: (ROOT / name).read_text() for name in NAMES}
 SCRIPTS = {p.name: p.read_text() for folder in ("benchmarks", "examples") for p in (ROOT / folder).glob("*.py")}
 SHELL = PAGES | {".ci/run": (ROOT / ".ci" / "run").read_text()}
@@ -97,9 +106,9 @@ def test_a_command_is_taken_by_the_parser(command: str, monkeypatch: pytest.Monk
 
 def known_options() -> set[str]:
     """Every option of every command."""
+    from zo_opt.cli.diagnose import DiagnoseConfig
     from zo_opt.cli.plan import PlanConfig
     from zo_opt.cli.schedule import ScheduleConfig
-    from zo_opt.cli.diagnose import DiagnoseConfig
 
     groups = (TrainConfig, CompareConfig, PlanConfig, ScheduleConfig, DiagnoseConfig)
     plain = {f.name for group in groups for f in fields(group)}
@@ -109,7 +118,7 @@ def known_options() -> set[str]:
     return plain | nested | {"config", "help", "print_config", "follow", "to", "as", "steps", "inexact", "zero_shot"}
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if p != "CONTRIBUTING.md"])
+@pytest.mark.parametrize("page", [p for p in PAGES if p not in ("CONTRIBUTING.md", "CHANGELOG.md")])
 def test_options_named_in_prose_exist(page: str) -> None:
     foreign = {"nproc_per_node", "nnodes", "max_restarts"} | {
         o for text in SCRIPTS.values() for o in re.findall(r'"--(\w+)"', text)
@@ -127,9 +136,9 @@ def test_options_of_scripts_in_documents_exist(script: str) -> None:
                 assert script == "zo_trainer.py" or f'"--{option}"' in SCRIPTS[script], (script, option)
 
 
-@pytest.mark.parametrize("page", [*PAGES, *SCRIPTS])
+@pytest.mark.parametrize("page", [*SHELL, *SCRIPTS])
 def test_files_named_exist(page: str) -> None:
-    text = PAGES.get(page, SCRIPTS.get(page, ""))
+    text = SHELL.get(page, SCRIPTS.get(page, ""))
     named = set(re.findall(r"\b((?:zo_opt|kernels|tests|benchmarks|examples|docs)/[\w/.-]*\w)", text))
     named |= {
         f"docs/{link}" if page.startswith("docs/") else link for link in re.findall(r"\]\(([\w./-]+\.\w+)\)", text)
@@ -138,7 +147,7 @@ def test_files_named_exist(page: str) -> None:
     assert {n for n in named - written if not (ROOT / n).exists() and not list(ROOT.glob(f"{n}*"))} == set()
 
 
-@pytest.mark.parametrize("page", [*PAGES, *SCRIPTS])
+@pytest.mark.parametrize("page", [p for p in (*PAGES, *SCRIPTS) if p != "CHANGELOG.md"])  # which has the old ones
 def test_names_of_modules_exist(page: str) -> None:
     for name in set(re.findall(r"\b(?:zo_opt|tt_kernels)(?:\.\w+)+", PAGES.get(page, SCRIPTS.get(page, "")))):
         found: Any = importlib.import_module(name.split(".")[0])
@@ -313,6 +322,39 @@ def test_folders_that_documents_list() -> None:
         said = importlib.import_module(folder.removeprefix("kernels/").strip("/").replace("/", ".")).__doc__ or ""
         sentence = re.sub(r":\w+:`~?([\w.]+)`", r"`\1`", " ".join(said.split("\n\n")[0].split()).replace("``", "`"))
         assert what == sentence.split(". ")[0].rstrip("."), folder
+
+
+# --- what is promised ---
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_floors_are_the_versions_that_ci_runs() -> None:
+    pinned = {
+        name.lower().replace("_", "-"): version
+        for name, version in re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.M)
+    }
+    for group in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()):
+        for requirement in map(Requirement, group):
+            version = pinned[requirement.name.lower().replace("_", "-")]
+            floor = next((s.version for s in requirement.specifier if s.operator == ">="), "")
+            if requirement.name == "transformers":
+                assert floor == "4.57"
+                assert "transformers==4.57." in (ROOT / "constraints-transformers-4.57.txt").read_text()
+            elif floor:
+                assert version.split(".")[:2] == floor.split("."), requirement
+
+
+def test_what_is_imported_is_declared_and_used() -> None:
+    """What the package imports of others is a dependency (or an extra), and no dependency is imported by nobody."""
+    sources = [p.read_text() for folder in ("zo_opt", "kernels") for p in (ROOT / folder).rglob("*.py")]
+    tops = {top for text in sources for top in re.findall(r"^\s*(?:from|import) (\w+)", text, re.M)}
+    names = packages_distributions()
+    imported = {d.lower().replace("_", "-") for top in tops - sys.stdlib_module_names for d in names.get(top, [])}
+    required = {Requirement(r).name for r in PROJECT["dependencies"]}
+    optional = {Requirement(r).name for group in PROJECT["optional-dependencies"].values() for r in group}
+    assert imported - {"zo-opt"} <= required | optional
+    assert required - imported == {"gguf"}  # by transformers
 
 
 # --- diagrams ---
