@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 import shlex
@@ -156,6 +157,16 @@ def test_names_of_modules_exist(page: str) -> None:
                 found = importlib.import_module(".".join(name.split(".")[:i]))
             except ModuleNotFoundError:
                 found = getattr(found, part)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_scripts_import_of_the_package_exists(script: str) -> None:
+    for node in ast.walk(ast.parse(SCRIPTS[script])):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("zo_opt", "tt_kernels"):
+            found = importlib.import_module(node.module or "")
+            for alias in node.names:
+                if not hasattr(found, alias.name):
+                    importlib.import_module(f"{node.module}.{alias.name}")
 
 
 def test_all_blocks_of_the_readme_are_of_a_language_that_is_run_here() -> None:
@@ -404,3 +415,14 @@ def test_the_diagrams_of_a_run(
     assert Path("out/results.json").is_file()
     assert_in_order(diagram("From options to a run"), calls)
     assert_in_order(diagram("A row's way"), calls)
+
+
+def test_short_names_of_benchmarks_are_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings in the tables of the benchmarks make a run's options."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    measure, recipe, optimizers, split, objectives = (
+        importlib.import_module(name) for name in ("measure", "recipe", "optimizers", "split", "objectives")
+    )
+    settings = [*recipe.SELECT, *recipe.CONFIRM, *split.SIDES.values(), objectives.WRITING]
+    for setting in [*settings, *(options | adapter for options, _, adapter in optimizers.METHODS.values())]:
+        TrainConfig(**measure.nested(setting)).check()
