@@ -67,7 +67,7 @@ def measure(arguments: argparse.Namespace, precision: str) -> dict[str, Any]:
     tools.place_adapters(config, reporter)
     assert tools.cache is not None
     layers = running_layers(tools.model, tools.cache.cut)
-    optimizer = MeZO(trainable_parameters(tools.model), lr=0.0, zo_eps=config.zo_eps, module=tools.model)
+    optimizer = MeZO(trainable_parameters(tools.model), lr=0.0, zo_eps=config.eps, module=tools.model)
 
     def step(batch: Batch) -> tuple[float, float]:
         optimizer.step_count = 0

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -38,10 +39,11 @@ from zo_opt.training.config import TrainConfig
 
 STEPS = 60
 JOBS: dict[str, dict[str, Any]] = {
-    "adazeta, adam, split": {"optimizer": "adazeta", "query_mode": "split", "warmup_steps": 5, "max_queries": 4, "min_queries": 2},
+    "adazeta, adam, split": {"optimizer": "adazeta", "query_mode": "split", "warmup_steps": 5, "schedule.max_queries": 4, "schedule.min_queries": 2},
     "mezo": {"optimizer": "mezo", "lr_schedule": "constant", "lr": 1e-3},
     "mezo, variance schedule": {
-        "optimizer": "mezo", "query_mode": "sequential", "query_schedule": "variance", "min_queries": 1, "max_queries": 3,
+        "optimizer": "mezo", "query_mode": "sequential", "schedule": "variance", "schedule.min_queries": 1,
+        "schedule.max_queries": 3,
         "lr": 1e-3,
     },
     "hizoo": {"optimizer": "hizoo", "query_mode": "sequential", "lr": 1e-4},
@@ -113,9 +115,10 @@ def _line(directory: Path, common: list[str], name: str) -> list[str]:
 
 def _loaded(place: Path, common: list[str], name: str) -> Callable[[], None]:
     """What gives a fork the model and rows that are read here."""
-    values = main_module._parser("train").parse_args(_line(place / "out", common, name))["train"].as_dict()
-    values.pop("config")
-    config, reporter = TrainConfig(**values), Reporter(Console(quiet=True))
+    given: list[dict[str, Any]] = []
+    with mock.patch("zo_opt.cli.train.run", lambda options, _: given.append(vars(options))):
+        main_module.main(_line(place / "out", common, name))
+    config, reporter = TrainConfig(**given[0]), Reporter(Console(quiet=True))
     examples = loop.load_examples(config, reporter)
     tools = loop.build_tools(config, examples, reporter)
 

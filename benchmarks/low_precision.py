@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from zo_opt import MeZO
 from zo_opt.directions import Stream
 from zo_opt.models.models import load_model
-from zo_opt.optim import base
+from zo_opt.optim import machine
 from zo_opt.record.progress import Reporter
 from zo_opt.tasks.batches import BatchOrder
 from zo_opt.tasks.evaluation import Prepared, evaluate
@@ -85,7 +85,7 @@ def course(arguments: argparse.Namespace, name: str) -> dict[str, float]:
     optimizer = MeZO(model.parameters(), lr=arguments.lr, zo_eps=1e-2, directions="rademacher", seed=0)
     fixed = prepared.subset(range(len(prepared) - 128, len(prepared)))
     losses: dict[str, float] = {}
-    rounding = mock.patch.object(base, "round_into", _to_nearest) if name.endswith("nearest") else mock.MagicMock()
+    rounding = mock.patch.object(machine, "round_into", _to_nearest) if name.endswith("nearest") else mock.MagicMock()
     with rounding:
         for step in range(arguments.steps + 1):
             if step % max(1, arguments.steps // 10) == 0:

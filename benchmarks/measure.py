@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -110,3 +110,22 @@ def roofline(device: str, dtypes: tuple[torch.dtype, ...]) -> dict[str, float]:
         seconds = interleaved({"product": lambda square=square: square @ square}, 7)
         rates[str(dtype)[6:]] = 2 * side**3 / seconds["product"]
     return rates
+
+
+def nested(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a run under the short names of these tables (``layers``, ``max_queries`` ...) as TrainConfig takes them.
+
+    >>> nested({"layers": 2, "query_schedule": "constant", "max_queries": 8})
+    {'adapter': {'name': 'tt', 'layers': 2}, 'schedule': {'name': 'constant', 'queries': 8}}
+    """
+    rest = dict(options)
+    own = {name: rest.pop(name) for name in ("layers", "rank", "bottleneck", "target_modules") if name in rest}
+    if own:
+        rest["adapter"] = {"name": rest.get("adapter", "tt"), **own}
+    schedule = rest.pop("query_schedule", None)
+    counts = {name: rest.pop(name) for name in ("max_queries", "min_queries") if name in rest}
+    if schedule == "constant":
+        counts = {"queries": counts["max_queries"]}
+    if schedule is not None or counts:
+        rest["schedule"] = {"name": schedule or "adazeta", **counts}
+    return rest

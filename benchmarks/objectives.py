@@ -14,10 +14,12 @@ import argparse
 import json
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from measure import nested
 
 from zo_opt.adapters import load_adapter_model, trainable_parameters
 from zo_opt.optim import MeZO
@@ -77,7 +79,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     """One run of the loop: accuracy before and after."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as directory:
-        config.output_dir = Path(directory) / "out"
+        config = replace(config, output_dir=Path(directory) / "out")
         summary, _ = train(config, Reporter(), "")
         found: dict[str, Any] = {
             "before": summary.before.value,
@@ -117,11 +119,13 @@ def main() -> None:
         eps()
     elif arguments.what == "choose":
         for lr, scale in CHOICES:
-            config = TrainConfig(**WRITING, lr=lr, zo_eps=scale, steps=60, seed=10, validation=True, held_out=128)
+            config = TrainConfig(
+                **nested(WRITING), lr=lr, zo_eps=scale, steps=60, seed=10, validation=True, held_out=128
+            )
             save(f"exact match, validation rows, lr {lr:g}, zo_eps {scale:g}", run(config))
     else:
         for seed in arguments.seeds.split(","):
-            config = TrainConfig(**WRITING, lr=0.5, zo_eps=1.0, steps=100, seed=int(seed), held_out=256)
+            config = TrainConfig(**nested(WRITING), lr=0.5, zo_eps=1.0, steps=100, seed=int(seed), held_out=256)
             save(f"exact match, seed {seed}", run(config))
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measure import nested
 from rich.console import Console
 
 from zo_opt.errors import ZOError
@@ -94,7 +95,7 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace, adapter: dict[str, Any]) -> None:
         self.arguments = arguments
         self.config = TrainConfig(
-            train_file=arguments.train_file, eval_file=arguments.eval_file, adapter_init="random", **adapter
+            train_file=arguments.train_file, eval_file=arguments.eval_file, adapter_init="random", **nested(adapter)
         )
         reporter = Reporter(Console(quiet=True))
         examples = load_examples(self.config, reporter)
@@ -129,7 +130,7 @@ class Bench:
     def train(self, optimizer_name: str, options: dict[str, Any], lr: float) -> dict[str, Any]:
         """Spend the forwards; the loss on the selection rows."""
         restore(self.tools, self.start)
-        config = replace(self.config, optimizer=optimizer_name, lr=lr, **options)
+        config = replace(self.config, optimizer=optimizer_name, lr=lr, **nested(options))
         tools = replace(self.tools, recipe=replace(self.tools.recipe, lr=lr))
         order = BatchOrder([tools.train.labels[i] for i in self.fit], config.batch_size, 0, config.batch_order)
         optimizer = make_optimizer(

@@ -82,9 +82,10 @@ def _weigh(options: list[str]) -> dict[str, int]:
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401 (what loading imports is not its memory)
 
-    from zo_opt.journal.provenance import frozen_state, plain_parts
+    from zo_opt.journal.provenance import frozen_state
     from zo_opt.models.quantisation import KINDS, quiet
     from zo_opt.record.progress import Reporter
+    from zo_opt.system.checksum import plain_parts
     from zo_opt.system.memory import reset_peak_memory
     from zo_opt.tasks.builtin import get_task
     from zo_opt.training.config import TrainConfig

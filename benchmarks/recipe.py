@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measure import nested
 from rich.console import Console
 
 from zo_opt.record.progress import Reporter
@@ -85,7 +86,7 @@ def run(arguments: argparse.Namespace, setting: dict[str, Any], seed: int) -> No
             files = cut(arguments.train_file, seed, Path(directory))
         config = TrainConfig(
             **files,
-            **setting,
+            **nested(setting),
             model_name_or_path=arguments.model_name_or_path,
             seed=seed,
             output_dir=Path(directory) / "out",

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measure import nested
 from optimizers import Bench, restore, selection
 
 from zo_opt.tasks.batches import BatchOrder
@@ -80,7 +81,7 @@ def main() -> None:
 def run(bench: Bench, options: dict[str, Any], lr: float, seed: int) -> list[tuple[int, float]]:
     """(forwards, loss) along one run."""
     restore(bench.tools, bench.start)
-    config = replace(bench.config, optimizer="adazeta", lr=lr, seed=seed, **options)
+    config = replace(bench.config, optimizer="adazeta", lr=lr, seed=seed, **nested(options))
     tools = replace(bench.tools, recipe=replace(bench.tools.recipe, lr=lr))
     order = BatchOrder([tools.train.labels[i] for i in bench.fit], config.batch_size, seed, config.batch_order)
     optimizer = make_optimizer(

@@ -14,7 +14,16 @@ from torch import nn
 
 from zo_opt import MeZO, ZOError
 from zo_opt.directions import DIRECTIONS, LowRank, StepDirections, Stream
-from zo_opt.estimators import Estimate, ForwardMode, OneSided, TwoSided, TwoSidedWithCurvature, combine, control_variate
+from zo_opt.estimators import (
+    ESTIMATORS,
+    Estimate,
+    ForwardMode,
+    OneSided,
+    TwoSided,
+    TwoSidedWithCurvature,
+    combine,
+    control_variate,
+)
 from zo_opt.queries.copies import Limits
 from zo_opt.queries.modes import Evaluator, Losses
 from zo_opt.queries.perturbation import Perturbed
@@ -482,3 +491,36 @@ def test_forward_gradient_drops_what_is_not_finite(scale):
     estimate = forward_gradient_of([theta], lambda: (theta * scale).sum())  # noqa: PLW0108
     assert estimate.dropped == 2
     assert math.isnan(estimate.loss)
+
+
+# --- every estimator ---
+
+
+def of_quadratic(name, queries=3):
+    """An optimizer with the estimator, and its loss x^T A x / 2 at START."""
+    theta = nn.Parameter(START.clone())
+    optimizer = MeZO([theta], estimator=name, zo_eps=1e-5, seed=4, query_schedule=constant_queries(queries))
+    return theta, optimizer, lambda: theta @ CURVATURE @ theta / 2
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_every_estimator_finds_the_derivatives_at_the_cost_it_declares(name):
+    theta, optimizer, loss = of_quadratic(name)
+    expected = [float(GRADIENT @ optimizer.directions_of(0).range(q, 0, D).double()) for q in range(3)]
+    optimizer.estimate(loss)
+    assert torch.equal(theta.detach(), START)
+    optimizer.step()
+    record = optimizer.last_record
+    assert record.projected_grads == pytest.approx(expected, rel=1e-3)
+    assert record.loss == pytest.approx(float(START @ CURVATURE @ START / 2), rel=1e-3)
+    assert record.forwards == optimizer.forwards(0, 3)
+    kind = ESTIMATORS[name]
+    assert ESTIMATORS.make(ESTIMATORS.plain(kind())) == kind()
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_every_estimator_drops_what_is_not_finite(name):
+    theta, optimizer, loss = of_quadratic(name)
+    optimizer.step(lambda: loss() * math.nan)
+    assert optimizer.dropped_queries == 3
+    assert torch.equal(theta.detach(), START)

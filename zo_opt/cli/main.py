@@ -153,7 +153,9 @@ def _add_diagnose(parser: Parser) -> None:
 
 def _add_schedule(parser: Parser) -> None:
     from zo_opt.cli.schedule import ScheduleConfig
+    from zo_opt.schedules import SCHEDULES
 
+    parser.epilog = f"Schedules: {', '.join(SCHEDULES)}; or module:function, your own."
     _add_train(parser)
     parser.add_class_arguments(ScheduleConfig, None, skip={"schedule"})
 

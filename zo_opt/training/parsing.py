@@ -211,7 +211,7 @@ def add_parts(
         chosen = parser.names.get(part)
         group = parser.add_argument_group(f"{part} ({chosen})" if chosen and not kinds else part)
         if not kinds:
-            group.add_argument(f"--{part}.name", type=str, help=said[part])
+            group.add_argument(f"--{part}.name", type=str, help=f"{said[part]} Known: {', '.join(TABLES[part])}.")
             kinds = [TABLES[part].find(chosen)] if chosen and chosen != "none" else []
         added: set[str] = set()
         for kind in kinds:

@@ -1,0 +1,428 @@
+"""What documents print works: commands are taken by the package's own parser, Python blocks run, files and options that are named exist."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import shlex
+import sys
+import tomllib
+from collections.abc import Callable
+from dataclasses import fields
+from importlib.metadata import packages_distributions
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from forked_runs import ForkedRun
+from packaging.requirements import Requirement
+from tiny_models import build
+
+from zo_opt import MeZO, optim
+from zo_opt.adapters import ADAPTERS
+from zo_opt.cli.main import COMMANDS, main
+from zo_opt.comparison import runs
+from zo_opt.comparison.options import CompareConfig
+from zo_opt.optim import OPTIMIZERS
+from zo_opt.tasks.builtin import TASKS
+from zo_opt.training.config import TrainConfig
+from zo_opt.training.parts import TABLES, own_options
+
+ROOT = Path(__file__).parents[1]
+NAMES = [
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")),
+]
+PAGES = {name: (ROOT / name).read_text() for name in NAMES}
+SCRIPTS = {p.name: p.read_text() for folder in ("benchmarks", "examples") for p in (ROOT / folder).glob("*.py")}
+SHELL = PAGES | {".ci/run": (ROOT / ".ci" / "run").read_text()}
+
+
+def blocks(page: str, *languages: str) -> list[str]:
+    """The code blocks of a page in one of the languages; "" of none."""
+    return [
+        b for language, b in re.findall(r"^```(\w*)\n(.*?)^```", PAGES[page], re.DOTALL | re.M) if language in languages
+    ]
+
+
+def commands(text: str) -> list[str]:
+    """Every line of zo-opt in blocks, in scripts and between backticks; comments and what torchrun is told are left out."""
+    lines = text.replace("\\\n", " ")
+    found = [m[1] for m in re.finditer(r"^[^`#\n|]*?(?:zo-opt|zo_opt\.cli\.main) +([^`\n]*?)( +#.*)?$", lines, re.M)]
+    found += re.findall(r"`zo-opt (\w+ [^`]+)`", re.sub(r"^```.*?^```", "", lines, flags=re.DOTALL | re.M))
+    return [" ".join(c.split()) for c in found if c.split() and c.split()[0] in COMMANDS]
+
+
+COMMAND_LINES = sorted({c for text in [*SHELL.values(), *SCRIPTS.values()] for c in commands(text)})
+
+
+def arguments(command: str) -> list[str]:
+    """As the shell would give them; placeholders stand for values."""
+    command = (
+        command.removesuffix(")")
+        .replace("$'", "'")
+        .replace("$methods", "lora,lora+")
+        .replace('"$scratch/', '"')
+        .split(" >")[0]
+    )
+    return [a for a in shlex.split(command) if a not in ("...", "&&")]
+
+
+def test_the_documents_have_commands() -> None:
+    assert len(COMMAND_LINES) > 40
+    assert {c.split()[0] for c in COMMAND_LINES} == COMMANDS.keys()
+
+
+@pytest.mark.parametrize("command", COMMAND_LINES)
+def test_a_command_is_taken_by_the_parser(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Names and values of options; what is run instead is a look at what was parsed."""
+    parsed: list[SimpleNamespace] = []
+    name, *rest = arguments(command)
+    module = importlib.import_module(f"zo_opt.cli.{name}")
+    monkeypatch.setattr(module, "run", lambda options, line: parsed.append(options))
+    monkeypatch.chdir(tmp_path)
+    Path("my_module.py").write_text(
+        "from dataclasses import dataclass\nfrom zo_opt import LoRAConfig\n"
+        "def reward(predictions, references):\n    return []\n\n\n@dataclass(frozen=True)\nclass MyConfig(LoRAConfig):\n    pass\n"
+    )
+    if "--help" in rest:
+        with pytest.raises(SystemExit, match="0"):
+            main([name, *rest])
+        return
+    assert main([name, *rest]) == 0
+    values = vars(parsed[0])
+    if (
+        name == "train" and "resume" not in values and "quantise" not in values
+    ):  # which needs packages that are optional
+        TrainConfig(**values).check()
+    if name == "compare":
+        CompareConfig(**{f.name: values[f.name] for f in fields(CompareConfig) if f.name in values}).check()
+
+
+def known_options() -> set[str]:
+    """Every option of every command."""
+    from zo_opt.cli.diagnose import DiagnoseConfig
+    from zo_opt.cli.plan import PlanConfig
+    from zo_opt.cli.schedule import ScheduleConfig
+
+    groups = (TrainConfig, CompareConfig, PlanConfig, ScheduleConfig, DiagnoseConfig)
+    plain = {f.name for group in groups for f in fields(group)}
+    nested = {
+        f"{part}.{o}" for part, table in TABLES.items() for kind in table.values() for o in own_options(part, kind)
+    }
+    return plain | nested | {"config", "help", "print_config", "follow", "to", "as", "steps", "inexact", "zero_shot"}
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p not in ("CONTRIBUTING.md", "CHANGELOG.md")])
+def test_options_named_in_prose_exist(page: str) -> None:
+    foreign = {"nproc_per_node", "nnodes", "max_restarts"} | {
+        o for text in SCRIPTS.values() for o in re.findall(r'"--(\w+)"', text)
+    }
+    prose = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.DOTALL | re.M)
+    named = {o.rstrip(".") for code in re.findall(r"`([^`\n]+)`", prose) for o in re.findall(r"--([a-z][\w.]*)", code)}
+    assert named - known_options() - foreign == set()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_options_of_scripts_in_documents_exist(script: str) -> None:
+    for text in [*PAGES.values(), *SCRIPTS.values()]:
+        for line in re.findall(rf"(?:benchmarks|examples)/{script}([^`\n]*)", text.replace("\\\n", " ")):
+            for option in re.findall(r"--(\w+)", line.split("#")[0]):
+                assert script == "zo_trainer.py" or f'"--{option}"' in SCRIPTS[script], (script, option)
+
+
+@pytest.mark.parametrize("page", [*SHELL, *SCRIPTS])
+def test_files_named_exist(page: str) -> None:
+    text = SHELL.get(page, SCRIPTS.get(page, ""))
+    named = set(re.findall(r"\b((?:zo_opt|kernels|tests|benchmarks|examples|docs)/[\w/.-]*\w)", text))
+    named |= {
+        f"docs/{link}" if page.startswith("docs/") else link for link in re.findall(r"\]\(([\w./-]+\.\w+)\)", text)
+    }
+    written = {"benchmarks/results/gpu.json"}  # by a script that needs a GPU
+    assert {n for n in named - written if not (ROOT / n).exists() and not list(ROOT.glob(f"{n}*"))} == set()
+
+
+@pytest.mark.parametrize("page", [p for p in (*PAGES, *SCRIPTS) if p != "CHANGELOG.md"])  # which has the old ones
+def test_names_of_modules_exist(page: str) -> None:
+    for name in set(re.findall(r"\b(?:zo_opt|tt_kernels)(?:\.\w+)+", PAGES.get(page, SCRIPTS.get(page, "")))):
+        found: Any = importlib.import_module(name.split(".")[0])
+        for i, part in enumerate(name.split(".")[1:], start=2):
+            try:
+                found = importlib.import_module(".".join(name.split(".")[:i]))
+            except ModuleNotFoundError:
+                found = getattr(found, part)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_scripts_import_of_the_package_exists(script: str) -> None:
+    for node in ast.walk(ast.parse(SCRIPTS[script])):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("zo_opt", "tt_kernels"):
+            found = importlib.import_module(node.module or "")
+            for alias in node.names:
+                if not hasattr(found, alias.name):
+                    importlib.import_module(f"{node.module}.{alias.name}")
+
+
+def test_all_blocks_of_the_readme_are_of_a_language_that_is_run_here() -> None:
+    assert set(re.findall(r"^```(\w+)", PAGES["README.md"], re.M)) == {"bash", "python"}
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")  # the Trainer's own, without a GPU
+def test_python_blocks_of_the_readme(
+    tiny_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in blocks("README.md", "python"):
+        source = block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tiny_dir("llama")))
+        exec(compile(source.replace("layers=8", "layers=2"), "README.md", "exec"), names)
+    assert (tmp_path / "my-adapter" / "adapter_model.safetensors").is_file()
+
+
+def given(page: str) -> dict[str, object]:
+    """What the blocks of a page take as given."""
+    ids = torch.arange(12).view(2, 6)
+    batch = {"input_ids": ids, "labels": ids}
+    rows = [{"input_ids": ids[0], "labels": ids[0]}] * 4
+    if page == "docs/trainer.md":
+        from transformers import Trainer, TrainingArguments
+
+        return {
+            "model": build("llama"),
+            "train": rows,
+            "dev": rows,
+            "Trainer": Trainer,
+            "TrainingArguments": TrainingArguments,
+        }
+    if page == "docs/scaling.md":
+        return {"model": build("llama"), "loader": [batch]}
+    if page == "docs/privacy.md":
+        from zo_opt import AdaZeta
+        from zo_opt.privacy import GaussianPrivacy
+        from zo_opt.schedules import constant_queries
+
+        theta = torch.nn.Parameter(torch.ones(2))
+        return {
+            "AdaZeta": AdaZeta, "GaussianPrivacy": GaussianPrivacy, "constant_queries": constant_queries, "model": None,
+            "parameters": [theta], "rows": list(range(1000)), "collate": torch.tensor,
+            "losses": lambda model, batch: theta.sum() * batch.double(),
+        }  # fmt: skip
+    return {}
+
+
+@pytest.mark.filterwarnings("ignore")  # the Trainer's own
+@pytest.mark.parametrize("page", [p for p in PAGES if p != "README.md" and blocks(p, "python")])
+def test_python_blocks_of_other_pages(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = given(page)
+    started = page == "docs/scaling.md"
+    if started:
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for block in blocks(page, "python"):
+            lines = block.splitlines()
+            if "from trl" in block:  # run by tests/test_trainer_trl.py, where TRL is
+                lines = [line for line in lines if line.startswith("from zo_opt")]
+            exec(compile("\n".join(lines), page, "exec"), names)
+    finally:
+        if started:
+            torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "command", [c for b in blocks("README.md", "bash") for c in b.splitlines() if c and not c.startswith("zo-opt")]
+)
+def test_make_and_pip_commands_are_what_ci_runs(command: str) -> None:
+    ci, command = SHELL[".ci/run"], command.split("#", maxsplit=1)[0].strip()
+    if command.startswith("make"):
+        assert command in ci
+        assert re.search(rf"^{command.split()[1]}:", (ROOT / "Makefile").read_text(), flags=re.M)
+    else:
+        assert command == "pip install ." and "-m pip install" in ci
+
+
+def test_the_command_lines_of_the_readme_run(
+    tiny_dir: Callable[[str], Path], sentiment_files: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The documented options as they stand, on toy files; built-in model and rows are replaced."""
+    monkeypatch.chdir(tmp_path)
+    toy = tmp_path / "my.jsonl"
+    rows = sentiment_files.train.read_text()  # type: ignore[attr-defined]
+    toy.write_text(rows.replace('"label": 0', '"label": "no"').replace('"label": 1', '"label": "yes"'))
+    monkeypatch.setattr(runs.subprocess, "Popen", ForkedRun)
+    model = ["--model_name_or_path", str(tiny_dir("llama"))]
+    own = {
+        "train": ["--train_file", str(toy), "--steps", "2", *model],
+        "plan": ["--length", "32", *model],
+        "compare": ["--train_file", str(toy), "--budget_forwards", "6", *model],
+    }
+    own["diagnose"] = [*own["train"], "--queries", "4", "--eps_grid", "[0.01]"]
+    lines = [c.split("#")[0].strip() for b in blocks("README.md", "bash") for c in b.splitlines()]
+    for command in (c for c in lines if c.startswith("zo-opt")):
+        line = shlex.split(command)[1:]
+        if "--help" in line:
+            continue
+        if line[0] in own:
+            line = [a for a in line if a not in {"./my-model", "--model_name_or_path"}] + own[line[0]]
+        assert main(line) == 0, command
+
+
+# --- tables ---
+
+
+def rows_of(page: str, header: str) -> dict[str, list[str]]:
+    """A table's rows by what stands first in them, without backticks."""
+    text = PAGES[page]
+    table = text[text.index(header) :].split("\n\n")[0].splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table]
+    return {row[0].strip("` ").split("`")[0]: row for row in cells}
+
+
+def test_the_table_of_optimizers() -> None:
+    """Of each method its class, what a step costs and what cannot be given to it."""
+    table = rows_of("docs/optimizers.md", "| name | class |")
+    for name, (_, kind, _, cost, _, _, fixed) in table.items():
+        assert getattr(optim, kind.strip("`")) is OPTIMIZERS[name]
+        assert fixed == ", ".join(f"`{f}`" for f in sorted(OPTIMIZERS[name].method.fixes)), name
+        module = torch.nn.Linear(2, 2)  # GRZO splits, which needs one
+        optimizer = OPTIMIZERS[name](module.parameters(), module=module)
+        times, plus = re.findall(r"(?:(\d*)Q)?(?:(?: \+ |^)(\d+)$)?", cost.split(" (")[0].removeprefix("counted as "))[
+            0
+        ]
+        per_query = int(times or 1) if "Q" in cost else 0
+        assert optimizer.forwards(1, 3) == 3 * per_query + int(plus or 0), name
+
+
+def test_the_table_of_adapters() -> None:
+    for name, row in rows_of("docs/adapters.md", "| `--adapter`, class |").items():
+        assert row[0] == f"`{name}`, `{ADAPTERS[name].__name__}`"
+
+
+def test_tasks_that_documents_name_exist() -> None:
+    named = {
+        t
+        for row in rows_of("docs/tasks.md", "| task | kind | rows |").values()
+        for t in re.findall(r"`(\w[\w-]*)`", row[0])
+    }
+    assert named <= TASKS.keys()
+
+
+def test_arguments_of_the_trainer() -> None:
+    from transformers import TrainingArguments
+
+    from zo_opt.training import ZOArguments
+
+    own = {f.name for f in fields(ZOArguments)} - {f.name for f in fields(TrainingArguments)}
+    rows = rows_of("docs/trainer.md", "| argument | meaning")
+    named = {a for row in rows.values() for a in re.findall(r"`(\w+)`", row[0])}
+    assert named == own
+
+
+def test_folders_that_documents_list() -> None:
+    """README's list has every folder, and says what its own first sentence says."""
+    table = rows_of("README.md", "| folder | what |")
+    packages = {p.parent.name for p in (ROOT / "zo_opt").glob("*/__init__.py")}
+    assert table.keys() == {f"zo_opt/{name}/" for name in packages} | {"kernels/tt_kernels/"}
+    for folder, (_, what) in table.items():
+        said = importlib.import_module(folder.removeprefix("kernels/").strip("/").replace("/", ".")).__doc__ or ""
+        sentence = re.sub(r":\w+:`~?([\w.]+)`", r"`\1`", " ".join(said.split("\n\n")[0].split()).replace("``", "`"))
+        assert what == sentence.split(". ")[0].rstrip("."), folder
+
+
+# --- what is promised ---
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_floors_are_the_versions_that_ci_runs() -> None:
+    pinned = {
+        name.lower().replace("_", "-"): version
+        for name, version in re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.M)
+    }
+    for group in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()):
+        for requirement in map(Requirement, group):
+            version = pinned[requirement.name.lower().replace("_", "-")]
+            floor = next((s.version for s in requirement.specifier if s.operator == ">="), "")
+            if requirement.name == "transformers":
+                assert floor == "4.57"
+                assert "transformers==4.57." in (ROOT / "constraints-transformers-4.57.txt").read_text()
+            elif floor:
+                assert version.split(".")[:2] == floor.split("."), requirement
+
+
+def test_what_is_imported_is_declared_and_used() -> None:
+    """What the package imports of others is a dependency (or an extra), and no dependency is imported by nobody."""
+    sources = [p.read_text() for folder in ("zo_opt", "kernels") for p in (ROOT / folder).rglob("*.py")]
+    tops = {top for text in sources for top in re.findall(r"^\s*(?:from|import) (\w+)", text, re.M)}
+    names = packages_distributions()
+    imported = {d.lower().replace("_", "-") for top in tops - sys.stdlib_module_names for d in names.get(top, [])}
+    required = {Requirement(r).name for r in PROJECT["dependencies"]}
+    optional = {Requirement(r).name for group in PROJECT["optional-dependencies"].values() for r in group}
+    assert imported - {"zo-opt"} <= required | optional
+    assert required - imported == {"gguf"}  # by transformers
+
+
+# --- diagrams ---
+
+
+def called(action: Callable[[], object]) -> list[str]:
+    """The package's functions that an action calls, in order, as docs/developing.md writes them."""
+    calls: list[str] = []
+    package = str(ROOT / "zo_opt") + "/"
+
+    def note(frame: Any, event: str, _argument: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(package):
+            calls.append(f"{frame.f_code.co_filename.removeprefix(package)} · {frame.f_code.co_qualname}")
+
+    sys.setprofile(note)
+    try:
+        action()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def diagram(title: str) -> list[str]:
+    text = PAGES["docs/developing.md"].split(f"## {title}\n")[1]
+    return re.findall(r"[\w/]+\.py · [\w.]+", text.split("```text\n")[1].split("```")[0])
+
+
+def assert_in_order(named: list[str], calls: list[str]) -> None:
+    """Each is called, after the first call of the one before."""
+    for at, name in enumerate(named):
+        assert name in calls, f"{name} is not called after {named[at - 1]}"
+        calls = calls[calls.index(name) + 1 :]
+
+
+def test_the_diagram_of_a_step() -> None:
+    theta = torch.nn.Parameter(torch.ones(3))
+    optimizer = MeZO([theta], lr=0.1, step_control="clip")
+    assert_in_order(diagram("One step"), called(lambda: optimizer.step(lambda: theta.square().sum())))
+
+
+def test_the_diagrams_of_a_run(
+    toy_options: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = toy_options(steps=1, output_dir="out")
+    calls = called(lambda: main(line))
+    assert Path("out/results.json").is_file()
+    assert_in_order(diagram("From options to a run"), calls)
+    assert_in_order(diagram("A row's way"), calls)
+
+
+def test_short_names_of_benchmarks_are_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings in the tables of the benchmarks make a run's options."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    measure, recipe, optimizers, split, objectives = (
+        importlib.import_module(name) for name in ("measure", "recipe", "optimizers", "split", "objectives")
+    )
+    settings = [*recipe.SELECT, *recipe.CONFIRM, *split.SIDES.values(), objectives.WRITING]
+    for setting in [*settings, *(options | adapter for options, _, adapter in optimizers.METHODS.values())]:
+        TrainConfig(**measure.nested(setting)).check()
