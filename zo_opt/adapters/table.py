@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from zo_opt.adapters.adapted import AdaptedModule
-from zo_opt.adapters.tt_linear import TensorTrain
+from zo_opt.adapters.tt_linear import TTLinear
 from zo_opt.system.layers import layer_of
 
 _LEFT, _RIGHT = ("where", "kind", "shapes", "ranks"), ("count", "trained", "bytes", "share")
@@ -74,8 +74,8 @@ def _any_layer(name: str) -> str:
     return name if place is None else f"{place[0]}.*{name[len(f'{place[0]}.{place[1]}') :]}"
 
 
-def _trains(adapter: nn.Module) -> list[TensorTrain]:
-    return [m for m in adapter.modules() if isinstance(m, TensorTrain)]
+def _trains(adapter: nn.Module) -> list[TTLinear]:
+    return [m for m in adapter.modules() if isinstance(m, TTLinear)]
 
 
 def _shapes(adapter: nn.Module) -> str:

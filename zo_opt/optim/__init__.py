@@ -31,10 +31,7 @@ from zo_opt.optim.step_control import (
     STEP_CONTROLS,
     ClipProjectedGrads,
     DivideBySpread,
-    NormalizeProjectedGrads,
     StepControl,
-    StepState,
-    TrustRegion,
 )
 from zo_opt.optim.update_rules import SGD, UPDATE_RULES, Adam, AMSGrad, Momentum, Sign, UpdateRule
 from zo_opt.optim.zo_kalman import ZOKalman
@@ -86,7 +83,6 @@ __all__ = [
     "MeZOSVRG",
     "Method",
     "Momentum",
-    "NormalizeProjectedGrads",
     "Preset",
     "QueryMode",
     "Setting",
@@ -94,9 +90,7 @@ __all__ = [
     "SparseMeZO",
     "StepControl",
     "StepRecord",
-    "StepState",
     "SubZero",
-    "TrustRegion",
     "Update",
     "UpdateRule",
     "ZOAdam",

@@ -75,7 +75,7 @@ class ZOArguments(_Base):
         default=False, metadata=_help("compute the frozen layers below the first trainable once a step")
     )
     update_rule: dict | str | None = field(default=None, metadata=_help("sgd, adam, sign, momentum or amsgrad"))  # type: ignore[type-arg]
-    step_control: dict | str | None = field(default=None, metadata=_help("clip, normalize or trust-region"))  # type: ignore[type-arg]
+    step_control: dict | str | None = field(default=None, metadata=_help("clip or divide-by-spread"))  # type: ignore[type-arg]
     max_failed_steps: int = field(
         default=10, metadata=_help("so many steps in a row without a finite loss stop the run")
     )

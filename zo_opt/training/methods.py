@@ -63,7 +63,7 @@ METHODS: dict[str, Method] = {
 
 # Orders of magnitude to start a search from, found on SmolLM2-135M in a few dozen steps (benchmarks/results/compare-sst2).
 FIRST_ORDER_LR: Mapping[str, float] = {
-    "full": 6e-5, "lisa": 6e-5, "adapter": 1e-3, "lamda": 2e-3, "lamda++": 2e-3, "tt": 1e-2, "tt-lora": 1e-2, "tt-delta": 1e-2,
+    "full": 6e-5, "lisa": 6e-5, "adapter": 1e-3, "lamda": 2e-3, "lamda++": 2e-3, "tt": 1e-2, "tt-lora": 1e-2,
     "lora-fa": 1e-2, "adalora": 2e-2, "aflora": 6e-2, "spectral": 6e-2, "vera": 1e-1,
 }  # fmt: skip
 LOW_RANK_LR = 4e-3
