@@ -21,8 +21,8 @@ from zo_opt import AdaZeta, GaussianPrivacy, MeZO, ZOError
 from zo_opt.adapters.storage import WEIGHTS_NAME
 from zo_opt.optim import FZOO, LineSearch, redo
 from zo_opt.privacy import GRID, epsilon_of, noise_for
-from zo_opt.privacy import rows as private
 from zo_opt.schedules import constant_queries
+from zo_opt.training import private_rows as private
 
 KEY = bytes(range(32))
 

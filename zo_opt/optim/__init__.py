@@ -60,6 +60,17 @@ OPTIMIZERS: Table[Any] = Table(
     },
 )
 
+
+def method_of(name: str) -> Method:
+    """What an optimizer presets and fixes; nothing is known of a function of the user's own.
+
+    Raises:
+        ZOError: the optimizer is not known.
+    """
+    method = getattr(OPTIMIZERS.find(name), "method", None)
+    return method if isinstance(method, Method) else Method(name)
+
+
 __all__ = [
     "FZOO",
     "GRZO",
@@ -100,5 +111,6 @@ __all__ = [
     "ZOSign",
     "ZerothOrderOptimizer",
     "apply",
+    "method_of",
     "redo",
 ]

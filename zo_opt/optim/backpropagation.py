@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
@@ -88,7 +89,9 @@ class Backpropagation(CountingOptimizer, AdamW):
             loss.backward()
             finite = self._clip()
         if finite:
-            AdamW.step(self)
+            with torch.no_grad():
+                # Without the hooks that torch puts around it once any AdamW is made: this step has them already.
+                inspect.unwrap(AdamW.step)(self)
         self._record(float(loss.detach()), dropped=not finite)
         return loss.detach()
 

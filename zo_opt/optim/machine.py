@@ -13,12 +13,12 @@ from torch import Tensor
 from zo_opt.directions import Stream
 from zo_opt.errors import ZOError
 from zo_opt.estimators import Estimate, TwoSided, combine
+from zo_opt.estimators.private import PrivateTwoSided
 from zo_opt.optim.axis import AxisOptimizer, Directed
 from zo_opt.optim.choices import Method
 from zo_opt.optim.records import StepRecord, Update
 from zo_opt.optim.rounding import round_into
 from zo_opt.optim.write_grad import WritesGrad
-from zo_opt.privacy.estimator import PrivateTwoSided
 from zo_opt.prompts.shared_prefix import SharedPrefix
 from zo_opt.queries import modes
 from zo_opt.queries.copies import Limits
@@ -73,7 +73,8 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
                 "query_schedule with it."
             )
         if setting.privacy is not None:
-            if self.own_estimates or self.ranks is not None or type(choices.estimator) is not TwoSided:
+            alone = self.mode == "sequential" and self.ranks is None and choices.line_search is None
+            if not alone or self.own_estimates or type(choices.estimator) is not TwoSided:
                 raise ZOError(
                     "privacy clips each example's two-sided difference: use query_mode='sequential' in one process, no line search, "
                     "and an optimizer that needs no other losses, such as MeZO or AdaZeta."
@@ -89,6 +90,8 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
         self._queries, self._limits = 0, Limits()
         self._prefix: SharedPrefix | None = None
         self._prefix_of: Trainables | None = None
+        if setting.privacy is not None:
+            setting.privacy.attach()  # last: who is refused has taken nothing into use
 
     # --- the two phases ---
 

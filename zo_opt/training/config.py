@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from zo_opt.adapters import ADAPTERS, AdapterConfig
-from zo_opt.choices import Table, option_names, split
+from zo_opt.choices import Table, split
 from zo_opt.directions import DIRECTIONS
 from zo_opt.distributed import Distributed
 from zo_opt.errors import ZOError
 from zo_opt.estimators import ESTIMATORS, Estimator
 from zo_opt.models.quantisation import check_kind
-from zo_opt.optim import OPTIMIZERS, STEP_CONTROLS, Method, UpdateRule
+from zo_opt.optim import STEP_CONTROLS, UPDATE_RULES, Method, UpdateRule, method_of
 from zo_opt.record.trackers import check_trackers
 from zo_opt.schedules import SCHEDULES, QuerySchedule, RunLength, for_run
 from zo_opt.tasks import objectives
@@ -28,6 +28,8 @@ from zo_opt.training.options import (
     RunOptions,
 )
 from zo_opt.training.parsing import typed
+from zo_opt.training.parts import fixed_options
+from zo_opt.training.private_rows import check_privacy
 
 MAX_QUERIES = 15
 MIN_QUERIES = 8  # of AdaZeta's schedule in split mode, where queries are free
@@ -84,8 +86,6 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
                 raise ZOError("the F1 of a batch is no mean over its rows; with objective='f1' give --share queries.")
         if self.zeroth_order:
             self.make_choices(RunLength(self.steps))
-        from zo_opt.privacy.rows import check_privacy
-
         check_privacy(self)
 
     def check_given_parts(self) -> None:
@@ -94,9 +94,8 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
         Raises:
             ZOError: it is what makes the optimizer.
         """
-        fixed = {{"query_schedule": "schedule"}.get(name, name) for name in self.method.fixes}
         defaults = {f.name: f.default for f in fields(self)}
-        for name in fixed & defaults.keys():
+        for name in fixed_options(self.optimizer_name) & defaults.keys():
             if getattr(self, name) != defaults[name]:
                 raise ZOError(
                     f"{name} is no option of optimizer {self.optimizer_name!r}; leave it out, or choose another."
@@ -116,10 +115,8 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
 
     @property
     def method(self) -> Method:
-        """What the optimizer presets and fixes; nothing is known of a function of the user's own."""
-        found = OPTIMIZERS.find(self.optimizer_name)
-        method = getattr(found, "method", None)
-        return method if isinstance(method, Method) else Method(self.optimizer_name)
+        """What the optimizer presets and fixes."""
+        return method_of(self.optimizer_name)
 
     @property
     def zeroth_order(self) -> bool:
@@ -223,8 +220,6 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
 
     def make_update_rule(self) -> UpdateRule | None:
         """The update rule asked for (adam for adazeta); None stands for the optimizer's own."""
-        from zo_opt.optim import UPDATE_RULES
-
         choice = self.update_rule or ("adam" if self.optimizer_name == "adazeta" else None)
         if choice is None:
             return None
@@ -266,11 +261,6 @@ def _made(table: Table[Any], choice: Any) -> Any:
 
 def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
-
-
-def has_option(adapter: str, name: str) -> bool:
-    """Whether an adapter has an option."""
-    return name in option_names(ADAPTERS.find(adapter))
 
 
 assert set(PARTS) <= {f.name for f in fields(TrainConfig)}

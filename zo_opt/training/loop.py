@@ -19,7 +19,6 @@ from zo_opt.distributed import meet, world_size
 from zo_opt.journal import NAME as JOURNAL_NAME
 from zo_opt.journal import Journal
 from zo_opt.optim import ZerothOrderOptimizer
-from zo_opt.privacy.rows import make_privacy
 from zo_opt.record import checkpoint, report
 from zo_opt.record.metrics import MetricsWriter, step_values
 from zo_opt.record.output import RUN_NAME, START_NAME, output_directory
@@ -30,6 +29,7 @@ from zo_opt.system.files import write_atomically
 from zo_opt.system.memory import current_memory, peak_memory, readable, reset_peak_memory
 from zo_opt.tasks.evaluation import Evaluation, evaluate
 from zo_opt.training.config import TrainConfig
+from zo_opt.training.private_rows import make_privacy
 from zo_opt.training.resume import keeps_journal, resume, resumed_config
 from zo_opt.training.setup import Tools, build_tools, load_examples
 from zo_opt.training.stepper import Stepper

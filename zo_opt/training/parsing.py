@@ -13,77 +13,18 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from types import MappingProxyType, NoneType, UnionType
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Any, get_type_hints
 
 import docstring_parser
 import yaml
-from jsonargparse import ArgumentParser
 
-from zo_opt.choices import did_you_mean
 from zo_opt.errors import ZOError
 from zo_opt.training.options import GROUPS, PARTS, LearningOptions
+from zo_opt.training.sentences import Parser, without_options
 
 _DEEPEST = 20  # lists and mappings within each other in a file of options
-# Another name of an option: the schedule's in Python; and what users of transformers, or of earlier versions, would type.
-_ALIASES = {"query_schedule": "schedule"}
-_ELSEWHERE = {
-    "learning_rate": "lr", "num_train_epochs": "steps", "max_steps": "steps", "per_device_train_batch_size": "batch_size",
-    "model": "model_name_or_path", "quantize": "quantise", "optim": "optimizer", "dataset": "train_file",
-    "clip": "step_control.factor", "alpha": "schedule.alpha", "beta": "schedule.beta", "max_queries": "schedule.max_queries",
-    "min_queries": "schedule.min_queries", "budget_forwards": "schedule.forwards", "lora_alpha": "adapter.alpha",
-    "beta1": "update_rule.beta1", "beta2": "update_rule.beta2", "rank": "adapter.rank", "layers": "adapter.layers",
-}  # fmt: skip
-
-
-class Parser(ArgumentParser):
-    """Mistakes in options are sentences; true-or-false options may stand alone.
-
-    Attributes:
-        names: of the parts whose options it has.
-    """
-
-    names: Mapping[str, str | None] = MappingProxyType({})
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        text = " ".join(message.split()).rstrip(".")
-        see = f"see {self.prog} --help."
-        if (found := re.match(r'Parser key "([\w.]+)": (.*)', text)) is not None and found[1] in self.hints():
-            raise ZOError(
-                f"{found[1]}={_given(found[2])} is not possible; give {in_words(self.hints()[found[1]])}; {see}"
-            )
-        if (found := re.match(r"unrecognized arguments: -*([\w.\-]+)", text)) is not None:
-            raise ZOError(f"{self.unknown(found[1])}; {see}")
-        if (found := re.match(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text)) is not None:
-            raise ZOError(f"{self.unknown(f'{found[1]}.{found[2]}')}; {see}")
-        if (found := re.match(r"Key '([\w.]+)' is not expected", text)) is not None:
-            raise ZOError(f"{self.unknown(found[1])}; {see}")
-        raise ZOError(f"{text}; {see}")
-
-    def hints(self) -> dict[str, Any]:
-        """Option -> its type."""
-        return {a.dest: getattr(a, "_typehint", None) or a.type for a in self._actions if a.dest != "help"}
-
-    def let_flags_stand_alone(self) -> None:
-        """``--resume`` means ``--resume true``."""
-        for action in self._actions:
-            if getattr(action, "_typehint", None) is bool:
-                action.nargs, action.const = "?", True
-
-    def unknown(self, name: str) -> str:
-        """What to say of an option that there is not."""
-        known, (part, dot, option) = list(self.hints()), name.partition(".")
-        optimizer = self.names.get("optimizer")
-        if part in _fixed(optimizer):
-            return f"{part} is no option of optimizer {optimizer!r}; leave it out, or choose another optimizer"
-        if part in PARTS and dot:
-            has = [k.partition(".")[2] for k in known if k.startswith(f"{part}.") and not k.endswith(".name")]
-            chosen = f"{part} {self.names[part]!r}" if self.names.get(part) else f"the {part}"
-            return f"{chosen} has no option {option!r}; it has {', '.join(has) or 'none'}{did_you_mean(option, has)[:-1].replace(' Did', '. Did')}"
-        nested = [k for k in known if k.endswith(f".{name}")]
-        meant = _ELSEWHERE.get(name) or (nested[0] if nested else "")
-        hint = f" Did you mean --{meant}?" if meant else did_you_mean(name, known).replace("mean ", "mean --")
-        return f"--{name} is not known.{hint or ' Check its name'}"
+_ALIASES = {"query_schedule": "schedule"}  # the schedule's name in Python
 
 
 def parse_arguments(
@@ -125,7 +66,7 @@ def parse_arguments(
     kinds = several(values | plain) if several is not None else {}
     names = {part: _named(line, part) or _name_of(values.get(part)) for part in PARTS}
     full = parser()
-    add_plain_options(full, groups, skip | _fixed(names["optimizer"]))
+    add_plain_options(full, groups, skip | without_options(names["optimizer"]))
     add_parts(full, names, kinds, parts)
     full.let_flags_stand_alone()
     given = _merged(_of_object(full, values), _plain(full.parse_args(line, defaults=False)))
@@ -140,7 +81,7 @@ def typed(values: Mapping[str, Any], groups: Sequence[type] = GROUPS, parts: Seq
     """
     values = normalised(values)
     parser, names = Parser(prog="zo-opt train"), {part: _name_of(values.get(part)) for part in PARTS}
-    add_plain_options(parser, groups, _fixed(names["optimizer"]))
+    add_plain_options(parser, groups, without_options(names["optimizer"]))
     add_parts(parser, names, parts=parts)
     return _with_names(_of_object(parser, values), names)
 
@@ -182,7 +123,7 @@ def add_parts(
     """
     from zo_opt.training.parts import TABLES, default_name, own_options  # what they are is heavy
 
-    fixed = _fixed(names["optimizer"])
+    fixed = without_options(names["optimizer"])
     parser.names = {part: names[part] or default_name(part, names) for part in parts if part not in (several or {})}
     said = {p.arg_name: p.description for p in docstring_parser.parse(LearningOptions.__doc__ or "").params}
     for part in parts:
@@ -226,43 +167,6 @@ def read_options_file(path: Path) -> dict[str, Any]:
     return values
 
 
-def in_words(hint: Any) -> str:
-    """What an option of a type can be.
-
-    >>> in_words(Literal["lm", "classification"]), in_words(int | None), in_words(list[int])
-    ('lm or classification', 'a whole number or null', 'a list such as [a whole number]')
-    """
-    kind, inner = get_origin(hint), get_args(hint)
-    if kind in (Union, UnionType):
-        return _or([in_words(one) for one in inner])
-    if kind is Literal:
-        return _or([str(one) for one in inner])
-    if kind in (list, Sequence):
-        return f"a list such as [{in_words(inner[0])}]"
-    if kind in (dict, Mapping):
-        return "a mapping such as {name: value}"
-    return {
-        "PositiveInt": "a whole number of at least 1, such as 1, 16 or 100",
-        "NonNegativeInt": "a whole number of at least 0, such as 0, 1 or 100",
-        "PositiveFloat": "a number above 0, such as 1e-3, 0.1 or 1",
-        "NonNegativeFloat": "a number of at least 0, such as 0, 1e-3 or 0.1",
-        "int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "Path": "a path", "NoneType": "null",
-    }.get(getattr(hint, "__name__", ""), str(hint))  # fmt: skip
-
-
-def _or(words: Sequence[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
-
-
-def _given(problem: str) -> str:
-    """The value within one of jsonargparse's messages."""
-    found = re.search(
-        r"(?:[Gg]iven value|Got value): (.*)$|: (\S+) does not conform|base 10: (\S+)|to float: (\S+)", problem
-    )
-    value = next((g for g in found.groups() if g is not None), "") if found is not None else ""
-    return repr(value.strip("'"))
-
-
 def _without_config(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
     files, line, rest = [], [], iter(arguments)
     for argument in rest:
@@ -289,16 +193,6 @@ def _parse_plain(line: Sequence[str], parser: Parser) -> dict[str, Any]:
             taken.append(argument)
     parser.let_flags_stand_alone()
     return _plain(parser.parse_args(taken, defaults=False))
-
-
-def _fixed(optimizer: str | None) -> frozenset[str]:
-    """Options that the optimizer does not have."""
-    if optimizer is None:
-        return frozenset()
-    from zo_opt.training.parts import TABLES
-
-    method = getattr(TABLES["optimizer"].find(optimizer), "method", None)
-    return frozenset(_ALIASES.get(name, name) for name in method.fixes) if method is not None else frozenset()
 
 
 def _named(line: Sequence[str], part: str) -> str | None:

@@ -11,11 +11,11 @@ from zo_opt.adapters import AdapterModel
 from zo_opt.journal import Journal
 from zo_opt.optim import CountingOptimizer, ZerothOrderOptimizer
 from zo_opt.privacy import GaussianPrivacy
-from zo_opt.privacy.rows import PoissonOrder, private_step
 from zo_opt.tasks.batches import BatchOrder
 from zo_opt.tasks.evaluation import Prepared
 from zo_opt.training.build_optimizer import make_optimizer, make_param_groups
 from zo_opt.training.config import TrainConfig
+from zo_opt.training.private_rows import PoissonOrder, private_step
 from zo_opt.training.setup import Tools
 from zo_opt.training.stop import StopSignals
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from zo_opt.adapters import trainable_parameters
 from zo_opt.optim import CountingOptimizer
-from zo_opt.privacy.rows import spent
 from zo_opt.record.summary import Progress, Summary, versions
 from zo_opt.system.memory import peak_memory
 from zo_opt.tasks.evaluation import Evaluation
 from zo_opt.training.config import TrainConfig
+from zo_opt.training.private_rows import spent
 from zo_opt.training.setup import Tools
 
 

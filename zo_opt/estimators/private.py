@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zo_opt.errors import ZOError
-from zo_opt.estimators import Estimate, Estimator
+from zo_opt.estimators.base import Estimate, Estimator
 from zo_opt.privacy.gaussian import GaussianPrivacy
 from zo_opt.queries.modes import Evaluator
 from zo_opt.queries.perturbation import Point
@@ -21,17 +21,16 @@ class PrivateTwoSided(Estimator):
     Source: DPZero, arXiv 2310.09639, algorithm 2. The raw losses stay here: the estimate's loss is nan, and no query is dropped.
 
     Args:
-        privacy: clips and hides, and keeps the account: this optimizer's alone from now on.
+        privacy: clips and hides, and keeps the account.
 
     Raises:
-        ZOError: the closure's losses are no vector, or of another length on the other side; or the account has another owner.
+        ZOError: the closure's losses are no vector, or of another length on the other side.
     """
 
     query_modes: ClassVar[tuple[str, ...] | None] = ("sequential",)
     own_closure: ClassVar[bool] = True
 
     def __init__(self, privacy: GaussianPrivacy) -> None:
-        privacy.attach()
         self.privacy = privacy
 
     def __call__(self, evaluate: Evaluator, queries: int, zo_eps: float) -> Estimate:

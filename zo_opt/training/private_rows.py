@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,13 +14,15 @@ from zo_opt.adapters.tt_init import FEATURES
 from zo_opt.choices import split
 from zo_opt.errors import ZOError
 from zo_opt.estimators import TwoSided
-from zo_opt.optim import OPTIMIZERS, ZerothOrderOptimizer
+from zo_opt.optim import OPTIMIZERS, CountingOptimizer, ZerothOrderOptimizer
 from zo_opt.privacy import GaussianPrivacy, check_delta, check_epsilon, noise_for
 from zo_opt.schedules import constant_queries, simulate
 from zo_opt.tasks.batches import BatchOrder
 from zo_opt.tasks.evaluation import Prepared
 from zo_opt.tasks.metrics import LANGUAGE_MODELLING
-from zo_opt.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from zo_opt.training.config import TrainConfig
 
 
 def check_privacy(config: TrainConfig) -> None:
@@ -60,7 +63,7 @@ def check_privacy(config: TrainConfig) -> None:
         and split("schedule", config.schedule)[0] == "variance"
         and "its queries depend on what was measured",
         "objective": config.objective != "loss" and "privacy needs the loss of each row",
-        "batch_order": config.batch_order != TrainConfig.batch_order and "rows are sampled independently of each other",
+        "batch_order": config.batch_order != "balanced" and "rows are sampled independently of each other",
         "quantise": config.quantise == "bnb-int8" and "it rounds each row by what the other rows of its batch are",
     }
     for name, why in wrong.items():
@@ -122,9 +125,9 @@ def private_step(optimizer: ZerothOrderOptimizer, model: AdapterModel, rows: Pre
     optimizer.step(losses)
 
 
-def spent(config: TrainConfig, optimizer: object) -> str:
+def spent(config: TrainConfig, optimizer: CountingOptimizer) -> str:
     """The guarantee of what a run has released, in words; empty where nothing was asked for."""
-    privacy = getattr(optimizer, "privacy", None)
+    privacy = optimizer.setting.privacy if isinstance(optimizer, ZerothOrderOptimizer) else None
     if privacy is None:
         return ""
     epsilon = privacy.epsilon(config.privacy_delta)
