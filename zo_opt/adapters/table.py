@@ -32,7 +32,6 @@ def adapter_table(
     trained: Sequence[Tensor],
     *,
     each: bool,
-    width: int = 80,
 ) -> str:
     """A line for the adapters of one place, kind, shape and rank (``each``: for every adapter), and a total; long texts are folded."""
     lines: dict[tuple[str, ...], _Line] = {}
@@ -64,7 +63,7 @@ def adapter_table(
         share = f"{line.parameters / max(total.parameters, 1):.1%}"
         table.add_row(*key, f"{line.adapters:,}", f"{line.parameters:,}", f"{line.bytes:,}", share)
     text = io.StringIO()
-    Console(file=text, width=width, color_system=None, markup=False).print(table)
+    Console(file=text, width=80, color_system=None, markup=False).print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 

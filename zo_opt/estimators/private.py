@@ -63,8 +63,8 @@ class PrivateTwoSided(Estimator):
             self.privacy.release((up - down) / (2 * zo_eps), directions.step, query)
             for query, (up, down) in enumerate(zip(losses[::2], losses[1::2], strict=True))
         ]
-        ones, seeds = torch.ones(queries, dtype=torch.float64), tuple(directions.stream(q) for q in range(queries))
-        return Estimate(float("nan"), torch.tensor(grads, dtype=torch.float64), ones, 2 * queries, None, seeds)
+        ones = torch.ones(queries, dtype=torch.float64)
+        return Estimate(float("nan"), torch.tensor(grads, dtype=torch.float64), ones, 2 * queries)
 
     def charge(self, step: int, queries: int) -> None:
         self.privacy.charge(step, queries)

@@ -85,7 +85,7 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
             if self.objective == "f1":
                 raise ZOError("the F1 of a batch is no mean over its rows; with objective='f1' give --share queries.")
         if self.zeroth_order:
-            self.make_choices(RunLength(self.steps))
+            self.make_choices()
         check_privacy(self)
 
     def check_given_parts(self) -> None:
@@ -157,10 +157,6 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
             )
         return ADAPTERS.make(self.adapter, **defaults)
 
-    def has_adapter_option(self, name: str) -> bool:
-        """Whether an option of the adapter was given."""
-        return name in split("adapter", self.adapter)[1]
-
     def make_distributed(self) -> Distributed:
         """What several processes share, and how they are watched."""
         return Distributed(
@@ -169,9 +165,6 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
 
     def make_schedule(self, steps_per_epoch: int = 1) -> QuerySchedule | None:
         """The query schedule asked for; None stands for the optimizer's own."""
-        return self._schedule(RunLength(self.steps, steps_per_epoch, *self.cost))
-
-    def _schedule(self, length: RunLength) -> QuerySchedule | None:
         choice = self.schedule
         if choice is None:
             if self.optimizer_name != "adazeta":
@@ -180,6 +173,7 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
         name, options = split("schedule", choice)
         most = options.get("max_queries", options.get("end", MIN_QUERIES))
         defaults = {"min_queries": min(MIN_QUERIES, most), "start": min(MIN_QUERIES, most), "max_queries": MAX_QUERIES}
+        length = RunLength(self.steps, steps_per_epoch, *self.cost)
         return for_run(SCHEDULES.make({"name": name} | options, **defaults), length)
 
     @property
@@ -187,7 +181,7 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
         """Forward passes of a query, and of a step besides."""
         return (0, 2) if self.mode == "split" else (2, 0)
 
-    def make_choices(self, length: RunLength) -> dict[str, Any]:
+    def make_choices(self, steps_per_epoch: int = 1) -> dict[str, Any]:
         """What the optimizer is told beside lr and where it runs; what the options leave open is its own.
 
         Raises:
@@ -200,7 +194,7 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
         given: dict[str, Any] = {
             "estimator": _made(ESTIMATORS, self.estimator),
             "directions": _made(DIRECTIONS, directions),
-            "query_schedule": self._schedule(length),
+            "query_schedule": self.make_schedule(steps_per_epoch),
             "update_rule": self.make_update_rule(),
             "step_control": self._step_control(),
             "line_search": self.line_search,
@@ -230,10 +224,6 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
         given = self.step_control if self.step_control is not None else "clip"
         listed = given if isinstance(given, list) else [given]
         return [STEP_CONTROLS.make(control) for control in listed if control not in ("none", {"name": "none"})]
-
-    def make_optimizer_options(self) -> dict[str, Any]:
-        """The optimizer's own options as given."""
-        return split("optimizer", self.optimizer)[1]
 
     # --- plain values ---
 

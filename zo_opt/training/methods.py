@@ -41,11 +41,11 @@ METHODS: dict[str, Method] = {
     for method in (
         *(
             Method(name, BACKPROPAGATION, name)
-            for name in ("full", "bitfit", "lora", "dora", "adalora", "lora-fa", "vera", "aflora", "lisa", "lamda")
+            for name in (
+                *("full", "bitfit", "lora", "dora", "adalora", "lora-fa", "vera", "aflora", "lisa", "lamda", "lamda++"),
+                *("adapter", "spectral"),
+            )
         ),
-        Method("lamda++", BACKPROPAGATION, "lamda++"),
-        Method("adapter", BACKPROPAGATION, "adapter"),
-        Method("spectral", BACKPROPAGATION, "spectral"),
         Method("lora+", BACKPROPAGATION, "lora", {"loraplus_lr_ratio": 16.0}),
         Method("loretta", BACKPROPAGATION, "tt", RANDOM_START),
         # MeZO as published but for the learning rate's schedule: one Gaussian query a step, the same for all examples, plain SGD.
