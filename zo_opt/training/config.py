@@ -17,6 +17,7 @@ from zo_opt.models.quantisation import check_kind
 from zo_opt.optim import STEP_CONTROLS, UPDATE_RULES, Method, UpdateRule, method_of
 from zo_opt.record.trackers import check_trackers
 from zo_opt.schedules import SCHEDULES, QuerySchedule, RunLength, for_run
+from zo_opt.schedules.adazeta import MAX_QUERIES
 from zo_opt.tasks import objectives
 from zo_opt.training.options import (
     BACKPROPAGATION,
@@ -31,7 +32,6 @@ from zo_opt.training.parsing import typed
 from zo_opt.training.parts import fixed_options
 from zo_opt.training.private_rows import check_privacy
 
-MAX_QUERIES = 15
 MIN_QUERIES = 8  # of AdaZeta's schedule in split mode, where queries are free
 
 
