@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from dataclasses import asdict
+from pathlib import Path
 
 from rich import box
 from rich.table import Table
@@ -22,7 +23,8 @@ def run(options: Namespace, command: str) -> None:
     reporter = Reporter()
     values = vars(options)
     values.pop("config", None)
-    queries, eps_grid, out = values.pop("queries"), values.pop("eps_grid"), values.pop("out")
+    out = values.pop("out", Path("diagnose.png"))
+    grid = {name: values.pop(name) for name in ("queries", "eps_grid") if name in values}
     if out.suffix != ".png":
         raise ZOError(f"out={out} is no picture; give a name that ends in .png.")
     data = out.with_suffix(".json")
@@ -31,7 +33,7 @@ def run(options: Namespace, command: str) -> None:
         raise ZOError(f"{' and '.join(taken)} exist already; give another --out.")
     if not out.parent.is_dir():
         raise ZOError(f"the directory {out.parent} of --out does not exist; create it first.")
-    diagnosis = diagnose(TrainConfig(**values), reporter, queries=queries, eps_grid=eps_grid)
+    diagnosis = diagnose(TrainConfig(**values), reporter, **grid)
     reporter.console.print(table(diagnosis))
     for line in diagnosis.advice:
         reporter.say(line)
