@@ -122,7 +122,6 @@ TRAIN: dict[str, Options] = {
     "cli/adalora by adamw": LORA | ADAMW | ADALORA,
     "cli/lamda by adamw": LORA | ADAMW | {"adapter": "lamda"},
     "cli/lisa by adamw": TOY | ADAMW | LISA,
-    "cli/tt-delta from svd": TOY | {"adapter": "tt-delta", "adapter.init": "svd", "adapter.rank": 3, "adapter.scale": 0.5},
     "cli/own columns": TOY | {
         "train_file": "columns.csv", "eval_file": None, "held_out": 8, "text_column": "said", "label_column": "mood",
         "template": "Review {text} Label", "verbalizers": "bad=negative,good=positive",
@@ -332,7 +331,6 @@ ADAPTERS: dict[str, Options] = {
     "tt": {"rank": 2, "bottleneck": 8},
     "adapter": {"bottleneck": 4},
     "tt-lora": {"rank": 2, "tt_rank": 2},
-    "tt-delta": {"rank": 2, "scale": 0.5},
     "lora": {"rank": 2},
     "dora": {"rank": 2, "alpha": 8.0},
     "lora-fa": {"rank": 2},
@@ -383,9 +381,7 @@ LOOPS: dict[str, Options] = {
         for name in ("sgd", "adam", "sign", "momentum", "amsgrad")
     },
     "step control/clip": {"step_control": ("ClipProjectedGrads", {"factor": 0.5}), "queries": 3},
-    "step control/normalize": {"step_control": ("NormalizeProjectedGrads", {}), "queries": 3},
     "step control/spread": {"step_control": ("DivideBySpread", {}), "queries": 3},
-    "step control/trust region": {"step_control": ("TrustRegion", {"radius": 0.01}), "queries": 3},
     "line search/reject": {"line_search": (0.0, 1.0), "lr": 0.5},
     "line search/shorten": {"line_search": (1.0, 0.5, 0.25, 0.0), "lr": 0.5},
     **{
@@ -423,7 +419,6 @@ def python_runs() -> dict[str, Run]:
         "loop/privacy": private,
         **{f"adapter/{name}": partial(adapter_by_mezo, name) for name in ADAPTERS},
         **{f"adapter/{name} by adamw": partial(adapter_by_adamw, name) for name in BY_ADAMW},
-        "adapter/tt-delta from svd": partial(adapter_by_mezo, "tt-delta", init="svd"),
         "adapter/tt, a tensorized head": partial(adapter_by_mezo, "tt", model="roberta", **HEAD),
         **{name: partial(trainer, **options) for name, options in TRAINER.items()},
     }

@@ -15,6 +15,7 @@ from zo_opt import (
     get_adapter_model,
     trainable_parameters,
 )
+from zo_opt.optim import Backpropagation
 
 
 def test_two_optimizers_on_parts_of_a_model_are_no_mistake():
@@ -41,3 +42,17 @@ def test_what_is_left_after_unloading_still_answers(config):
     assert trainable_parameters(model) == []
     assert "0 trainable parameters" in repr(model)
     assert model(**padded_batch("llama")).loss.isfinite()
+
+
+def test_a_step_of_backpropagation_is_one_whoever_made_an_adamw_before():
+    """torch puts its hooks around AdamW.step once the first AdamW is made, also for what calls it from a step of its own."""
+    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    model = get_adapter_model(build("llama"), LaMDAConfig(rank=2, total_steps=4))
+    optimizer, batch = Backpropagation(trainable_parameters(model), lr=1e-3), padded_batch("llama")
+    for step in range(2):
+        optimizer.step(lambda b: model(**b).loss, batch)
+        model.step(step)
+    optimizer.step(lambda b: model(**b).loss * torch.nan, batch)  # dropped: nothing has moved
+    optimizer.step(lambda b: model(**b).loss, batch)
+    with pytest.raises(ZOError, match="two steps without it"):
+        optimizer.step(lambda b: model(**b).loss, batch)

@@ -8,7 +8,7 @@ from tiny_models import build
 from torch import nn
 from transformers import UMT5Config, UMT5ForConditionalGeneration
 
-from zo_opt import TTConfig, TTDeltaConfig, TTLoRAConfig, ZOError, get_adapter_model
+from zo_opt import LoRAConfig, TTConfig, TTLoRAConfig, ZOError, get_adapter_model
 from zo_opt.adapters.tt import TTAdapter
 
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ def test_a_fresh_adapter_is_an_identity_under_autocast_too(dtype, autocast):
 def test_a_float64_weight_is_merged_in_float64():
     layer = nn.Linear(8, 8, dtype=torch.float64)
     before = layer.weight.detach().clone()
-    plain = get_adapter_model(nn.Sequential(layer), TTDeltaConfig(rank=2, target_modules=["0"])).merge_and_unload()
+    plain = get_adapter_model(nn.Sequential(layer), TTLoRAConfig(rank=2, target_modules=["0"])).merge_and_unload()
     assert torch.equal(plain[0].weight, before)  # the start adds nothing
 
 
@@ -35,7 +35,7 @@ def test_merging_a_tied_head_of_an_encoder_decoder_that_scales_its_logits():
     torch.manual_seed(0)
     sizes = {"vocab_size": 50, "d_model": 16, "d_ff": 24, "d_kv": 4, "num_heads": 4, "num_layers": 2}
     base = UMT5ForConditionalGeneration(UMT5Config(**sizes, tie_word_embeddings=True, decoder_start_token_id=0)).eval()
-    model = get_adapter_model(base, TTDeltaConfig(rank=3, target_modules=["lm_head"]))
+    model = get_adapter_model(base, TTLoRAConfig(rank=3, target_modules=["lm_head"]))
     for p in model.parameters():
         if p.requires_grad:
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.3)
@@ -54,7 +54,7 @@ def test_a_whole_layer_has_no_weight(config):
 
 def test_a_target_that_layers_leave_out_is_named():
     with pytest.raises(ZOError, match="nothing of target module 'embed_tokens'"):
-        get_adapter_model(build("llama"), TTDeltaConfig(target_modules=["embed_tokens", "q_proj"], layers=1))
+        get_adapter_model(build("llama"), LoRAConfig(target_modules=["embed_tokens", "q_proj"], layers=1))
 
 
 @pytest.mark.parametrize(("options", "message"), [

@@ -28,7 +28,6 @@ from zo_opt import (
     LoRAFAConfig,
     SpectralConfig,
     TTConfig,
-    TTDeltaConfig,
     TTLoRAConfig,
     VeRAConfig,
     ZOError,
@@ -43,8 +42,6 @@ from zo_opt.system.layers import layer_of
 TABLE = {
     "tt": TTConfig(rank=2, bottleneck=4),
     "tt-lora": TTLoRAConfig(rank=4, tt_rank=2, alpha=2.0),
-    "tt-delta": TTDeltaConfig(rank=3),
-    "tt-delta svd": TTDeltaConfig(rank=3, init="svd", scale=0.5),
     "lora": LoRAConfig(rank=4, alpha=2.0),
     "lora rslora": LoRAConfig(rank=4, alpha=2.0, use_rslora=True),
     "lora-fa": LoRAFAConfig(rank=4, alpha=2.0),
@@ -71,10 +68,7 @@ NO_BIASES = ("llama", "t5", "gemma2")  # BitFit's new ones cannot be merged ther
 MODELS = ("llama", "gpt2", "opt", "bert", "deberta-v2", "t5", "bart", "gemma2")
 # Every method on three architectures, four kinds of method on all of them.
 PAIRS = [
-    (n, c)
-    for c in TABLE
-    for n in MODELS
-    if n in ("llama", "gpt2", "t5") or c in ("tt", "tt-delta svd", "lora", "bitfit")
+    (n, c) for c in TABLE for n in MODELS if n in ("llama", "gpt2", "t5") or c in ("tt", "tt-lora", "lora", "bitfit")
 ]
 EMBEDDINGS = {  # tied to the output head in each of them; bart's and gemma2's multiply what they look up
     "gpt2": "wte",
@@ -232,7 +226,7 @@ def test_parameters_that_are_tied_besides_are_kept_as_well(tmp_path):
         base = transformers.BertForMaskedLM(CONFIGS["bert"]()).eval()
         base.cls.predictions.bias.data.normal_()
     batch = {"input_ids": padded_batch("bert")["input_ids"]}
-    model = get_adapter_model(base, TTDeltaConfig(target_modules=["word_embeddings"]))
+    model = get_adapter_model(base, LoRAConfig(target_modules=["word_embeddings"]))
     perturb(trainable_parameters(model))
     plain = model.merge_and_unload()
     plain.save_pretrained(tmp_path)
@@ -382,8 +376,7 @@ def test_a_pattern_of_ranks_for_a_method_without_ranks(case):
         (lambda: TTLoRAConfig(alpha=0), "alpha=0"),
         (lambda: TTLoRAConfig(alpha=float("nan")), "alpha"),
         (lambda: TTLoRAConfig(tt_rank=0), "tt_rank=0"),
-        (lambda: TTDeltaConfig(scale=-1), "scale=-1"),
-        (lambda: TTDeltaConfig(init="qr"), "'qr'.*svd"),
+        (lambda: LaMDAConfig(init="qr"), "'qr'.*svd"),
     ],
 )
 def test_impossible_values(make, sentence):
@@ -441,24 +434,24 @@ def test_the_command_line_checks_every_option():
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     for name, kind in ADAPTERS.items():
         parser.add_class_arguments(kind, name.replace("-", "_"))
-    given = parser.parse_args(["--tt_delta.init=svd", "--tt_delta.layers=[0,1]", "--lora.alpha_pattern={q: 2.0}"])
-    assert TTDeltaConfig(**given["tt_delta"].as_dict()) == TTDeltaConfig(init="svd", layers=[0, 1])
+    given = parser.parse_args(["--lamda.init=zero", "--lamda.layers=[0,1]", "--lora.alpha_pattern={q: 2.0}"])
+    assert LaMDAConfig(**given["lamda"].as_dict()) == LaMDAConfig(init="zero", layers=[0, 1])
     assert LoRAConfig(**given["lora"].as_dict()) == LoRAConfig(alpha_pattern={"q": 2.0})
     with pytest.raises(jsonargparse.ArgumentError, match="init"):
-        parser.parse_args(["--tt_delta.init=qr"])
+        parser.parse_args(["--lamda.init=qr"])
 
 
 def test_positions_that_are_computed_are_no_target():
     with pytest.raises(ZOError, match="OPTLearnedPositionalEmbedding"):
-        get_adapter_model(build("opt"), TTDeltaConfig(target_modules=["embed_positions"]))
+        get_adapter_model(build("opt"), LoRAConfig(target_modules=["embed_positions"]))
 
 
 def test_quantised_weights_cannot_be_read():
     base = build("llama")
     base.model.layers[1].self_attn.v_proj.weight = torch.nn.Parameter(torch.zeros(16, 32, dtype=torch.int8), False)
     with pytest.raises(ZOError, match="quantis"):
-        get_adapter_model(base, TTDeltaConfig(init="svd"))
-    model = get_adapter_model(base, TTDeltaConfig())
+        get_adapter_model(base, LaMDAConfig())
+    model = get_adapter_model(base, TTLoRAConfig())
     before = all_weights(base)
     with pytest.raises(ZOError, match="quantis"):
         model.merge_and_unload()
@@ -470,9 +463,6 @@ def test_quantised_weights_cannot_be_read():
     [
         # A: 16.16.16 | 8 and B: 8 | 16.16.16, 920 each; LoRA of rank 8 has 4,194,304
         (TTLoRAConfig(rank=8, tt_rank=5), 2 * 32 * 1840),
-        # 16.16.16 | 16.16.16: 80 + 4 * 400 + 80
-        (TTDeltaConfig(rank=5), 2 * 32 * 1760),
-        (TTDeltaConfig(rank=5, init="svd"), 2 * 32 * 1760),
     ],
 )  # fmt: skip
 def test_counts_on_llama_2_7b(config, count):

@@ -24,9 +24,8 @@ Options = Callable[..., list[str]]
 RUNS: dict[str, dict[str, Any]] = {
     "tt": {},
     "tt-lora": {"rank": 4, "tt_rank": 2, "lora_alpha": 3.5, "rank_pattern": '{"v_proj": 2}', "layers": 2},
-    "tt-delta": {"rank": 3, "scale": 0.5, "init": "svd", "target_modules": "[q_proj, embed_tokens]", "layers": "null"},
     "tt-lora head": {"head": "classification", "template": None, "verbalizers": None},
-    "tt-delta tensorised head": {
+    "tt-lora tensorised head": {
         "head": "classification", "template": None, "verbalizers": None, "modules_to_tensorize": "[score]",
         "tensorize_rank": 2, "query_mode": "split", "queries": 4,
     },
@@ -110,16 +109,14 @@ def test_options_reach_the_adapter(finished: Callable[[str], Path]) -> None:
     values = json.loads((finished("tt-lora") / FILES[0]).read_text())
     expected = {"rank": 4, "tt_rank": 2, "alpha": 3.5, "rank_pattern": {"v_proj": 2}, "layers": 2}
     assert {k: values[k] for k in expected} == expected
-    values = json.loads((finished("tt-delta") / FILES[0]).read_text())
-    assert (values["rank"], values["scale"], values["init"]) == (3, 0.5, "svd")
-    values = json.loads((finished("tt-delta tensorised head") / FILES[0]).read_text())
+    values = json.loads((finished("tt-lora tensorised head") / FILES[0]).read_text())
     assert (values["modules_to_tensorize"], values["tensorize_rank"], values["modules_to_save"]) == (["score"], 2, None)
     values = json.loads((finished("tt-lora head") / FILES[0]).read_text())
     assert (values["modules_to_save"], values["rank"]) == (["score"], 8)
 
 
 IN_PLACE = ("full",)
-MERGED = ("tt-lora", "tt-lora head", "tt-delta", "tt-delta tensorised head", "dora", "adalora", "full")
+MERGED = ("tt-lora", "tt-lora head", "tt-lora tensorised head", "dora", "adalora", "full")
 
 
 @pytest.mark.parametrize("name", MERGED)
@@ -179,7 +176,7 @@ def _damage(run: Path) -> None:
 WRONG: dict[str, tuple[str, list[str], str]] = {
     "serial adapters": ("tt", ["--to", "to"], "nonlinearity.*cannot be merged"),
     "new biases": ("bitfit", ["--to", "to"], "no bias to merge into"),
-    "a delta as LoRA": ("tt-delta", ["--to", "to", "--as", "lora"], "'tt-delta'.*cannot be exported as LoRA"),
+    "a delta as LoRA": ("lamda", ["--to", "to", "--as", "lora"], "'lamda'.*cannot be exported as LoRA"),
     "no destination": ("tt-lora", [], "--to"),
     "another form": ("tt-lora", ["--to", "to", "--as", "gguf"], "gguf.*model, lora"),
     "a destination that holds files": ("tt-lora", ["--to", "full"], "is not empty"),

@@ -11,12 +11,17 @@ from optimizer_table import NAMES, build
 
 from zo_opt import ZOError
 from zo_opt.directions import DIRECTIONS, StepDirections
-from zo_opt.optim import ClipProjectedGrads, DivideBySpread, NormalizeProjectedGrads, StepState, TrustRegion
+from zo_opt.optim import ClipProjectedGrads, DivideBySpread, StepControl
 from zo_opt.schedules import constant_queries
 
 
 def numbers(*values):
     return torch.tensor(values, dtype=torch.float64)
+
+
+class Hold(StepControl):
+    def __call__(self, projected_grads, memory):
+        return 0 * projected_grads
 
 
 def z_of(model, step=0, query=0, directions="gaussian"):
@@ -39,17 +44,17 @@ def test_clipped_projected_grads_are_those_applied():
 
 
 def test_clipping_follows_the_running_rms():
-    clip, state = ClipProjectedGrads(factor=2.0, decay=0.75), StepState()
-    assert clip(numbers(3.0, -4.0), state).tolist() == [3.0, -4.0]
+    clip, memory = ClipProjectedGrads(factor=2.0, decay=0.75), {}
+    assert clip(numbers(3.0, -4.0), memory).tolist() == [3.0, -4.0]
     limit = 2 * math.sqrt(12.5)
-    assert clip(numbers(-100.0), state).tolist() == pytest.approx([-limit])
-    assert state.memory["mean_square"] == pytest.approx(0.75 * 12.5 + 0.25 * limit**2)
+    assert clip(numbers(-100.0), memory).tolist() == pytest.approx([-limit])
+    assert memory["mean_square"] == pytest.approx(0.75 * 12.5 + 0.25 * limit**2)
 
 
 def test_clipping_begins_with_the_first_step_that_has_a_signal():
-    clip, state = ClipProjectedGrads(factor=2.0), StepState()
-    assert clip(numbers(0.0, 0.0), state).tolist() == [0.0, 0.0]
-    assert clip(numbers(7.0), state).tolist() == [7.0]
+    clip, memory = ClipProjectedGrads(factor=2.0), {}
+    assert clip(numbers(0.0, 0.0), memory).tolist() == [0.0, 0.0]
+    assert clip(numbers(7.0), memory).tolist() == [7.0]
 
 
 @pytest.mark.parametrize("options", [{"factor": 0}, {"factor": -1}, {"decay": 1.0}, {"decay": -0.1}])
@@ -58,28 +63,20 @@ def test_impossible_clipping(options):
         ClipProjectedGrads(**options)
 
 
-def test_normalized_projected_grads_have_unit_rms():
-    grads = numbers(3.0, -1.0, 2.0)
-    out = NormalizeProjectedGrads()(grads, StepState())
-    assert float(out.square().mean()) == pytest.approx(1)
-    torch.testing.assert_close(out / out[0], grads / grads[0])
-    assert NormalizeProjectedGrads()(numbers(0.0, 0.0), StepState()).tolist() == [0, 0]
-
-
 def test_divided_by_the_spread():
     """Which leaves their sample standard deviation at one."""
     grads = numbers(3.0, -1.0, 2.0, 7.0)
-    out = DivideBySpread()(grads, StepState())
+    out = DivideBySpread()(grads, {})
     assert float(out.std(correction=1)) == pytest.approx(1)
     torch.testing.assert_close(out / out[0], grads / grads[0])
-    assert DivideBySpread()(numbers(0.0, 0.0), StepState()).tolist() == [0, 0]
+    assert DivideBySpread()(numbers(0.0, 0.0), {}).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("value", [1.0, -0.1, 1e-8])
 @pytest.mark.parametrize("noise", [0.0, 1e-16])
 def test_the_spread_of_equal_projected_grads_is_no_unit(value, noise):
     """It is zero or a rounding error."""
-    out = DivideBySpread()(value * (1 + noise * torch.arange(7, dtype=torch.float64)), StepState())
+    out = DivideBySpread()(value * (1 + noise * torch.arange(7, dtype=torch.float64)), {})
     assert (out.abs() <= 10).all()
 
 
@@ -105,59 +102,13 @@ def test_dividing_by_the_spread_needs_two_queries():
     assert same(bits(model), before)
 
 
-@pytest.mark.parametrize("directions", ["rademacher", "sphere"])
-def test_a_trust_region_bounds_the_move(directions):
-    """Exactly, where every direction has the length sqrt(d); a shorter step is left as it is."""
-    model = Model()
-    optimizer = make(model, lr=0.1, directions=directions, step_control=[TrustRegion(0.05)])
-    for _ in range(3):
-        before = flat(model)
-        optimizer.step(model, BATCH)
-        assert float((flat(model) - before).norm()) == pytest.approx(0.05, rel=1e-4)
-    free, held = Model(), Model()
-    make(free, directions=directions).step(free, BATCH)
-    make(held, directions=directions, step_control=[TrustRegion(100.0)]).step(held, BATCH)
-    assert same(bits(free), bits(held))
-
-
-def test_a_trust_region_holds_for_the_fastest_group():
-    model = Model()
-    groups = [{"params": [model.w], "lr": 0.001}, {"params": [model.b], "lr": 0.5}]
-    optimizer = make(model, params=groups, directions="rademacher", step_control=[TrustRegion(0.05)])
-    before = flat(model)
-    optimizer.step(model, BATCH)
-    assert float((flat(model) - before).norm()) <= 0.05
-
-
-def test_a_trust_region_of_many_queries():
-    """Right on average over queries: their directions are orthogonal in the mean."""
-    moves = []
-    for seed in range(20):
-        model = Model()
-        optimizer = make(model, lr=1.0, seed=seed, query_schedule=constant_queries(4), step_control=[TrustRegion(0.1)])
-        before = flat(model)
-        optimizer.step(model, BATCH)
-        moves.append(float((flat(model) - before).norm()))
-    assert sum(moves) / len(moves) == pytest.approx(0.1, rel=0.15)
-
-
-@pytest.mark.parametrize("radius", [0, -1, math.nan])
-def test_an_impossible_radius(radius):
-    with pytest.raises(ZOError, match="radius"):
-        TrustRegion(radius)
-
-
-def test_a_trust_region_without_lr():
-    assert TrustRegion(1.0)(numbers(3.0), StepState(lr=0.0, trainables=5)).tolist() == [3.0]
-
-
 def test_controls_are_applied_in_order():
     """Clipped and then divided is not divided and then clipped."""
     model, other = Model(), Model()
     queries = {"query_schedule": constant_queries(EXAMPLES)}
     clip = {"factor": 0.5}
-    make(model, **queries, step_control=[ClipProjectedGrads(**clip), NormalizeProjectedGrads()]).step(model, BATCH)
-    make(other, **queries, step_control=[NormalizeProjectedGrads(), ClipProjectedGrads(**clip)]).step(other, BATCH)
+    make(model, **queries, step_control=[ClipProjectedGrads(**clip), DivideBySpread()]).step(model, BATCH)
+    make(other, **queries, step_control=[DivideBySpread(), ClipProjectedGrads(**clip)]).step(other, BATCH)
     length, shorter = ((flat(m) - flat(Model())).norm() for m in (model, other))
     assert shorter < 0.7 * length
 
@@ -166,7 +117,7 @@ def test_controls_are_applied_in_order():
 def test_every_linear_optimizer_takes_a_control(name):
     """After its own, where it has one."""
     model = Model()
-    optimizer = build(name, model, lr=1.0, weight_decay=0.0, step_control=[TrustRegion(1e-3)])
-    before = flat(model)
+    optimizer = build(name, model, lr=1.0, weight_decay=0.0, step_control=[Hold()])
+    before = bits(model)
     optimizer.step(model, BATCH)
-    assert 0 < float((flat(model) - before).norm()) < 3e-3
+    assert same(bits(model), before)

@@ -13,16 +13,14 @@ import tensorly
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tensorly.tt_matrix import TTMatrix
 from tensorly.tt_tensor import TTTensor
 from tt_kernels import core_shapes, reconstruct, useful_ranks
 
 from zo_opt import ZOError
-from zo_opt.tensor_train import from_tensorly, from_tt_matrix, to_tensorly, to_tt_matrix, tt_svd
+from zo_opt.tensor_train import from_tensorly, to_tensorly, tt_svd
 
 EXACT = 1e-10  # float64 against float64
 SIZES = st.sampled_from([1, 2, 3, 4, 5, 7])  # ones and primes
-SIDES = st.lists(SIZES, min_size=1, max_size=3)
 SEEDS = st.integers(0, 1000)
 
 
@@ -32,12 +30,6 @@ def trains(draw, dims=None, most=6):
     dims = dims or draw(st.lists(SIZES, min_size=1, max_size=most))
     ranks = draw(st.lists(st.integers(1, 5), min_size=len(dims) - 1, max_size=len(dims) - 1))
     return make(dims, ranks, draw(SEEDS))
-
-
-@st.composite
-def matrices(draw):
-    in_dims, out_dims = tuple(draw(SIDES)), tuple(draw(SIDES))
-    return draw(trains(dims=(*in_dims, *out_dims))), in_dims, out_dims
 
 
 def noise(*shape, seed=0):
@@ -80,35 +72,6 @@ def test_svd_at_the_trains_own_ranks_gives_its_tensor_back(cores):
     assert error(dense(again), values) < EXACT
 
 
-@settings(deadline=None, max_examples=60)
-@given(dims=st.lists(SIZES, min_size=1, max_size=5), tolerance=st.floats(0, 0.9), seed=SEEDS)
-def test_svd_keeps_its_tolerance(dims, tolerance, seed):
-    values = noise(*dims, seed=seed)
-    cores = tt_svd(values, dims, tolerance=tolerance, dtype=torch.float64)
-    assert dims_of(cores) == tuple(dims)
-    assert error(dense(cores), values) <= tolerance + 1e-13
-    assert all(r <= u for r, u in zip(ranks_of(cores), useful_ranks(dims, 10**6), strict=True))
-
-
-def test_svd_spends_its_tolerance():
-    """Without that a train that never truncates would pass. Singular values 2^-k at one bond: the rank is known."""
-    values = torch.diag(2.0 ** -torch.arange(10, dtype=torch.float64))
-    norm = float(values.norm())
-    for kept in range(1, 10):
-        lost = float(values.diagonal()[kept:].norm()) / norm
-        assert ranks_of(tt_svd(values, (10, 10), tolerance=lost * 1.001)) == [kept]
-        assert ranks_of(tt_svd(values, (10, 10), tolerance=lost * 0.999)) == [kept + 1]
-
-
-@settings(deadline=None, max_examples=40)
-@given(cores=trains(most=5))
-def test_a_tolerance_finds_the_ranks_of_a_low_rank_tensor(cores):
-    values = dense(cores)
-    found = tt_svd(values, dims_of(cores), tolerance=1e-11, dtype=torch.float64)
-    unfoldings = [values.reshape(math.prod(dims_of(cores)[:k]), -1) for k in range(1, len(cores))]
-    assert ranks_of(found) == [int(torch.linalg.matrix_rank(u, rtol=1e-9)) for u in unfoldings]
-
-
 def test_svd_at_ranks_is_quasi_optimal():
     """|X - train|^2 <= sum over bonds of the best rank-r error of that unfolding (Oseledets 2011, theorem 2.2)."""
     dims, ranks = (4, 5, 3, 4), (2, 3, 2)
@@ -128,32 +91,25 @@ def test_svd_of_any_layout_dtype_and_device():
     cores = tt_svd(values.requires_grad_(), (4, 2, 3), 24)
     assert all(core.dtype == torch.float32 and not core.requires_grad for core in cores)
     assert error(dense(cores).double().reshape(4, 6), values.detach()) < 1e-6  # float32
-    half = tt_svd(values.detach().bfloat16(), (4, 6), tolerance=1e-12, dtype=torch.float64)
+    half = tt_svd(values.detach().bfloat16(), (4, 6), 4, dtype=torch.float64)
     assert error(dense(half), values.detach().bfloat16().double()) < EXACT
 
 
-def test_a_zero_tensor_has_rank_one():
-    cores = tt_svd(torch.zeros(24), (2, 3, 4), tolerance=0.1)
-    assert set(ranks_of(cores)) == {1}
-    assert not dense(cores).any()
+def test_a_zero_tensor():
     assert not dense(tt_svd(torch.zeros(24), (2, 3, 4), 2)).any()
 
 
 @pytest.mark.parametrize(
     ("values", "dims", "options", "message"),
     [
-        (torch.ones(6), (2, 3), {}, "neither"),
-        (torch.ones(6), (2, 3), {"ranks": 2, "tolerance": 0.1}, "both"),
         (torch.ones(6), (2, 4), {"ranks": 2}, "6 entries"),
         (torch.ones(6), (), {"ranks": 2}, r"dims=\(\)"),
         (torch.ones(0), (2, 0), {"ranks": 2}, r"dims=\(2, 0\)"),
         (torch.ones(6), (2, 3), {"ranks": (2, 2)}, "each of 1 bonds"),
         (torch.ones(6), (2, 3), {"ranks": 0}, "at least 1"),
         (torch.ones(6), (2, 3), {"ranks": (1.5,)}, "whole number"),
-        (torch.ones(6), (2, 3), {"tolerance": 1.0}, "tolerance=1.0"),
-        (torch.ones(6), (2, 3), {"tolerance": math.nan}, "tolerance=nan"),
         (torch.tensor([1.0, math.nan]), (2, 1), {"ranks": 1}, "NaN"),
-        (torch.tensor([1.0, math.inf]), (2, 1), {"tolerance": 0.1}, "infinite"),
+        (torch.tensor([1.0, math.inf]), (2, 1), {"ranks": 1}, "infinite"),
     ],
 )
 def test_svd_refuses_what_is_not_possible(values, dims, options, message):
@@ -177,21 +133,9 @@ def test_svd_refuses_what_is_not_possible(values, dims, options, message):
     ],
 )
 def test_what_is_not_a_train_is_refused(cores, message):
-    for call in (
-        to_tensorly,
-        lambda c: to_tt_matrix(c, (2,), (3,)),
-        lambda c: from_tensorly([x.numpy() for x in c]),
-    ):
+    for call in (to_tensorly, lambda c: from_tensorly([x.numpy() for x in c])):
         with pytest.raises(ZOError, match=message):
             call(cores)
-
-
-def test_what_does_not_go_together_is_refused():
-    cores = make((2, 3), 2)
-    with pytest.raises(ZOError, match="do not fit"):
-        to_tt_matrix(cores, (2,), (4,))
-    with pytest.raises(ZOError, match=r"out_dims=\(\)"):
-        to_tt_matrix(cores, (2, 3), ())
 
 
 @settings(deadline=None, max_examples=40)
@@ -210,37 +154,6 @@ def test_dtypes_through_tensorly():
     for dtype, kept in ((torch.float32,) * 2, (torch.float64,) * 2, (torch.bfloat16, torch.float32)):
         cores = [core.to(dtype).requires_grad_() for core in make((2, 3), 2)]
         assert [core.dtype for core in from_tensorly(to_tensorly(cores))] == [kept] * 2
-        again = from_tt_matrix(to_tt_matrix(cores, (2,), (3,)))
-        assert again[0].dtype == kept
-        expected = reconstruct([core.detach().double() for core in cores], (2,), (3,))
-        assert error(reconstruct(again, (2,), (3,)), expected) < 1e-6  # float32, also from 16 bits
-
-
-@settings(deadline=None, max_examples=60)
-@given(case=matrices())
-@example(case=(make((2, 3, 7, 5), (1, 1, 1)), (2, 3), (7, 5)))
-@example(case=(make((7, 5), 3), (7,), (5,)))
-@example(case=(make((2, 3, 4, 5), (2, 3, 4)), (2,), (3, 4, 5)))
-def test_a_tt_matrix_is_the_same_matrix(case):
-    cores, in_dims, out_dims = case
-    matrix, expected = to_tt_matrix(cores, in_dims, out_dims), reconstruct(cores, in_dims, out_dims)
-    assert isinstance(matrix, TTMatrix)
-    longest = max(len(in_dims), len(out_dims))
-    assert matrix.left_shape == in_dims + (1,) * (longest - len(in_dims))
-    assert matrix.right_shape == out_dims + (1,) * (longest - len(out_dims))
-    assert error(torch.tensor(matrix.to_matrix()), expected) < EXACT
-    again = from_tt_matrix(matrix)
-    assert dims_of(again) == (*matrix.left_shape, *matrix.right_shape)
-    assert error(reconstruct(again, in_dims, out_dims), expected) < EXACT
-
-
-def test_a_tt_matrix_within_a_tolerance_is_smaller():
-    cores = make((4, 4, 4, 4), 4)
-    matrix = to_tt_matrix(cores, (4, 4), (4, 4), tolerance=0.3)
-    assert 1e-3 < error(torch.tensor(matrix.to_matrix()), reconstruct(cores, (4, 4), (4, 4))) <= 0.3
-    assert matrix.rank[1] < to_tt_matrix(cores, (4, 4), (4, 4)).rank[1]
-    assert to_tt_matrix([core.float() for core in cores], (4, 4), (4, 4))[0].dtype == "float32"
-    assert from_tt_matrix(to_tt_matrix([core.float() for core in cores], (4, 4), (4, 4)))[0].dtype == torch.float32
 
 
 # --- tensorly's backend is its user's
@@ -250,9 +163,7 @@ def calls():
     """Everything that touches tensorly, each from torch cores to torch cores."""
     cores = make((2, 3, 4), 2)
     tt_svd(dense_by_torch(cores), (2, 3, 4), 2)
-    tt_svd(dense_by_torch(cores), (2, 3, 4), tolerance=0.1)
-    from_tensorly(to_tensorly(cores))
-    return from_tt_matrix(to_tt_matrix(cores, (2, 3), (4,)))
+    return tt_svd(dense_by_torch(from_tensorly(to_tensorly(cores))), (2, 3, 4), 2)
 
 
 def dense_by_torch(cores):
@@ -329,11 +240,8 @@ def test_conversions_speak_the_users_backend():
     def run():
         tensorly.set_backend("pytorch", local_threadsafe=True)
         cores = make((2, 3, 4), 2)
-        train, matrix = to_tensorly(cores), to_tt_matrix(cores, (2, 3), (4,))
-        return train.to_tensor(), matrix.to_matrix(), dense_by_torch(cores)
+        return to_tensorly(cores).to_tensor(), dense_by_torch(cores)
 
-    tensor, matrix, expected = in_thread(run)
+    tensor, expected = in_thread(run)
     assert isinstance(tensor, torch.Tensor)
-    assert isinstance(matrix, torch.Tensor)
     assert error(tensor.reshape(6, 4), expected.reshape(6, 4)) < EXACT
-    assert error(matrix, expected.reshape(6, 4)) < EXACT

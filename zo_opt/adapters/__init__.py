@@ -17,14 +17,12 @@ from zo_opt.adapters.lora import LoRAConfig
 from zo_opt.adapters.lora_plus import lora_plus_groups
 from zo_opt.adapters.model import AdapterModel, get_adapter_model, load_adapter_model, trainable_parameters
 from zo_opt.adapters.tt import TTConfig
-from zo_opt.adapters.tt_delta import TTDeltaConfig
 from zo_opt.adapters.tt_lora import TTLoRAConfig
 
 ADAPTERS.entries.update(
     {
         "tt": TTConfig,
         "tt-lora": TTLoRAConfig,
-        "tt-delta": TTDeltaConfig,
         "full": FullConfig,
         "lora": LoRAConfig,
         "adalora": AdaLoRAConfig,
@@ -58,7 +56,6 @@ __all__ = [
     "LoRAFAConfig",
     "SpectralConfig",
     "TTConfig",
-    "TTDeltaConfig",
     "TTLoRAConfig",
     "VeRAConfig",
     "get_adapter_model",

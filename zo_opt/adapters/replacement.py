@@ -6,11 +6,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from tt_kernels import useful_ranks
 
 from zo_opt.adapters.adapted import AdaptedModule
 from zo_opt.adapters.targets import Target
-from zo_opt.adapters.tt_linear import TTLinear, tt_dims
+from zo_opt.adapters.tt_linear import TTLinear, tt_dims, useful_train
 from zo_opt.adapters.weights import matrix, set_matrix
 
 
@@ -50,6 +49,4 @@ def tensorize(target: Target, rank: int) -> TensorizedLinear:
     """Build the replacement of a linear layer, which ``start_from_weight`` sets; the layer is left as it is."""
     in_dims, out_dims = tt_dims(target.in_features), tt_dims(target.out_features)[::-1]
     biased = getattr(target.module, "bias", None) is not None
-    ranks = useful_ranks((*in_dims, *out_dims), rank)
-    train = TTLinear(in_dims, out_dims, ranks, bias=biased, device=target.device)
-    return TensorizedLinear(target.module, train)
+    return TensorizedLinear(target.module, useful_train(in_dims, out_dims, rank, bias=biased, device=target.device))

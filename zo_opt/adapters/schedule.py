@@ -58,6 +58,8 @@ class Watch:
 
     def after_step(self, optimizer: Optimizer) -> None:
         """An optimizer made a step."""
+        if getattr(optimizer, "failed_steps", 0):
+            return  # of one of ours that dropped it: nothing has moved
         model = self._model()
         if model is not None and _holds(optimizer, {id(p) for p in model.parameters()}):
             self._count(optimizer)

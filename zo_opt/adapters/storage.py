@@ -33,12 +33,8 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 SCHEDULE_NAME = "adapter_schedule.safetensors"
 _FORMAT = "zo_opt/1"
-_FREE = (
-    "base_model_name_or_path",
-    "revision",
-    "task_type",
-    "inference_mode",
-)  # of PEFT's options: a user may change them
+# Of PEFT's options: a user may change them.
+_FREE = ("base_model_name_or_path", "revision", "task_type", "inference_mode")
 _COPY_ANEW = "copy it anew from where the adapter was saved"
 
 

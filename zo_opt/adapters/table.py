@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from zo_opt.adapters.adapted import AdaptedModule
-from zo_opt.adapters.tt_linear import TensorTrain
+from zo_opt.adapters.tt_linear import TTLinear
 from zo_opt.system.layers import layer_of
 
 _LEFT, _RIGHT = ("where", "kind", "shapes", "ranks"), ("count", "trained", "bytes", "share")
@@ -32,7 +32,6 @@ def adapter_table(
     trained: Sequence[Tensor],
     *,
     each: bool,
-    width: int = 80,
 ) -> str:
     """A line for the adapters of one place, kind, shape and rank (``each``: for every adapter), and a total; long texts are folded."""
     lines: dict[tuple[str, ...], _Line] = {}
@@ -64,7 +63,7 @@ def adapter_table(
         share = f"{line.parameters / max(total.parameters, 1):.1%}"
         table.add_row(*key, f"{line.adapters:,}", f"{line.parameters:,}", f"{line.bytes:,}", share)
     text = io.StringIO()
-    Console(file=text, width=width, color_system=None, markup=False).print(table)
+    Console(file=text, width=80, color_system=None, markup=False).print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
@@ -74,8 +73,8 @@ def _any_layer(name: str) -> str:
     return name if place is None else f"{place[0]}.*{name[len(f'{place[0]}.{place[1]}') :]}"
 
 
-def _trains(adapter: nn.Module) -> list[TensorTrain]:
-    return [m for m in adapter.modules() if isinstance(m, TensorTrain)]
+def _trains(adapter: nn.Module) -> list[TTLinear]:
+    return [m for m in adapter.modules() if isinstance(m, TTLinear)]
 
 
 def _shapes(adapter: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""Tensor trains as layers: the cores, and the linear layer whose weight they are."""
+"""The linear layer whose weight is a tensor train."""
 
 from __future__ import annotations
 
@@ -7,21 +7,39 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from tt_kernels import Pair, core_shapes, factorize, merge_pair, tt_linear
+from tt_kernels import Pair, core_shapes, factorize, merge_pair, tt_linear, useful_ranks
 
 from zo_opt.tensor_train import tt_svd
 
 
-class TensorTrain(nn.Module):
-    """float32 cores (r_{k-1}, n_k, r_k) of a matrix (prod in_dims, prod out_dims), the input dims' cores first."""
+class TTLinear(nn.Module):
+    """A linear layer whose weight is a tensor train: x (..., prod in_dims) -> (..., prod out_dims), float32.
+
+    The train is float32 cores (r_{k-1}, n_k, r_k) of a matrix (prod in_dims, prod out_dims), the input dims' cores first.
+
+    >>> layer = TTLinear((2, 3), (2, 2), 2, bias=True, device=torch.device("cpu"))
+    >>> layer.reset(torch.Generator().manual_seed(0))
+    >>> layer
+    TTLinear(in_dims=(2, 3), out_dims=(2, 2), ranks=[2, 2, 2], bias=True)
+    >>> layer(torch.ones(5, 6)).shape, layer.dense().shape
+    (torch.Size([5, 4]), torch.Size([6, 4]))
+    """
 
     def __init__(
-        self, in_dims: Sequence[int], out_dims: Sequence[int], ranks: int | Sequence[int], *, device: torch.device
+        self,
+        in_dims: Sequence[int],
+        out_dims: Sequence[int],
+        ranks: int | Sequence[int],
+        *,
+        bias: bool,
+        device: torch.device,
     ) -> None:
         super().__init__()
         self.in_dims, self.out_dims = tuple(in_dims), tuple(out_dims)
         shapes = core_shapes(in_dims, out_dims, ranks)
         self.cores = nn.ParameterList(nn.Parameter(torch.empty(s, device=device)) for s in shapes)
+        self.pair: Pair | None = None  # the merged cores, while a forward of the whole model has merged them
+        self.bias = nn.Parameter(torch.zeros(math.prod(out_dims), device=device)) if bias else None
 
     @property
     def ranks(self) -> list[int]:
@@ -29,13 +47,19 @@ class TensorTrain(nn.Module):
         return [core.shape[2] for core in self.cores][:-1]
 
     @torch.no_grad()
-    def reset(self, generator: torch.Generator, variance: float | None = None) -> None:
-        """Gaussian cores such that an entry of the matrix has a variance: 1 / prod(in_dims) if None. Drawn on the CPU."""
-        variance = 1 / math.prod(self.in_dims) if variance is None else variance
+    def reset(self, generator: torch.Generator) -> None:
+        """Gaussian cores such that an entry of the matrix has variance 1 / prod(in_dims). Drawn on the CPU."""
+        variance = 1 / math.prod(self.in_dims)
         paths = math.prod(core.shape[2] for core in self.cores)
         std = (variance / paths) ** (0.5 / len(self.cores))
         for core in self.cores:
             core.copy_(torch.randn(core.shape, generator=generator) * std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pair is not None:
+            y_TN = self.pair(x.reshape(-1, x.shape[-1]))
+            return y_TN.reshape(*x.shape[:-1], y_TN.shape[-1])
+        return tt_linear(x, list(self.cores), in_dims=self.in_dims, out_dims=self.out_dims, bias=self.bias)
 
     @torch.no_grad()
     def decompose(self, matrix_MN: Tensor) -> None:
@@ -56,44 +80,17 @@ class TensorTrain(nn.Module):
         return pair.a_MR @ pair.b_RN
 
     def extra_repr(self) -> str:
-        return f"in_dims={self.in_dims}, out_dims={self.out_dims}, ranks={self.ranks}"
+        return f"in_dims={self.in_dims}, out_dims={self.out_dims}, ranks={self.ranks}, bias={self.bias is not None}"
 
     def __repr__(self) -> str:  # the cores' shapes follow from these: a line each would be noise
         return f"{type(self).__name__}({self.extra_repr()})"
 
 
-class TTLinear(TensorTrain):
-    """A linear layer whose weight is a tensor train: x (..., prod in_dims) -> (..., prod out_dims), float32.
-
-    >>> layer = TTLinear((2, 3), (2, 2), 2, bias=True, device=torch.device("cpu"))
-    >>> layer.reset(torch.Generator().manual_seed(0))
-    >>> layer
-    TTLinear(in_dims=(2, 3), out_dims=(2, 2), ranks=[2, 2, 2], bias=True)
-    >>> layer(torch.ones(5, 6)).shape, layer.dense().shape
-    (torch.Size([5, 4]), torch.Size([6, 4]))
-    """
-
-    def __init__(
-        self,
-        in_dims: Sequence[int],
-        out_dims: Sequence[int],
-        ranks: int | Sequence[int],
-        *,
-        bias: bool,
-        device: torch.device,
-    ) -> None:
-        super().__init__(in_dims, out_dims, ranks, device=device)
-        self.pair: Pair | None = None  # the merged cores, while a forward of the whole model has merged them
-        self.bias = nn.Parameter(torch.zeros(math.prod(out_dims), device=device)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.pair is not None:
-            y_TN = self.pair(x.reshape(-1, x.shape[-1]))
-            return y_TN.reshape(*x.shape[:-1], y_TN.shape[-1])
-        return tt_linear(x, list(self.cores), in_dims=self.in_dims, out_dims=self.out_dims, bias=self.bias)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, bias={self.bias is not None}"
+def useful_train(
+    in_dims: Sequence[int], out_dims: Sequence[int], rank: int, *, bias: bool, device: torch.device
+) -> TTLinear:
+    """A train of one inner rank, or less where a bond cannot use so much."""
+    return TTLinear(in_dims, out_dims, useful_ranks((*in_dims, *out_dims), rank), bias=bias, device=device)
 
 
 def tt_dims(size: int) -> tuple[int, ...]:

@@ -13,14 +13,14 @@ from zo_opt.adapters.adapted import Delta, ParallelAdapter
 from zo_opt.adapters.config import AdapterConfig
 from zo_opt.adapters.options import SEED, option
 from zo_opt.adapters.targets import ATTENTION, Target
-from zo_opt.adapters.tt_embedding import input_train, output_train
+from zo_opt.adapters.tt_linear import tt_dims, useful_train
 
 
 @dataclass(frozen=True)
 class TTLoRAConfig(AdapterConfig):
     """h = W0 x + (alpha / rank) B A x, where A (rank x in) and B (out x rank) are a tensor train each.
 
-    B starts at zero (its last core), which is an exact identity. A's entries start with variance 1 / in, in embeddings 1.
+    B starts at zero (its last core), which is an exact identity. A's entries start with variance 1 / in.
     [choice] ``rank`` is one dim of both trains; inner ranks are ``tt_rank``, or less where a bond cannot use so much.
     It merges into the weights, and ``AdapterModel.export_peft`` writes A and B as an ordinary LoRA.
 
@@ -35,7 +35,6 @@ class TTLoRAConfig(AdapterConfig):
     """
 
     default_targets: ClassVar[Mapping[str, Sequence[str]]] = ATTENTION
-    adapts_embeddings: ClassVar[bool] = True
 
     rank: int = option(8, "rank of the weight's update")
     alpha: float = option(16.0, "the update is multiplied by alpha / rank")
@@ -53,8 +52,9 @@ class TTLoRA(Delta):
         super().__init__()
         rank = config.rank_of(target.name)
         self.scaling = config.alpha / rank
-        self.down = input_train(target, (rank,), config.tt_rank)
-        self.up = output_train(target, (rank,), config.tt_rank)
+        in_dims, out_dims = tt_dims(target.in_features), tt_dims(target.out_features)[::-1]
+        self.down = useful_train(in_dims, (rank,), config.tt_rank, bias=False, device=target.device)
+        self.up = useful_train((rank,), out_dims, config.tt_rank, bias=False, device=target.device)
         if target.device.type != "meta":
             generator = torch.Generator().manual_seed(config.seed_of(number))
             self.down.reset(generator)

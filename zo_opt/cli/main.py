@@ -18,7 +18,8 @@ from zo_opt import __version__
 from zo_opt.choices import did_you_mean
 from zo_opt.errors import NonFiniteLossError, RankError, ZOError
 from zo_opt.training.options import COMPARISONS_OWN, GROUPS, PARTS
-from zo_opt.training.parsing import Parser, parse_arguments
+from zo_opt.training.parsing import parse_arguments
+from zo_opt.training.sentences import Parser
 from zo_opt.training.stop import InterruptedRunError
 
 

@@ -58,14 +58,9 @@ class ScheduleConfig:
         return list(dict.fromkeys(name.strip() for name in self.query_schedule.split(",")))
 
     @property
-    def forwards_per_query(self) -> int:
-        """Two-sided queries cost two forward passes each, unless they share the batch."""
-        return 0 if self.query_mode == "split" else 2
-
-    @property
-    def forwards_per_step(self) -> int:
-        """Queries that share the batch cost two forward passes together."""
-        return 2 if self.query_mode == "split" else 0
+    def cost(self) -> tuple[int, int]:
+        """Forward passes of a query, and of a step besides: two-sided queries cost two each, or two together where they share the batch."""
+        return (0, 2) if self.query_mode == "split" else (2, 0)
 
     def check(self) -> None:
         """What no schedule checks by itself.
@@ -84,18 +79,17 @@ class ScheduleConfig:
     def courses(self) -> list[Course]:
         """What each schedule asks for over the whole run."""
         signals = [self.signal_end ** (step / max(self.steps - 1, 1)) for step in range(self.steps)]
-        cost = (self.forwards_per_query, self.forwards_per_step)
         courses = []
         for name in self.names:
             schedule = self._schedule(name)
-            queries = simulate(schedule, self.steps, self.steps_per_epoch, *cost, signals)
-            courses.append(Course(name, queries, *cost))
+            queries = simulate(schedule, self.steps, self.steps_per_epoch, *self.cost, signals)
+            courses.append(Course(name, queries, *self.cost))
         return courses
 
     def _schedule(self, name: str) -> QuerySchedule:
         kind = SCHEDULES.find(name)
         has = option_names(kind) if isclass(kind) else []
-        length = RunLength(self.steps, self.steps_per_epoch, self.forwards_per_query, self.forwards_per_step)
+        length = RunLength(self.steps, self.steps_per_epoch, *self.cost)
         schedule = for_run(
             SCHEDULES.make({"name": name} | {k: v for k, v in self.schedule.items() if k in has}), length
         )

@@ -13,8 +13,9 @@ from zo_opt.errors import ZOError
 from zo_opt.optim import ZerothOrderOptimizer
 from zo_opt.optim.backpropagation import FORWARDS_PER_STEP
 from zo_opt.schedules import History
+from zo_opt.schedules.adazeta import MAX_QUERIES
 from zo_opt.training.build_optimizer import make_optimizer
-from zo_opt.training.config import MAX_QUERIES, TrainConfig
+from zo_opt.training.config import TrainConfig
 
 
 def steps_within(config: TrainConfig, forwards: int, steps_per_epoch: int) -> int:

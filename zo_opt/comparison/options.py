@@ -18,7 +18,7 @@ from zo_opt.training.config import TrainConfig
 from zo_opt.training.methods import Method, get_method
 from zo_opt.training.options import PARTS
 from zo_opt.training.parsing import typed
-from zo_opt.training.parts import own_options
+from zo_opt.training.parts import fixed_options, own_options
 
 DEFAULT_METHODS = "adazeta,mezo-lora,lora,lora+,adalora,lamda"
 SECONDS_PROBE_STEPS = 4
@@ -138,7 +138,7 @@ def run_config(base: TrainConfig, method: Method, **changes: Any) -> TrainConfig
         options = given.pop(part, {})
         kept = {k: v for k, v in options.items() if k in has[part]} if isinstance(options, Mapping) else {}
         chosen[part] = {"name": name} | (_with_rank(kept, method.adapter) if part == "adapter" else kept)  # type: ignore[assignment]
-    fixed = {{"query_schedule": "schedule"}.get(n, n) for n in getattr(getattr(optimizer, "method", None), "fixes", ())}
+    fixed = fixed_options(method.optimizer)
     given = {name: value for name, value in given.items() if name not in fixed}
     if given.get("adapter_init") in FEATURES and method.adapter != "tt":
         given.pop("adapter_init")

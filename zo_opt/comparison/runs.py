@@ -165,9 +165,8 @@ class Run:
             results = self.results()
         except ZOError as error:  # which ends no other run
             return Outcome("failed", str(error))
-        curve = [
-            s["loss"] for s in self.steps_done() if math.isfinite(s["loss"])
-        ]  # a dropped step alone is no divergence
+        # A dropped step alone is no divergence.
+        curve = [s["loss"] for s in self.steps_done() if math.isfinite(s["loss"])]
         if results is None or results["after"]["loss"] is None or not curve:
             return Outcome("diverged", "the held-out loss is not finite after training")
         tenth = math.ceil(len(curve) / 10)

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from zo_opt.directions import Stream
 from zo_opt.queries.modes import Evaluator, Losses
 
 
@@ -25,7 +24,6 @@ class Estimate:
         forwards: forward passes spent.
         curvatures: float64, shape (queries,): (l+ + l- - 2 l0) / zo_eps^2, the second derivative along each direction; None
             where it was not asked for.
-        seeds: (seed, step, query) of each direction.
     """
 
     loss: float
@@ -33,18 +31,11 @@ class Estimate:
     weights: Tensor
     forwards: int
     curvatures: Tensor | None = None
-    seeds: tuple[Stream, ...] = ()
 
     @property
     def dropped(self) -> int:
         """Queries whose losses were not finite."""
         return int(self.projected_grads.isnan().sum())
-
-    @property
-    def spread(self) -> float:
-        """Standard deviation of the finite projected gradients (nan below two of them)."""
-        finite = self.projected_grads[self.projected_grads.isfinite()]
-        return float(finite.std()) if len(finite) > 1 else float("nan")
 
 
 @dataclass(frozen=True)
@@ -94,7 +85,7 @@ def estimate_of(
     """The estimate that these losses amount to; its loss is the mean over the queries with finite derivatives."""
     weights = losses.weights * projected_grads.isfinite()
     mean = (loss_of_query.nan_to_num(0, 0, 0) * weights).sum() / weights.sum()
-    return Estimate(float(mean), projected_grads, losses.weights, losses.forwards, curvatures, losses.seeds)
+    return Estimate(float(mean), projected_grads, losses.weights, losses.forwards, curvatures)
 
 
 def combine(estimates: Sequence[Estimate]) -> Estimate:
@@ -107,5 +98,4 @@ def combine(estimates: Sequence[Estimate]) -> Estimate:
         torch.stack([e.weights for e in estimates]).mean(dim=0),
         sum(e.forwards for e in estimates),
         torch.stack(curvatures).mean(dim=0) if curvatures else None,
-        estimates[0].seeds,
     )

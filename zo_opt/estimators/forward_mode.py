@@ -39,9 +39,8 @@ class ForwardMode(Estimator):
         found = [directional_derivative(evaluate.perturbed, call, query) for query in range(queries)]
         values, projected_grads = (torch.tensor(x, dtype=torch.float64) for x in zip(*found, strict=True))
         projected_grads = torch.where(projected_grads.isfinite() & values.isfinite(), projected_grads, torch.nan)
-        seeds = tuple(evaluate.perturbed.directions.stream(q) for q in range(queries))
         ones = torch.ones(queries, dtype=torch.float64)
-        return estimate_of(Losses(values[:, None], ones, 2 * queries, seeds=seeds), projected_grads, values)
+        return estimate_of(Losses(values[:, None], ones, 2 * queries), projected_grads, values)
 
 
 def directional_derivative(perturbed: Perturbed, call: Callable[[], Any], query: int) -> tuple[float, float]:

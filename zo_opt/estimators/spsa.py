@@ -88,4 +88,4 @@ def control_variate(evaluate: Evaluator, anchor: Tensor, queries: int, zo_eps: f
     here = TwoSided()(evaluate, queries, zo_eps)
     up, down = evaluate(queries, (zo_eps, -zo_eps), anchor=anchor).values.unbind(dim=1)
     there = torch.where(up.isfinite() & down.isfinite(), (up - down) / (2 * zo_eps), torch.nan)
-    return Estimate(here.loss, here.projected_grads - there, here.weights, 2 * here.forwards, seeds=here.seeds)
+    return Estimate(here.loss, here.projected_grads - there, here.weights, 2 * here.forwards)

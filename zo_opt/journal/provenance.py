@@ -59,11 +59,12 @@ def tuned_names(optimizer: ZerothOrderOptimizer, model: nn.Module) -> dict[str, 
 def describe(optimizer: ZerothOrderOptimizer, model: nn.Module) -> dict[str, Any]:
     """All that :func:`~zo_opt.optim.apply` depends on besides weights, tensors of its state and the update itself, as plain values."""
     names = {id(p): name for name, p in tuned_names(optimizer, model).items()}
-    choices, own = optimizer.choices, [name for name in optimizer.method.own if hasattr(optimizer, name)]
+    choices = optimizer.choices
+    own = {name: getattr(optimizer, name) for name in optimizer.method.own if hasattr(optimizer, name)}
     description = {
         "method": optimizer.method.name,
-        "machine": _machine_name(optimizer),
-        "options": {name: value for name in own if _is_plain(value := getattr(optimizer, name))},
+        "machine": _MACHINES.name_of(optimizer),
+        "options": {name: value for name, value in own.items() if isinstance(value, bool | int | float | str)},
         "directions": DIRECTIONS.plain(choices.directions),
         "update_rule": UPDATE_RULES.plain(choices.update_rule),
         # The same bits on every device: all products are with +-1 or 0, so that only sums round.
@@ -161,11 +162,3 @@ def difference(recorded: Any, given: Any, where: str = "") -> str | None:
         return None if recorded == given else f"{where}: {recorded} and {given}"
     found = (difference(a, b, f"{where}.{k}" if where else k) for k, a, b in pairs)
     return next((text for text in found if text is not None), None)
-
-
-def _machine_name(optimizer: ZerothOrderOptimizer) -> str:
-    return _MACHINES.name_of(optimizer)
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, bool | int | float | str)

@@ -2,6 +2,7 @@
 
 >>> import tempfile
 >>> from zo_opt import MeZO
+>>> from zo_opt.journal import replay
 >>> theta, again = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
 >>> _ = again.load_state_dict(theta.state_dict())
 >>> path = Path(tempfile.mkdtemp()) / "journal"
@@ -44,14 +45,11 @@ from zo_opt.journal.provenance import (
     progress,
     tuned_names,
 )
-from zo_opt.journal.replaying import replay
 from zo_opt.optim import Update, ZerothOrderOptimizer
 from zo_opt.system.checksum import fingerprint
 from zo_opt.system.files import GrowingFile, write_atomically
 
 NAME = "journal"
-
-__all__ = ["NAME", "Contents", "Journal", "read_journal", "replay"]
 
 
 class Journal:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,6 @@ from zo_opt.errors import ZOError
 from zo_opt.models.quantised_layers import QuantisedEmbedding, QuantisedLinear, bitsandbytes_layers
 from zo_opt.system.layers import layer_of
 
-Quantisation = Literal["int8", "int4", "bnb-int8", "bnb-nf4"]
 # kind -> the package that it needs
 KINDS = {"int8": "torchao", "int4": "torchao", "bnb-int8": "bitsandbytes", "bnb-nf4": "bitsandbytes"}
 _BITSANDBYTES = {"Linear8bitLt": "bnb-int8", "Linear4bit": "bnb-nf4"}  # as transformers loads them
@@ -127,9 +126,8 @@ def quiet(*, stderr: bool = False) -> Iterator[None]:
 
 def _by_torchao(layer: nn.Linear, kind: str, dtype: torch.dtype) -> nn.Module:
     layer.weight.data = layer.weight.data.to(dtype)
-    whole_groups = (
-        layer.in_features % GROUP == 0 and layer.out_features % 16 == 0
-    )  # else the int4 kernel does not take it
+    # Else the int4 kernel does not take it.
+    whole_groups = layer.in_features % GROUP == 0 and layer.out_features % 16 == 0
     return QuantisedLinear(_torchao_weight(layer, kind if whole_groups else "int8"), layer.bias, dtype)
 
 

@@ -31,10 +31,7 @@ from zo_opt.optim.step_control import (
     STEP_CONTROLS,
     ClipProjectedGrads,
     DivideBySpread,
-    NormalizeProjectedGrads,
     StepControl,
-    StepState,
-    TrustRegion,
 )
 from zo_opt.optim.update_rules import SGD, UPDATE_RULES, Adam, AMSGrad, Momentum, Sign, UpdateRule
 from zo_opt.optim.zo_kalman import ZOKalman
@@ -63,6 +60,17 @@ OPTIMIZERS: Table[Any] = Table(
     },
 )
 
+
+def method_of(name: str) -> Method:
+    """What an optimizer presets and fixes; nothing is known of a function of the user's own.
+
+    Raises:
+        ZOError: the optimizer is not known.
+    """
+    method = getattr(OPTIMIZERS.find(name), "method", None)
+    return method if isinstance(method, Method) else Method(name)
+
+
 __all__ = [
     "FZOO",
     "GRZO",
@@ -86,7 +94,6 @@ __all__ = [
     "MeZOSVRG",
     "Method",
     "Momentum",
-    "NormalizeProjectedGrads",
     "Preset",
     "QueryMode",
     "Setting",
@@ -94,9 +101,7 @@ __all__ = [
     "SparseMeZO",
     "StepControl",
     "StepRecord",
-    "StepState",
     "SubZero",
-    "TrustRegion",
     "Update",
     "UpdateRule",
     "ZOAdam",
@@ -106,5 +111,6 @@ __all__ = [
     "ZOSign",
     "ZerothOrderOptimizer",
     "apply",
+    "method_of",
     "redo",
 ]

@@ -75,11 +75,11 @@ class Choices:
             )
         modes = self.estimator.query_modes
         if modes is not None and self.query_mode not in modes:
-            what = "privacy" if self.estimator.own_closure else f"estimator {ESTIMATORS.name_of(self.estimator)!r}"
-            raise ZOError(f"query_mode={self.query_mode!r} does not apply to {what}; leave it {modes[0]}.")
-        if self.line_search is not None and not (self.update_rule.linear and not self.estimator.own_closure):
+            name = ESTIMATORS.name_of(self.estimator)
+            raise ZOError(f"query_mode={self.query_mode!r} does not apply to estimator {name!r}; leave it {modes[0]}.")
+        if self.line_search is not None and not self.update_rule.linear:
             raise ZOError(
-                "a line search looks at losses along the step's own estimate; use it with the plain SGD update rule and without privacy."
+                "a line search looks at losses along the step's own estimate; use it with the plain SGD update rule."
             )
 
     @classmethod

@@ -27,18 +27,11 @@ class CountingOptimizer(Optimizer):
         max_failed_steps: so many failed steps in a row end the run.
     """
 
-    step_count: int
-    history: History
-    failed_steps: int
-    dropped_queries: int
-    last_record: StepRecord | None
-    steps_per_epoch: int
-    max_failed_steps: int
-
     def start_counting(self, steps_per_epoch: int, max_failed_steps: int) -> None:
         """Before the first step."""
         self.step_count = self.failed_steps = self.dropped_queries = 0
-        self.history, self.last_record = History(), None
+        self.history = History()
+        self.last_record: StepRecord | None = None
         self.steps_per_epoch, self.max_failed_steps = steps_per_epoch, max_failed_steps
 
     @property

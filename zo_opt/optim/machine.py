@@ -13,13 +13,12 @@ from torch import Tensor
 from zo_opt.directions import Stream
 from zo_opt.errors import ZOError
 from zo_opt.estimators import Estimate, TwoSided, combine
+from zo_opt.estimators.private import PrivateTwoSided
 from zo_opt.optim.axis import AxisOptimizer, Directed
 from zo_opt.optim.choices import Method
 from zo_opt.optim.records import StepRecord, Update
 from zo_opt.optim.rounding import round_into
-from zo_opt.optim.step_control import StepState
 from zo_opt.optim.write_grad import WritesGrad
-from zo_opt.privacy.estimator import PrivateTwoSided
 from zo_opt.prompts.shared_prefix import SharedPrefix
 from zo_opt.queries import modes
 from zo_opt.queries.copies import Limits
@@ -74,7 +73,8 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
                 "query_schedule with it."
             )
         if setting.privacy is not None:
-            if self.own_estimates or self.ranks is not None or type(choices.estimator) is not TwoSided:
+            alone = self.mode == "sequential" and self.ranks is None and choices.line_search is None
+            if not alone or self.own_estimates or type(choices.estimator) is not TwoSided:
                 raise ZOError(
                     "privacy clips each example's two-sided difference: use query_mode='sequential' in one process, no line search, "
                     "and an optimizer that needs no other losses, such as MeZO or AdaZeta."
@@ -87,11 +87,13 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
         self.start_axis()
         self.update_count = 0
         self.last_update: Update | None = None
-        self._control = [StepState() for _ in choices.step_control]
+        self._control: list[dict[str, float]] = [{} for _ in choices.step_control]
         self.pending: list[tuple[Estimate, Evaluator]] = []
         self._queries, self._limits = 0, Limits()
         self._prefix: SharedPrefix | None = None
         self._prefix_of: Trainables | None = None
+        if setting.privacy is not None:
+            setting.privacy.attach()  # last: who is refused has taken nothing into use
 
     # --- the two phases ---
 
@@ -152,7 +154,7 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
         )  # fmt: skip
         kept = estimate.projected_grads.isfinite()
         self.pending = []
-        projected_grads = self.take_in(record, max(self.lrs))
+        projected_grads = self.take_in(record)
         if projected_grads is None:
             return estimate.loss, Update(self.step_count, self.lrs, ())
         weights = estimate.weights[kept] / estimate.weights[kept].sum()
@@ -167,7 +169,7 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
             self.history.forwards += forwards
         return estimate.loss, update
 
-    def take_in(self, record: StepRecord, lr: float) -> Tensor | None:
+    def take_in(self, record: StepRecord) -> Tensor | None:
         """Counts, history and step control after a step's queries; the finite projected gradients as controlled, None if too few."""
         self.last_record = record
         self.history.queries += record.queries
@@ -179,9 +181,8 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
         controls = self.choices.step_control
         if len(projected_grads) < min(max((c.least for c in controls), default=1), record.queries):
             return None
-        for control, state in zip(controls, self._control, strict=True):
-            state.lr, state.trainables = lr, self.trainables().total
-            projected_grads = control(projected_grads, state)
+        for control, memory in zip(controls, self._control, strict=True):
+            projected_grads = control(projected_grads, memory)
         return projected_grads
 
     def move(self, update: Update) -> None:
@@ -318,7 +319,7 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
             "seed": self.setting.seed,
             "zo_eps": self.choices.zo_eps,
             "updates": self.update_count,
-            "step_control": [dict(state.memory) for state in self._control],
+            "step_control": [dict(memory) for memory in self._control],
             "estimator": self.choices.estimator.state_dict(),
         }
 
@@ -328,8 +329,7 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
         self.choices = replace(self.choices, zo_eps=float(zo["zo_eps"]))
         self.forget_axis()  # its directions know the seed
         self.update_count = int(zo["updates"])
-        for state, memory in zip(self._control, zo["step_control"], strict=True):
-            state.memory = dict(memory)
+        self._control = [dict(memory) for _, memory in zip(self._control, zo["step_control"], strict=True)]
         if bool(zo["estimator"]) != bool(self.choices.estimator.state_dict()):
             raise ZOError(
                 "this state and this optimizer differ in privacy: one has it, the other has not; give it to both."

@@ -76,7 +76,7 @@ class MeZOSVRG(ZerothOrderOptimizer):
             return self.choices.estimator(evaluator, queries, zo_eps)
         if self.pending:  # another micro-batch of a step that does not need it
             done = self.pending[0][0]
-            return Estimate(done.loss, done.projected_grads, done.weights, 0, seeds=done.seeds)
+            return Estimate(done.loss, done.projected_grads, done.weights, 0)
         return self.choices.estimator(
             Evaluator(evaluator.perturbed, self.full_closure, limits=evaluator.limits), queries, zo_eps
         )

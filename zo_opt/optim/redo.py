@@ -49,6 +49,6 @@ def redo(optimizer: ZerothOrderOptimizer, update: Update, record: StepRecord) ->
     if record.step != update.step:
         raise ZOError(f"the update is of step {update.step} and the record of step {record.step}; give one step's.")
     apply(optimizer, update)
-    optimizer.take_in(record, max(update.lrs))
+    optimizer.take_in(record)
     if not update.coefficients:
         optimizer.failed_steps += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -11,21 +11,6 @@ from torch import Tensor
 
 from zo_opt.choices import Table
 from zo_opt.errors import ZOError
-
-
-@dataclass
-class StepState:
-    """What a step control is told of the step, and what it may remember.
-
-    Attributes:
-        lr: the (largest) learning rate of the step.
-        trainables: number of trainable entries.
-        memory: plain numbers that survive from step to step, and a restart.
-    """
-
-    lr: float = 1.0
-    trainables: int = 1
-    memory: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -41,8 +26,8 @@ class StepControl(ABC):
     lr_is_a_length: ClassVar[bool] = False
 
     @abstractmethod
-    def __call__(self, projected_grads: Tensor, state: StepState) -> Tensor:
-        """The controlled projected gradients, same shape."""
+    def __call__(self, projected_grads: Tensor, memory: dict[str, float]) -> Tensor:
+        """The controlled projected gradients, same shape; ``memory`` holds plain numbers that survive from step to step, and a restart."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +37,10 @@ class ClipProjectedGrads(StepControl):
     [choice] One example with a huge loss difference (a query is one noisy scalar) must not decide a step. The
     running square is an exponential average with ``decay`` a step, seeded by the first step.
 
-    >>> clip, state = ClipProjectedGrads(factor=2.0), StepState()
-    >>> clip(torch.tensor([1.0, -1.0], dtype=torch.float64), state).tolist()
+    >>> clip, memory = ClipProjectedGrads(factor=2.0), {}
+    >>> clip(torch.tensor([1.0, -1.0], dtype=torch.float64), memory).tolist()
     [1.0, -1.0]
-    >>> clip(torch.tensor([0.5, 100.0], dtype=torch.float64), state).tolist()
+    >>> clip(torch.tensor([0.5, 100.0], dtype=torch.float64), memory).tolist()
     [0.5, 2.0]
     """
 
@@ -66,27 +51,14 @@ class ClipProjectedGrads(StepControl):
         if self.factor <= 0 or not 0 <= self.decay < 1:
             raise ZOError(f"clipping needs factor > 0 and decay in [0, 1); got {self.factor} and {self.decay}.")
 
-    def __call__(self, projected_grads: Tensor, state: StepState) -> Tensor:
-        mean_square = state.memory.get("mean_square")
+    def __call__(self, projected_grads: Tensor, memory: dict[str, float]) -> Tensor:
+        mean_square = memory.get("mean_square")
         if not mean_square:  # the first step, or none so far told the two sides apart
             mean_square = float(projected_grads.square().mean())
         limit = self.factor * mean_square**0.5
         clipped = projected_grads.clamp(-limit, limit)
-        state.memory["mean_square"] = self.decay * mean_square + (1 - self.decay) * float(clipped.square().mean())
+        memory["mean_square"] = self.decay * mean_square + (1 - self.decay) * float(clipped.square().mean())
         return clipped
-
-
-@dataclass(frozen=True)
-class NormalizeProjectedGrads(StepControl):
-    """Divide by the root mean square of the step's own projected gradients (as FZOO and GRZO divide by a spread).
-
-    >>> NormalizeProjectedGrads()(torch.tensor([3.0, -3.0], dtype=torch.float64), StepState()).tolist()
-    [1.0, -1.0]
-    """
-
-    def __call__(self, projected_grads: Tensor, state: StepState) -> Tensor:
-        rms = projected_grads.square().mean().sqrt()
-        return projected_grads / rms.clamp(min=torch.finfo(torch.float64).tiny)
 
 
 @dataclass(frozen=True)
@@ -100,14 +72,14 @@ class DivideBySpread(StepControl):
     Raises:
         ZOError: there is one query only.
 
-    >>> DivideBySpread()(torch.tensor([1.0, 3.0], dtype=torch.float64), StepState()).tolist()
+    >>> DivideBySpread()(torch.tensor([1.0, 3.0], dtype=torch.float64), {}).tolist()
     [0.7071067811865475, 2.1213203435596424]
     """
 
     least: ClassVar[int] = 2
     lr_is_a_length: ClassVar[bool] = True
 
-    def __call__(self, projected_grads: Tensor, state: StepState) -> Tensor:
+    def __call__(self, projected_grads: Tensor, memory: dict[str, float]) -> Tensor:
         if len(projected_grads) < 2:
             raise ZOError(
                 "dividing by the spread needs at least two finite queries in a step; raise the query schedule."
@@ -118,37 +90,8 @@ class DivideBySpread(StepControl):
         return projected_grads / spread
 
 
-@dataclass(frozen=True)
-class TrustRegion(StepControl):
-    """Shrink the step so that plain SGD moves the trainables no further than ``radius`` (Euclidean, in parameter units).
-
-    [choice] The length is lr * ||mean_q g_q z_q||, for directions with d entries of unit variance that are orthogonal in the
-    mean: lr * sqrt(d * sum_q g_q^2) / Q.
-
-    >>> region = TrustRegion(radius=0.1)
-    >>> region(torch.tensor([5.0], dtype=torch.float64), StepState(lr=0.1, trainables=4)).tolist()
-    [0.5]
-    """
-
-    radius: float
-
-    def __post_init__(self) -> None:
-        if not self.radius > 0:
-            raise ZOError(f"radius={self.radius} is not possible; give the largest step length, above 0.")
-
-    def __call__(self, projected_grads: Tensor, state: StepState) -> Tensor:
-        mean = projected_grads.square().sum().sqrt() / len(projected_grads)
-        length = state.lr * state.trainables**0.5 * float(mean)
-        return projected_grads * min(1.0, self.radius / length) if length > 0 else projected_grads
-
-
 STEP_CONTROLS: Table[StepControl] = Table(
     "step_control",
     StepControl,
-    {
-        "clip": ClipProjectedGrads,
-        "normalize": NormalizeProjectedGrads,
-        "divide-by-spread": DivideBySpread,
-        "trust-region": TrustRegion,
-    },
+    {"clip": ClipProjectedGrads, "divide-by-spread": DivideBySpread},
 )

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from zo_opt.adapters import AdapterModel
-from zo_opt.prompts.forwards import replaced
 from zo_opt.prompts.prefix_store import FILE_NAME, FileStore, MemoryStore
 from zo_opt.system.checksum import fingerprint
 from zo_opt.system.layers import layer_of
+from zo_opt.system.replaced import replaced
 
 
 class PrefixCache:
@@ -139,7 +139,10 @@ class PrefixCache:
         """Within this context the layers below the cut return the given states at no cost."""
         self._replayed = states_NSH
         try:
-            with replaced(dict.fromkeys(self._below[:-1], self._pass) | {self._below[-1]: self._return_replayed}):
+            with ExitStack() as stack:
+                for layer in self._below[:-1]:
+                    stack.enter_context(replaced(layer, forward=self._pass))
+                stack.enter_context(replaced(self._below[-1], forward=self._return_replayed))
                 yield
         finally:
             self._replayed = None

@@ -14,7 +14,6 @@ from torch import Tensor
 from zo_opt.errors import ZOError
 from zo_opt.system.files import try_lock
 
-PLACES = ("device", "cpu", "disk", "off")
 FILE_NAME = "prefix_cache.bin"
 _DIGEST = 16  # bytes of it that are kept
 

@@ -7,7 +7,7 @@ again and again: with trainables in the last k of L layers, an evaluation then c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import ReferenceType, ref
 
@@ -17,8 +17,8 @@ from torch._guards import active_fake_mode
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from zo_opt.prompts.forwards import replaced
 from zo_opt.system.layers import layer_of
+from zo_opt.system.replaced import replaced
 
 
 class SharedPrefix:
@@ -50,11 +50,11 @@ class SharedPrefix:
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """Share within this context; what was kept is let go at its end."""
-        forwards: dict[nn.Module, Callable[..., Any]] = {}
-        for layers in self._stacks:
-            memory = _Memory(last=len(layers) - 1)
-            forwards |= {layer: memory.wrap(layer.forward, index) for index, layer in enumerate(layers)}
-        with replaced(forwards):
+        with ExitStack() as stack:
+            for layers in self._stacks:
+                memory = _Memory(last=len(layers) - 1)
+                for index, layer in enumerate(layers):
+                    stack.enter_context(replaced(layer, forward=memory.wrap(layer.forward, index)))
             yield
 
 

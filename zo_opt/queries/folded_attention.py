@@ -46,9 +46,8 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     sequences = (query, key, value)
-    alike = all(
-        x.ndim == 4 and x.shape[0] == query.shape[0] for x in sequences
-    )  # rows that are broadcast have no fused kernel
+    # Rows that are broadcast have no fused kernel.
+    alike = all(x.ndim == 4 and x.shape[0] == query.shape[0] for x in sequences)
     if alike and any(map(_is_mapped, (*sequences, attn_mask))):
         folded: Tensor = _Folded.apply(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)  # type: ignore[no-untyped-call]
         return folded

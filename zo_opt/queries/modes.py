@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zo_opt.directions import Stream
 from zo_opt.distributed import Distributed
 from zo_opt.distributed.ranks import Ranks
 from zo_opt.errors import ZOError
@@ -36,14 +35,12 @@ class Losses:
         weights: float64, shape (queries,): the share of the batch that each direction saw, times queries; ones unless split.
         forwards: forward passes spent, one for each evaluation of the loss on one whole batch.
         base: float64, shape (queries,): the loss at the weights on what each query saw; None unless asked for.
-        seeds: what names each query's direction.
     """
 
     values: Tensor
     weights: Tensor
     forwards: int
     base: Tensor | None = None
-    seeds: tuple[Stream, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,8 +85,7 @@ class Evaluator:
             base_values = found[0].expand(queries) if base else None
             values = found[int(base) :].view(queries, len(scales))
             weights, forwards = torch.ones(queries, dtype=torch.float64), len(points)
-        seeds = tuple(self.perturbed.directions.stream(q) for q in range(queries))
-        return Losses(values, weights, forwards, base_values, seeds)
+        return Losses(values, weights, forwards, base_values)
 
     def at(self, points: Sequence[Point]) -> Tensor:
         """Losses on the whole batch, one forward after another: works on every module and closure. float64, (points,)."""

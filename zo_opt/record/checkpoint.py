@@ -58,7 +58,7 @@ def save_checkpoint(
         "lr_scheduler": {k: v for k, v in lr_scheduler.state_dict().items() if k != "lr_lambdas"},
         "extra": extra,
     }
-    mode = 0o600 if "privacy" in state["zo"] else 0o644  # the key to the noise is in there
+    mode = 0o600 if state["zo"].get("estimator") else 0o644  # the key to the noise is in there
     write_atomically(path, *sealed(tensors, plain), previous=path.with_name(PREVIOUS_NAME), mode=mode)
 
 

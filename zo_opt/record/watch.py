@@ -42,9 +42,7 @@ class Status:
     memory: int | None  # resident bytes of the writing process, if it is on this machine
     checkpoint_step: int | None  # steps in the newest checkpoint
     checkpoint_age: float | None  # seconds since it was written
-    journal: (
-        str | None
-    )  # "verified up to step n", what is wrong with it, or None if there is none or it was not looked at
+    journal: str | None  # "verified up to step n", or what is wrong; None if there is none or it was not looked at
     sound: bool  # whether the journal and the checkpoint can be used
 
 

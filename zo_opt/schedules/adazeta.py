@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from zo_opt.errors import ZOError
-from zo_opt.schedules.base import History, RunLength, Schedule, check_positive, check_range
+from zo_opt.schedules.base import History, RunLength, Schedule, check_range, check_whole
 
 MAX_QUERIES = 15  # the released Q_max
 
@@ -76,7 +76,7 @@ def derived_beta(alpha: float, epochs: int, queries_at_end: int = 20) -> float:
     """
     if not 0 < alpha < 1:
         raise ZOError(f"alpha={alpha} is outside AdaZeta's range; give a number between 0 and 1 (both excluded).")
-    check_positive(epochs=epochs, queries_at_end=queries_at_end)
+    check_whole(epochs=epochs, queries_at_end=queries_at_end)
     if epochs * alpha <= queries_at_end:
         raise ZOError(
             f"beta cannot be derived for {epochs} epochs: growing to {queries_at_end} queries with beta below 1 takes at "

@@ -71,8 +71,8 @@ class RunLength:
     forwards_per_step: int = 0
 
     def __post_init__(self) -> None:
-        check_positive(steps=self.steps, steps_per_epoch=self.steps_per_epoch)
-        check_count(forwards_per_query=self.forwards_per_query, forwards_per_step=self.forwards_per_step)
+        check_whole(steps=self.steps, steps_per_epoch=self.steps_per_epoch)
+        check_whole(0, forwards_per_query=self.forwards_per_query, forwards_per_step=self.forwards_per_step)
 
     @property
     def epochs(self) -> int:
@@ -134,22 +134,15 @@ def simulate(
     return queries
 
 
-def check_positive(**values: int) -> None:
-    """Whether counts are whole numbers of at least 1.
+def check_whole(least: int = 1, /, **values: int) -> None:
+    """Whether counts are whole numbers of at least so many.
 
     Raises:
         ZOError: one is not.
     """
-    _check_whole(1, values)
-
-
-def check_count(**values: int) -> None:
-    """Whether counts are whole numbers of at least 0.
-
-    Raises:
-        ZOError: one is not.
-    """
-    _check_whole(0, values)
+    for name, value in values.items():
+        if not isinstance(value, Integral) or value < least:
+            raise ZOError(f"{name}={value} is not possible; give a whole number of at least {least}.")
 
 
 def check_range(min_queries: int, max_queries: int) -> None:
@@ -158,12 +151,6 @@ def check_range(min_queries: int, max_queries: int) -> None:
     Raises:
         ZOError: they cannot.
     """
-    check_positive(max_queries=max_queries, min_queries=min_queries)
+    check_whole(max_queries=max_queries, min_queries=min_queries)
     if min_queries > max_queries:
         raise ZOError(f"min_queries={min_queries} is above max_queries={max_queries}; lower one or raise the other.")
-
-
-def _check_whole(least: int, values: dict[str, int]) -> None:
-    for name, value in values.items():
-        if not isinstance(value, Integral) or value < least:
-            raise ZOError(f"{name}={value} is not possible; give a whole number of at least {least}.")

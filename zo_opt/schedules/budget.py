@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from zo_opt.errors import ZOError
 from zo_opt.schedules.adazeta import AdaZetaQueries
-from zo_opt.schedules.base import History, RunLength, Schedule, check_count, check_positive, simulate
+from zo_opt.schedules.base import History, RunLength, Schedule, check_whole, simulate
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,9 @@ class BudgetQueries(Schedule):
             raise ZOError(
                 "forwards_per_query=0 leaves a budget nothing to decide, as in split mode; use query_mode='sequential' with it."
             )
-        check_positive(forwards_per_query=per_query)
-        check_count(forwards_per_step=per_step)
-        if self.forwards is not None:
-            check_positive(forwards=self.forwards)
-        if self.steps is not None:
-            check_positive(steps=self.steps)
+        check_whole(forwards_per_query=per_query)
+        check_whole(0, forwards_per_step=per_step)
+        check_whole(**{n: v for n, v in (("forwards", self.forwards), ("steps", self.steps)) if v is not None})
         if self.forwards is None or self.steps is None:
             return
         least = self.steps * (per_query + per_step)

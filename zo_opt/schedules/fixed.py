@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from zo_opt.errors import ZOError
 from zo_opt.schedules.adazeta import MAX_QUERIES
-from zo_opt.schedules.base import History, RunLength, Schedule, check_positive
+from zo_opt.schedules.base import History, RunLength, Schedule, check_whole
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class ConstantQueries(Schedule):
     queries: int = 1
 
     def __post_init__(self) -> None:
-        check_positive(queries=self.queries)
+        check_whole(queries=self.queries)
 
     def __call__(self, step: int, epoch: int, history: History) -> int:
         return self.queries
@@ -50,7 +50,7 @@ class _Ramp(Schedule):
     steps: int | None = None
 
     def __post_init__(self) -> None:
-        check_positive(start=self.start, end=self.end, **({} if self.steps is None else {"steps": self.steps}))
+        check_whole(start=self.start, end=self.end, **({} if self.steps is None else {"steps": self.steps}))
 
     def for_run(self, length: RunLength) -> _Ramp:
         return self if self.steps is not None else replace(self, steps=length.steps)
@@ -121,7 +121,7 @@ class StepwiseQueries(Schedule):
     end: int = field(default=MAX_QUERIES, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_positive(start=self.start, end=self.end)
+        check_whole(start=self.start, end=self.end)
         if self.milestones is None:
             return
         given = parse_milestones(self.milestones) if isinstance(self.milestones, str) else self.milestones
@@ -129,7 +129,7 @@ class StepwiseQueries(Schedule):
         if not milestones or next(iter(milestones)) != 0:
             raise ZOError(f"milestones={milestones} do not begin at step 0; say how many queries the run starts with.")
         for step, queries in milestones.items():
-            check_positive(**{f"milestones[{step}]": queries})
+            check_whole(**{f"milestones[{step}]": queries})
         object.__setattr__(self, "milestones", milestones)
 
     def for_run(self, length: RunLength) -> StepwiseQueries:

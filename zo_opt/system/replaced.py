@@ -11,7 +11,7 @@ from typing import Any
 def replaced(owner: Any, **values: Any) -> Iterator[None]:
     """Within this context a module's (or object's) attributes have these values; they come back whatever happens inside.
 
-    For functions of other libraries that ask no hook. All threads see the values.
+    For functions of other libraries that ask no hook, and for layers that give something else than they compute. All threads see the values.
 
     >>> import math
     >>> with replaced(math, pi=3):
@@ -20,11 +20,14 @@ def replaced(owner: Any, **values: Any) -> Iterator[None]:
     >>> round(math.pi, 2)
     3.14
     """
-    before = {name: getattr(owner, name) for name in values}
+    own = {name: vars(owner)[name] for name in values if name in vars(owner)}
     try:
         for name, value in values.items():
             setattr(owner, name, value)
         yield
     finally:
-        for name, value in before.items():
-            setattr(owner, name, value)
+        for name in values:
+            if name in own:
+                setattr(owner, name, own[name])
+            elif name in vars(owner):  # its class's shows again
+                delattr(owner, name)

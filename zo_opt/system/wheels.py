@@ -58,9 +58,8 @@ def cached(name: str, wheel: Wheel, fill: Callable[[Path, Path], None], say: Cal
         return directory
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(
-            cache / ".lock"
-        ):  # it ends with the process: whoever comes meanwhile waits and finds the directory
+        # The lock ends with the process: whoever comes meanwhile waits and finds the directory.
+        with FileLock(cache / ".lock"):
             for left in cache.glob(".staging-*"):  # by a killed process
                 shutil.rmtree(left, ignore_errors=True)
             if not directory.is_dir():

@@ -4,7 +4,7 @@ A train is a list of cores (r_{k-1}, n_k, r_k) with r_0 = r_end = 1; as a matrix
 used where it has the algorithm, in its numpy backend and for the calling thread alone.
 """
 
-from zo_opt.tensor_train.convert import from_tensorly, from_tt_matrix, to_tensorly, to_tt_matrix
+from zo_opt.tensor_train.convert import from_tensorly, to_tensorly
 from zo_opt.tensor_train.decompose import tt_svd
 
-__all__ = ["from_tensorly", "from_tt_matrix", "to_tensorly", "to_tt_matrix", "tt_svd"]
+__all__ = ["from_tensorly", "to_tensorly", "tt_svd"]

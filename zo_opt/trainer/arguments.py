@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from zo_opt.choices import split
 from zo_opt.distributed import Distributed
 from zo_opt.errors import ZOError
-from zo_opt.optim import OPTIMIZERS, UPDATE_RULES, Backpropagation, Method, ZerothOrderOptimizer
+from zo_opt.optim import OPTIMIZERS, UPDATE_RULES, Backpropagation, ZerothOrderOptimizer, method_of
 from zo_opt.schedules import SCHEDULES, ConstantQueries, QuerySchedule, RunLength, for_run
 
 PARTS = ("estimator", "directions", "query_schedule", "update_rule", "step_control")
@@ -75,7 +75,7 @@ class ZOArguments(_Base):
         default=False, metadata=_help("compute the frozen layers below the first trainable once a step")
     )
     update_rule: dict | str | None = field(default=None, metadata=_help("sgd, adam, sign, momentum or amsgrad"))  # type: ignore[type-arg]
-    step_control: dict | str | None = field(default=None, metadata=_help("clip, normalize or trust-region"))  # type: ignore[type-arg]
+    step_control: dict | str | None = field(default=None, metadata=_help("clip or divide-by-spread"))  # type: ignore[type-arg]
     max_failed_steps: int = field(
         default=10, metadata=_help("so many steps in a row without a finite loss stop the run")
     )
@@ -137,12 +137,11 @@ class ZOArguments(_Base):
         Raises:
             ZOError: a part is not possible, or not this optimizer's.
         """
-        kind = OPTIMIZERS.find(self._name)
-        if kind is Backpropagation:
+        if OPTIMIZERS.find(self._name) is Backpropagation:
             raise ZOError(
                 f"zo_optimizer={self._name!r} is backpropagation; give {BACKPROPAGATION!r}, and optim for which."
             )
-        method = getattr(kind, "method", Method(self._name))
+        method = method_of(self._name)
         betas = {"beta1": self.adam_beta1, "beta2": self.adam_beta2}
         rule = UPDATE_RULES.make(self.update_rule, **betas) if self.update_rule is not None else None
         given = {name: getattr(self, name) for name in ("estimator", "directions", "query_mode", "step_control")}

@@ -7,10 +7,10 @@ from typing import Any
 from torch import nn
 
 from zo_opt.adapters import lora_plus_groups, trainable_parameters
+from zo_opt.choices import split
 from zo_opt.distributed import world_size
 from zo_opt.optim import OPTIMIZERS, CountingOptimizer
 from zo_opt.privacy import GaussianPrivacy
-from zo_opt.schedules import RunLength
 from zo_opt.training.config import TrainConfig
 
 SHORT_RUN = {"beta2": 0.99, "max_grad_norm": 1.0}  # of backpropagation where nothing else is said: a run has few steps
@@ -37,7 +37,8 @@ def make_optimizer(
         privacy: what hides the rows, if anything does.
         share_prefix: not for objectives that write: that fills key-value caches, which replayed layers would leave empty.
     """
-    kind, own = OPTIMIZERS.find(config.optimizer_name), config.make_optimizer_options()
+    name, own = split("optimizer", config.optimizer)
+    kind = OPTIMIZERS.find(name)
     setting: dict[str, Any] = {"steps_per_epoch": steps_per_epoch, "max_failed_steps": config.max_failed_steps}
     if not config.zeroth_order:
         backpropagation: CountingOptimizer = kind(
@@ -55,7 +56,7 @@ def make_optimizer(
         share_prefix=share_prefix,  # for where the prefix cache is off or full
         privacy=privacy,
         **setting,
-        **config.make_choices(RunLength(config.steps, steps_per_epoch, *config.cost)),
+        **config.make_choices(steps_per_epoch),
         **own,
     )
     return optimizer

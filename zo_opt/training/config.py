@@ -9,16 +9,17 @@ from typing import Any
 
 from zo_opt.adapters import ADAPTERS, AdapterConfig
 from zo_opt.adapters.tt_init import FEATURES
-from zo_opt.choices import Table, option_names, split
+from zo_opt.choices import Table, split
 from zo_opt.directions import DIRECTIONS
 from zo_opt.distributed import Distributed
 from zo_opt.errors import ZOError
 from zo_opt.estimators import ESTIMATORS, Estimator, TwoSided
 from zo_opt.models.quantisation import check_kind
-from zo_opt.optim import OPTIMIZERS, STEP_CONTROLS, UPDATE_RULES, Method, UpdateRule
+from zo_opt.optim import OPTIMIZERS, STEP_CONTROLS, UPDATE_RULES, Method, UpdateRule, method_of
 from zo_opt.privacy import check_delta, check_epsilon
 from zo_opt.record.trackers import check_trackers
 from zo_opt.schedules import SCHEDULES, QuerySchedule, RunLength, for_run
+from zo_opt.schedules.adazeta import MAX_QUERIES
 from zo_opt.tasks import objectives
 from zo_opt.training.options import (
     BACKPROPAGATION,
@@ -30,8 +31,8 @@ from zo_opt.training.options import (
     RunOptions,
 )
 from zo_opt.training.parsing import typed
+from zo_opt.training.parts import fixed_options
 
-MAX_QUERIES = 15
 MIN_QUERIES = 8  # of AdaZeta's schedule in split mode, where queries are free
 
 
@@ -87,7 +88,7 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
             if self.objective == "f1":
                 raise ZOError("the F1 of a batch is no mean over its rows; with objective='f1' give --share queries.")
         if self.zeroth_order:
-            self.make_choices(RunLength(self.steps))
+            self.make_choices()
         self.check_privacy()
 
     def check_given_parts(self) -> None:
@@ -96,9 +97,8 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
         Raises:
             ZOError: it is what makes the optimizer.
         """
-        fixed = {{"query_schedule": "schedule"}.get(name, name) for name in self.method.fixes}
         defaults = {f.name: f.default for f in fields(self)}
-        for name in fixed & defaults.keys():
+        for name in fixed_options(self.optimizer_name) & defaults.keys():
             if getattr(self, name) != defaults[name]:
                 raise ZOError(
                     f"{name} is no option of optimizer {self.optimizer_name!r}; leave it out, or choose another."
@@ -164,10 +164,8 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
 
     @property
     def method(self) -> Method:
-        """What the optimizer presets and fixes; nothing is known of a function of the user's own."""
-        found = OPTIMIZERS.find(self.optimizer_name)
-        method = getattr(found, "method", None)
-        return method if isinstance(method, Method) else Method(self.optimizer_name)
+        """What the optimizer presets and fixes."""
+        return method_of(self.optimizer_name)
 
     @property
     def zeroth_order(self) -> bool:
@@ -210,10 +208,6 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
             )
         return ADAPTERS.make(self.adapter, **defaults)
 
-    def has_adapter_option(self, name: str) -> bool:
-        """Whether an option of the adapter was given."""
-        return name in split("adapter", self.adapter)[1]
-
     def make_distributed(self) -> Distributed:
         """What several processes share, and how they are watched."""
         return Distributed(
@@ -222,9 +216,6 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
 
     def make_schedule(self, steps_per_epoch: int = 1) -> QuerySchedule | None:
         """The query schedule asked for; None stands for the optimizer's own."""
-        return self._schedule(RunLength(self.steps, steps_per_epoch, *self.cost))
-
-    def _schedule(self, length: RunLength) -> QuerySchedule | None:
         choice = self.schedule
         if choice is None:
             if self.optimizer_name != "adazeta":
@@ -233,6 +224,7 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
         name, options = split("schedule", choice)
         most = options.get("max_queries", options.get("end", MIN_QUERIES))
         defaults = {"min_queries": min(MIN_QUERIES, most), "start": min(MIN_QUERIES, most), "max_queries": MAX_QUERIES}
+        length = RunLength(self.steps, steps_per_epoch, *self.cost)
         return for_run(SCHEDULES.make({"name": name} | options, **defaults), length)
 
     @property
@@ -240,7 +232,7 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
         """Forward passes of a query, and of a step besides."""
         return (0, 2) if self.mode == "split" else (2, 0)
 
-    def make_choices(self, length: RunLength) -> dict[str, Any]:
+    def make_choices(self, steps_per_epoch: int = 1) -> dict[str, Any]:
         """What the optimizer is told beside lr and where it runs; what the options leave open is its own.
 
         Raises:
@@ -253,7 +245,7 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
         given: dict[str, Any] = {
             "estimator": _made(ESTIMATORS, self.estimator),
             "directions": _made(DIRECTIONS, directions),
-            "query_schedule": self._schedule(length),
+            "query_schedule": self.make_schedule(steps_per_epoch),
             "update_rule": self.make_update_rule(),
             "step_control": self._step_control(),
             "line_search": self.line_search,
@@ -284,10 +276,6 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
         listed = given if isinstance(given, list) else [given]
         return [STEP_CONTROLS.make(control) for control in listed if control not in ("none", {"name": "none"})]
 
-    def make_optimizer_options(self) -> dict[str, Any]:
-        """The optimizer's own options as given."""
-        return split("optimizer", self.optimizer)[1]
-
     # --- plain values ---
 
     def to_dict(self) -> dict[str, Any]:
@@ -314,11 +302,6 @@ def _made(table: Table[Any], choice: Any) -> Any:
 
 def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
-
-
-def has_option(adapter: str, name: str) -> bool:
-    """Whether an adapter has an option."""
-    return name in option_names(ADAPTERS.find(adapter))
 
 
 assert set(PARTS) <= {f.name for f in fields(TrainConfig)}

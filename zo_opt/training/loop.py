@@ -144,9 +144,7 @@ class _Run:
         self.tools.close_cache(self.config, self.reporter)
         self.tools.model.save_pretrained(self.output_dir)
         self.progress.other_seconds += time.monotonic() - start
-        summary = summarise(
-            self.config, self.record["command"], self.tools, self.optimizer, self.progress, after
-        )  # fmt: skip
+        summary = summarise(self.config, self.record["command"], self.tools, self.optimizer, self.progress, after)
         report.write(self.output_dir, summary)
         checkpoint.remove(self.output_dir)
         return summary
@@ -155,9 +153,8 @@ class _Run:
         """Back to where the run was: the checkpoint, and the steps on record beyond it."""
         path = checkpoint.newest(self.output_dir, lambda _: None)  # which was said already
         resumed = resume(path, self.tools.model, self.optimizer, self.stepper.lr_scheduler, self.reporter.say)
-        path.replace(
-            self.output_dir / checkpoint.NAME
-        )  # if it is the one before, the damaged one must not take its place
+        # If it is the one before, the damaged one must not take its place.
+        path.replace(self.output_dir / checkpoint.NAME)
         self.progress, self.stepper.journal = Progress(**resumed.extra["progress"]), resumed.journal
         self.done_before = resumed.steps
         done, again = self.optimizer.step_count, len(resumed.steps)

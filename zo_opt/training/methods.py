@@ -41,11 +41,11 @@ METHODS: dict[str, Method] = {
     for method in (
         *(
             Method(name, BACKPROPAGATION, name)
-            for name in ("full", "bitfit", "lora", "dora", "adalora", "lora-fa", "vera", "aflora", "lisa", "lamda")
+            for name in (
+                *("full", "bitfit", "lora", "dora", "adalora", "lora-fa", "vera", "aflora", "lisa", "lamda", "lamda++"),
+                *("adapter", "spectral"),
+            )
         ),
-        Method("lamda++", BACKPROPAGATION, "lamda++"),
-        Method("adapter", BACKPROPAGATION, "adapter"),
-        Method("spectral", BACKPROPAGATION, "spectral"),
         Method("lora+", BACKPROPAGATION, "lora", {"loraplus_lr_ratio": 16.0}),
         Method("loretta", BACKPROPAGATION, "tt", RANDOM_START),
         # MeZO as published but for the learning rate's schedule: one Gaussian query a step, the same for all examples, plain SGD.
@@ -63,7 +63,7 @@ METHODS: dict[str, Method] = {
 
 # Orders of magnitude to start a search from, found on SmolLM2-135M in a few dozen steps (benchmarks/results/compare-sst2).
 FIRST_ORDER_LR: Mapping[str, float] = {
-    "full": 6e-5, "lisa": 6e-5, "adapter": 1e-3, "lamda": 2e-3, "lamda++": 2e-3, "tt": 1e-2, "tt-lora": 1e-2, "tt-delta": 1e-2,
+    "full": 6e-5, "lisa": 6e-5, "adapter": 1e-3, "lamda": 2e-3, "lamda++": 2e-3, "tt": 1e-2, "tt-lora": 1e-2,
     "lora-fa": 1e-2, "adalora": 2e-2, "aflora": 6e-2, "spectral": 6e-2, "vera": 1e-1,
 }  # fmt: skip
 LOW_RANK_LR = 4e-3

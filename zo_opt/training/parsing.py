@@ -13,82 +13,18 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from types import MappingProxyType, NoneType, UnionType
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Any, get_type_hints
 
 import docstring_parser
 import yaml
-from jsonargparse import ArgumentParser
 
-from zo_opt.choices import did_you_mean
 from zo_opt.errors import ZOError
 from zo_opt.training.options import GROUPS, PARTS, LearningOptions
+from zo_opt.training.sentences import Parser, without_options
 
 _DEEPEST = 20  # lists and mappings within each other in a file of options
-# Another name of an option: the schedule's in Python; and what users of transformers, or of earlier versions, would type.
-_ALIASES = {"query_schedule": "schedule"}
-_ELSEWHERE = {
-    "learning_rate": "lr", "num_train_epochs": "steps", "epochs": "steps", "max_steps": "steps", "lr_scheduler_type": "lr_schedule",
-    "per_device_train_batch_size": "batch_size", "gradient_accumulation_steps": "batch_size",
-    "per_device_eval_batch_size": "eval_batch_size", "max_seq_length": "max_length", "resume_from_checkpoint": "resume",
-    "model": "model_name_or_path", "quantize": "quantise", "load_in_8bit": "quantise", "bf16": "precision", "fp16": "precision",
-    "optim": "optimizer", "dataset": "train_file", "validation_file": "eval_file",
-    "clip": "step_control.factor", "alpha": "schedule.alpha", "beta": "schedule.beta", "queries": "schedule.queries",
-    "max_queries": "schedule.max_queries", "min_queries": "schedule.min_queries", "budget_forwards": "schedule.forwards",
-    "milestones": "schedule.milestones", "beta1": "update_rule.beta1", "beta2": "update_rule.beta2",
-    "rank": "adapter.rank", "lora_r": "adapter.rank", "lora_alpha": "adapter.alpha", "tt_rank": "adapter.tt_rank",
-    "layers": "adapter.layers", "target_modules": "adapter.target_modules", "bottleneck": "adapter.bottleneck",
-}  # fmt: skip
-
-
-class Parser(ArgumentParser):
-    """Mistakes in options are sentences; true-or-false options may stand alone.
-
-    Attributes:
-        parts: those that its command has.
-        names: of the parts whose options it has.
-    """
-
-    parts: Sequence[str] = ()
-    names: Mapping[str, str | None] = MappingProxyType({})
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        text = " ".join(message.split()).rstrip(".")
-        sentence = f"{text}."
-        if (found := re.match(r'Parser key "([\w.]+)": (.*)', text)) is not None and found[1] in self.hints():
-            sentence = f"{found[1]}={_given(found[2])} is not possible; give {in_words(self.hints()[found[1]])}."
-        elif (
-            found := re.match(r"unrecognized arguments: -*([\w.\-]+)|(?:Key|Option) '([\w.]+)' is not", text)
-        ) is not None:
-            sentence = self.unknown(found[1] or found[2])
-        elif (found := re.match(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text)) is not None:
-            sentence = self.unknown(f"{found[1]}.{found[2]}")
-        raise ZOError(f"{sentence} See {self.prog} --help.")
-
-    def hints(self) -> dict[str, Any]:
-        """Option -> its type."""
-        return {a.dest: getattr(a, "_typehint", None) or a.type for a in self._actions if a.dest != "help"}
-
-    def let_flags_stand_alone(self) -> None:
-        """``--resume`` means ``--resume true``."""
-        for action in self._actions:
-            if getattr(action, "_typehint", None) is bool:
-                action.nargs, action.const = "?", True
-
-    def unknown(self, name: str) -> str:
-        """What to say of an option that there is not."""
-        known, (part, dot, option) = list(self.hints()), name.partition(".")
-        optimizer = self.names.get("optimizer")
-        if part in _fixed(optimizer):
-            return f"{part} is no option of optimizer {optimizer!r}; leave it out, or choose another optimizer."
-        if part in PARTS and dot:
-            has = [k.partition(".")[2] for k in known if k.startswith(f"{part}.") and not k.endswith(".name")]
-            chosen = f"{part} {self.names[part]!r}" if self.names.get(part) else f"the {part}"
-            return f"{chosen} has no option {option!r}; it has {', '.join(has) or 'none'}.{did_you_mean(option, has)}"
-        meant = _ELSEWHERE.get(name, "")
-        if meant in known or meant.partition(".")[0] in self.parts:
-            return f"--{name} is not known. Did you mean --{meant}?"
-        return f"--{name} is not known.{did_you_mean(name, known).replace('mean ', 'mean --')}"
+_ALIASES = {"query_schedule": "schedule"}  # the schedule's name in Python
 
 
 def parse_arguments(
@@ -131,7 +67,7 @@ def parse_arguments(
     names = {part: _named(line, part) or _name_of(values.get(part)) for part in PARTS}
     values = {k: v for k, v in values.items() if k not in PARTS or _name_of(v) in (None, names[k])}  # not named anew
     full = parser()
-    add_plain_options(full, groups, skip | _fixed(names["optimizer"]))
+    add_plain_options(full, groups, skip | without_options(names["optimizer"]))
     add_parts(full, names, kinds, parts)
     full.let_flags_stand_alone()
     given = _merged(_of_object(full, values), _plain(full.parse_args(line, defaults=False)))
@@ -146,7 +82,7 @@ def typed(values: Mapping[str, Any], groups: Sequence[type] = GROUPS, parts: Seq
     """
     values = normalised(values, parts)
     parser, names = Parser(prog="zo-opt train"), {part: _name_of(values.get(part)) for part in PARTS}
-    add_plain_options(parser, groups, _fixed(names["optimizer"]))
+    add_plain_options(parser, groups, without_options(names["optimizer"]))
     add_parts(parser, names, parts=parts)
     return _with_names(_of_object(parser, values), names)
 
@@ -200,7 +136,7 @@ def add_parts(
     """
     from zo_opt.training.parts import TABLES, default_name, own_options  # what they are is heavy
 
-    fixed = _fixed(names["optimizer"])
+    fixed = without_options(names["optimizer"])
     parser.parts = parts
     parser.names = {part: names[part] or default_name(part, names) for part in parts if part not in (several or {})}
     said = {p.arg_name: p.description for p in docstring_parser.parse(LearningOptions.__doc__ or "").params}
@@ -246,44 +182,6 @@ def read_options_file(path: Path) -> dict[str, Any]:
     return values
 
 
-def in_words(hint: Any) -> str:
-    """What an option of a type can be.
-
-    >>> in_words(Literal["lm", "classification"] | None), in_words(list[int])
-    ('lm, classification or null', 'a list such as [a whole number]')
-    """
-    words = _words(hint)
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
-
-
-def _words(hint: Any) -> list[str]:
-    kind, inner = get_origin(hint), get_args(hint)
-    if kind in (Union, UnionType):
-        return [word for one in inner for word in _words(one)]
-    if kind is Literal:
-        return [str(one) for one in inner]
-    if kind in (list, Sequence):
-        return [f"a list such as [{in_words(inner[0])}]"]
-    if kind in (dict, Mapping):
-        return ["a mapping such as {name: value}"]
-    known = {
-        "PositiveInt": "a whole number of at least 1", "NonNegativeInt": "a whole number of at least 0",
-        "PositiveFloat": "a number above 0", "NonNegativeFloat": "a number of at least 0",
-        "int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "Path": "a path", "NoneType": "null",
-    }  # fmt: skip
-    return [known.get(getattr(hint, "__name__", ""), str(hint))]
-
-
-def _given(problem: str) -> str:
-    """The value within one of jsonargparse's messages."""
-    found = re.search(
-        r"(?:[Gg]iven value|Got value): (.*)$|: (\S+) does not conform|base 10: (\S+)|to float: (\S+)", problem
-    )
-    value = next((g for g in found.groups() if g is not None), "") if found is not None else ""
-    value = value.strip("'")
-    return value if re.fullmatch(r"[-+\d.e]+|-?(nan|inf)", value) else repr(value)
-
-
 def _without_config(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
     files, line, rest = [], [], iter(arguments)
     for argument in rest:
@@ -311,16 +209,6 @@ def _parse_plain(line: Sequence[str], parser: Parser, parts: Sequence[str]) -> d
             taken.append(argument)
     parser.let_flags_stand_alone()
     return _plain(parser.parse_args(taken, defaults=False))
-
-
-def _fixed(optimizer: str | None) -> frozenset[str]:
-    """Options that the optimizer does not have."""
-    if optimizer is None:
-        return frozenset()
-    from zo_opt.training.parts import TABLES
-
-    method = getattr(TABLES["optimizer"].find(optimizer), "method", None)
-    return frozenset(_ALIASES.get(name, name) for name in method.fixes) if method is not None else frozenset()
 
 
 def _named(line: Sequence[str], part: str) -> str | None:

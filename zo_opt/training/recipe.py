@@ -12,7 +12,6 @@ from zo_opt.adapters.tt_init import FEATURES
 from zo_opt.choices import split
 from zo_opt.errors import ZOError
 from zo_opt.models.models import classification_heads
-from zo_opt.schedules import RunLength
 from zo_opt.tasks.rows import Example
 from zo_opt.tasks.scoring import Scorer
 from zo_opt.tasks.tasks import Task
@@ -20,10 +19,8 @@ from zo_opt.training.adapter_init import can_place
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.methods import WHOLE_MODEL, default_lr
 
-LAYER_SHARE = (
-    2 / 3
-)  # placed adapters sit at this depth: classes are well separated there, and a third of the model is left to run
-
+# Placed adapters sit at this depth: classes are well separated there, and a third of the model is left to run.
+LAYER_SHARE = 2 / 3
 PLACED_LR = 0.1
 
 
@@ -79,10 +76,8 @@ def own_lr(config: TrainConfig, *, placed: bool, parameters: int) -> float:
     """The method's learning rate, where none was given; ``parameters``: of the model."""
     if placed:
         return PLACED_LR
-    if config.zeroth_order:
-        length = config.method.sort(config.make_choices(RunLength(config.steps)) | {"lr": 0.0})[0].lr_is_a_length
-    else:
-        length = True
+    # AdamW's lr is a length, whatever the gradient's scale.
+    length = not config.zeroth_order or config.method.sort(config.make_choices() | {"lr": 0.0})[0].lr_is_a_length
     lr = default_lr(config.optimizer_name, config.adapter_name, adam=length, parameters=parameters)
     # LoRA+ moves B faster and A slower than LoRA does: the two rates lie around LoRA's.
     return lr if config.loraplus_lr_ratio is None else lr / math.sqrt(config.loraplus_lr_ratio)
@@ -90,7 +85,7 @@ def own_lr(config: TrainConfig, *, placed: bool, parameters: int) -> float:
 
 def may_place(config: TrainConfig) -> bool:
     """Whether adapters are placed by class means, where model and task allow it, if nothing is said of their start."""
-    unplaced = config.private or not config.zeroth_order or config.has_adapter_option("target_modules")
+    unplaced = config.private or not config.zeroth_order or "target_modules" in split("adapter", config.adapter)[1]
     return config.adapter_name == "tt" and not unplaced
 
 

@@ -136,8 +136,8 @@ def load_examples(config: TrainConfig, reporter: Reporter) -> Examples:
     if config.train_file is None:
         task = _with_prompt(get_task(config.task), config)
         _check_kind(config, task)
-        rows = builtin.task_rows(config.task, reporter.say)
-        train_rows, held_out_rows = data.hold_out(rows, config.held_out, last=task.kind == LANGUAGE_MODELLING)
+        train_rows = builtin.task_rows(config.task, reporter.say)
+        held_out_rows = builtin.task_rows(config.task, reporter.say, "held_out")
         sources = (f"built-in {config.task}",) * 2
     else:
         train_rows = data.read_rows(config.train_file)
@@ -145,15 +145,15 @@ def load_examples(config: TrainConfig, reporter: Reporter) -> Examples:
         task = _task_for_file(config, train_rows)
         _check_kind(config, task)
         sources = (str(config.train_file), str(config.eval_file or config.train_file))
-        if config.eval_file is None:
-            if len(train_rows) < 2:
-                raise ZOError(f"{config.train_file} has one row only; give more, or an eval_file.")
-            running = task.kind == LANGUAGE_MODELLING
-            train_rows, held_out_rows = data.hold_out(train_rows, config.held_out, last=running)
+        if config.eval_file is None and len(train_rows) < 2:
+            raise ZOError(f"{config.train_file} has one row only; give more, or an eval_file.")
+    last = task.kind == LANGUAGE_MODELLING
+    if not held_out_rows:
+        train_rows, held_out_rows = data.hold_out(train_rows, config.held_out, last=last)
     if config.validation:
         if len(train_rows) < 2:
             raise ZOError("validation needs at least two training rows; give more.")
-        train_rows, held_out_rows = data.hold_out(train_rows, config.held_out, last=task.kind == LANGUAGE_MODELLING)
+        train_rows, held_out_rows = data.hold_out(train_rows, config.held_out, last=last)
     train_rows = train_rows[: config.max_train_rows] if config.max_train_rows is not None else train_rows
     train = data.make_examples(train_rows, task, sources[0])
     if task.kind == CLASSIFICATION:

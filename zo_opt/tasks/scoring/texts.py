@@ -61,9 +61,8 @@ class Writer(Scorer):
         most = self.task.max_new_tokens if writes else max(len(words) for e in encoded for words in e.words)
         plain = getattr(model, "wrapped", model)  # adapters are inside
         own = plain.generation_config
-        plain.generation_config = self._greedy(
-            own, most
-        )  # generate() would fill in the checkpoint's settings in one that is given
+        # generate() would fill in the checkpoint's settings in one that is given.
+        plain.generation_config = self._greedy(own, most)
         try:
             written = plain.generate(input_ids=ids, attention_mask=mask)
         finally:

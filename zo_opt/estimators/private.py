@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zo_opt.errors import ZOError
-from zo_opt.estimators import Estimate, Estimator
+from zo_opt.estimators.base import Estimate, Estimator
 from zo_opt.privacy.gaussian import GaussianPrivacy
 from zo_opt.queries.modes import Evaluator
 from zo_opt.queries.perturbation import Point
@@ -63,8 +63,8 @@ class PrivateTwoSided(Estimator):
             self.privacy.release((up - down) / (2 * zo_eps), directions.step, query)
             for query, (up, down) in enumerate(zip(losses[::2], losses[1::2], strict=True))
         ]
-        ones, seeds = torch.ones(queries, dtype=torch.float64), tuple(directions.stream(q) for q in range(queries))
-        return Estimate(float("nan"), torch.tensor(grads, dtype=torch.float64), ones, 2 * queries, None, seeds)
+        ones = torch.ones(queries, dtype=torch.float64)
+        return Estimate(float("nan"), torch.tensor(grads, dtype=torch.float64), ones, 2 * queries)
 
     def charge(self, step: int, queries: int) -> None:
         self.privacy.charge(step, queries)

@@ -1,0 +1,125 @@
+"""The parser of options, whose mistakes are sentences. jsonargparse says what is wrong in its own words, which are read here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType, UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
+
+from jsonargparse import ArgumentParser
+
+from zo_opt.choices import did_you_mean
+from zo_opt.errors import ZOError
+from zo_opt.training.options import PARTS
+
+# What users of transformers, or of earlier versions, would type.
+_ELSEWHERE = {
+    "learning_rate": "lr", "num_train_epochs": "steps", "epochs": "steps", "max_steps": "steps", "lr_scheduler_type": "lr_schedule",
+    "per_device_train_batch_size": "batch_size", "gradient_accumulation_steps": "batch_size",
+    "per_device_eval_batch_size": "eval_batch_size", "max_seq_length": "max_length", "resume_from_checkpoint": "resume",
+    "model": "model_name_or_path", "quantize": "quantise", "load_in_8bit": "quantise", "bf16": "precision", "fp16": "precision",
+    "optim": "optimizer", "dataset": "train_file", "validation_file": "eval_file",
+    "clip": "step_control.factor", "alpha": "schedule.alpha", "beta": "schedule.beta", "queries": "schedule.queries",
+    "max_queries": "schedule.max_queries", "min_queries": "schedule.min_queries", "budget_forwards": "schedule.forwards",
+    "milestones": "schedule.milestones", "beta1": "update_rule.beta1", "beta2": "update_rule.beta2",
+    "rank": "adapter.rank", "lora_r": "adapter.rank", "lora_alpha": "adapter.alpha", "tt_rank": "adapter.tt_rank",
+    "layers": "adapter.layers", "target_modules": "adapter.target_modules", "bottleneck": "adapter.bottleneck", "max_grad_norm": "optimizer.max_grad_norm",
+}  # fmt: skip
+
+
+class Parser(ArgumentParser):
+    """Mistakes in options are sentences; true-or-false options may stand alone.
+
+    Attributes:
+        parts: those that its command has.
+        names: of the parts whose options it has.
+    """
+
+    parts: Sequence[str] = ()
+    names: Mapping[str, str | None] = MappingProxyType({})
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        text = " ".join(message.split()).rstrip(".")
+        sentence = f"{text}."
+        if (found := re.match(r'Parser key "([\w.]+)": (.*)', text)) is not None and found[1] in self.hints():
+            sentence = f"{found[1]}={_given(found[2])} is not possible; give {in_words(self.hints()[found[1]])}."
+        elif (
+            found := re.match(r"unrecognized arguments: -*([\w.\-]+)|(?:Key|Option) '([\w.]+)' is not", text)
+        ) is not None:
+            sentence = self.unknown(found[1] or found[2])
+        elif (found := re.match(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text)) is not None:
+            sentence = self.unknown(f"{found[1]}.{found[2]}")
+        raise ZOError(f"{sentence} See {self.prog} --help.")
+
+    def hints(self) -> dict[str, Any]:
+        """Option -> its type."""
+        return {a.dest: getattr(a, "_typehint", None) or a.type for a in self._actions if a.dest != "help"}
+
+    def let_flags_stand_alone(self) -> None:
+        """``--resume`` means ``--resume true``."""
+        for action in self._actions:
+            if getattr(action, "_typehint", None) is bool:
+                action.nargs, action.const = "?", True
+
+    def unknown(self, name: str) -> str:
+        """What to say of an option that there is not."""
+        known, (part, dot, option) = list(self.hints()), name.partition(".")
+        optimizer = self.names.get("optimizer")
+        if part in without_options(optimizer):
+            return f"{part} is no option of optimizer {optimizer!r}; leave it out, or choose another optimizer."
+        if part in PARTS and dot:
+            has = [k.partition(".")[2] for k in known if k.startswith(f"{part}.") and not k.endswith(".name")]
+            chosen = f"{part} {self.names[part]!r}" if self.names.get(part) else f"the {part}"
+            return f"{chosen} has no option {option!r}; it has {', '.join(has) or 'none'}.{did_you_mean(option, has)}"
+        meant = _ELSEWHERE.get(name, "")
+        if meant in known or meant.partition(".")[0] in self.parts:
+            return f"--{name} is not known. Did you mean --{meant}?"
+        return f"--{name} is not known.{did_you_mean(name, known).replace('mean ', 'mean --')}"
+
+
+def without_options(optimizer: str | None) -> frozenset[str]:
+    """Options that the optimizer does not have; what they are is heavy to import, and not asked for where none is named."""
+    if optimizer is None:
+        return frozenset()
+    from zo_opt.training.parts import fixed_options
+
+    return fixed_options(optimizer)
+
+
+def in_words(hint: Any) -> str:
+    """What an option of a type can be.
+
+    >>> in_words(Literal["lm", "classification"] | None), in_words(list[int])
+    ('lm, classification or null', 'a list such as [a whole number]')
+    """
+    words = _words(hint)
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _words(hint: Any) -> list[str]:
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return [word for one in inner for word in _words(one)]
+    if kind is Literal:
+        return [str(one) for one in inner]
+    if kind in (list, Sequence):
+        return [f"a list such as [{in_words(inner[0])}]"]
+    if kind in (dict, Mapping):
+        return ["a mapping such as {name: value}"]
+    known = {
+        "PositiveInt": "a whole number of at least 1", "NonNegativeInt": "a whole number of at least 0",
+        "PositiveFloat": "a number above 0", "NonNegativeFloat": "a number of at least 0",
+        "int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "Path": "a path", "NoneType": "null",
+    }  # fmt: skip
+    return [known.get(getattr(hint, "__name__", ""), str(hint))]
+
+
+def _given(problem: str) -> str:
+    """The value within one of jsonargparse's messages."""
+    found = re.search(
+        r"(?:[Gg]iven value|Got value): (.*)$|: (\S+) does not conform|base 10: (\S+)|to float: (\S+)", problem
+    )
+    value = next((g for g in found.groups() if g is not None), "") if found is not None else ""
+    value = value.strip("'")
+    return value if re.fullmatch(r"[-+\d.e]+|-?(nan|inf)", value) else repr(value)
