@@ -3,10 +3,12 @@
     python benchmarks/kills.py --kills 200 --out benchmarks/results/kills.json
 
 Tiny jobs (a random Llama of 4 layers, 60 steps, a checkpoint every 7) are killed with SIGKILL about ten times each, and resumed; then
-they are left to end. Of four instants one is uniform over the time that a start takes, three over a share of the training. Every job is held against the same job without
+they are left to end. Of four instants one is uniform over the time that a start takes, three over a share of the training. Every job is
+held against the same job without
 a kill: bytes of the adapter and of the journal, every figure in metrics.jsonl but seconds, results, and the names of all files. After every kill the
 number of steps on record is compared with the step after which the next attempt goes on. Every attempt is a fork of one process that has
-imported everything, and has read model and rows, so that most kills hit what writes; the report's picture is left out. Bar: no failure, and no step made again that was on record (of runs with a journal; the others go on from their checkpoint).
+imported everything, and has read model and rows, so that most kills hit what writes; the report's picture is left out. Bar: no failure,
+and no step made again that was on record (of runs with a journal; the others go on from their checkpoint).
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 python benchmarks/lamda_memory.py --out benchmarks/results/lamda_memory.json
 
 The claim (arXiv 2406.12832): up to 1.32 times lower peak memory than LoRA in training. Its projections are filled with nothing here: memory
-does not depend on the numbers, and the SVDs would take minutes on a CPU. The layer's input is not counted: a single fp32 layer of LoRA keeps nothing else.
+does not depend on the numbers, and the SVDs would take minutes on a CPU. The layer's input is not counted: a single fp32 layer of LoRA
+keeps nothing else.
 """
 
 from __future__ import annotations

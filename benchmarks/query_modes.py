@@ -3,7 +3,8 @@
     python benchmarks/query_modes.py --threads 1 --out benchmarks/results/query_modes.json
 
 Everything is interleaved in one process; medians. "BERT-base": 110 M parameters with a tensor-train adapter after every attention output
-and feed-forward (24, rank 5, bottleneck 64). "small encoder": 4 layers of 256. Both with random weights and padded batches. A plain forward is one of the
+and feed-forward (24, rank 5, bottleneck 64). "small encoder": 4 layers of 256. Both with random weights and padded batches. A plain
+forward is one of the
 model without adapters. The grid holds ``auto`` against the better of the two modes it chooses from. Memory is the most bytes
 allocated at once above the weights by the allocator's own record.
 """

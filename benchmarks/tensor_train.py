@@ -6,7 +6,8 @@ Needs ``pip install ".[benchmark]"``. One process, one thread by default, no gra
 medians are compared. LoRA's pair is two ``F.linear`` of the train's rank. tensorly-torch's layer is a ``blocktt`` of the same rank
 and dims (its cores hold an input and an output dim each, so that it is another parametrisation of the same size of matrix).
 "48 layers" asks ``MergeCache`` for the pairs of 48 layers whose cores have moved, applies every layer, and divides by 48. FLOPs and bytes are
-those of the merged pair's two products; the roofline takes the larger of FLOPs over the rate of a square matrix product and bytes over the bandwidth of a large copy, both
+those of the merged pair's two products; the roofline takes the larger of FLOPs over the rate of a square matrix product and bytes over
+the bandwidth of a large copy, both
 measured here first. Small inputs stay in the cache, where a layer can be faster than that.
 """
 

@@ -368,7 +368,8 @@ def test_control_variate(mode, small, monkeypatch):
         assert away.forwards == (4 if mode == "split" else 12)
         assert away.loss == pytest.approx(TwoSided()(problem.evaluator, 3, 0.1).loss)
         for q, x in enumerate(problem.slices(mode, 3)):
-            g = [(problem.at(at + 0.1 * problem.z(q), x) - problem.at(at - 0.1 * problem.z(q), x)) / 0.2 for at in (problem.theta(), anchor.double())]  # fmt: skip
+            z, points = problem.z(q), (problem.theta(), anchor.double())
+            g = [(problem.at(at + 0.1 * z, x) - problem.at(at - 0.1 * z, x)) / 0.2 for at in points]
             assert away.projected_grads[q] == pytest.approx(float(g[0] - g[1]), rel=1e-4)
 
 

@@ -146,7 +146,19 @@ OF_OTHERS = {
     *("_attn_implementation", "_name_or_path", "_save", "_prepare_inputs", "_load_best_model", "_load_from_checkpoint"),
     *("_set_signature_columns_if_needed", "_actions", "_typehint", "_fields"),
 }
-DRAWS = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson", "rand_like", "randn_like", "randint_like"}  # fmt: skip
+DRAWS = {
+    "rand",
+    "randn",
+    "randint",
+    "randperm",
+    "normal",
+    "bernoulli",
+    "multinomial",
+    "poisson",
+    "rand_like",
+    "randn_like",
+    "randint_like",
+}
 DRAWS_IN_PLACE = {"normal_", "uniform_", "random_", "bernoulli_", "exponential_", "cauchy_", "geometric_", "log_normal_"}  # fmt: skip
 GLOBAL = {
     *(f"random.{name}" for name in ("seed", "shuffle", "random", "choice", "sample", "randint")),

@@ -31,7 +31,8 @@ from zo_opt.training.parts import TABLES, own_options
 # Two values of options whose type does not say what is possible.
 VALUES: dict[str, tuple[Any, Any]] = {
     "layers": ([0], [1]), "alpha_pattern": ({"q_proj": 1.0}, {"q_proj": 2.0}), "rank_pattern": ({"q_proj": 1}, {"q_proj": 2}),
-    "ranks": ([1, 2], [2, 3]), "lamda++.rank": (16, 17), "milestones": ({0: 1}, {0: 2}), "total_steps": (40, 50), "warmup_steps": (3, 4), "final_steps": (3, 4),
+    "ranks": ([1, 2], [2, 3]), "lamda++.rank": (16, 17), "milestones": ({0: 1}, {0: 2}), "total_steps": (40, 50), "warmup_steps": (3, 4),
+    "final_steps": (3, 4),
     "line_search": ([0.0, 1.0], [0.0, 2.0]), "query_mode": ("sequential", "split"), "forwards": (1000, 2000),
 }  # fmt: skip
 

@@ -23,7 +23,7 @@ from zo_opt.comparison import runs, supervisor
 from zo_opt.directions import DIRECTIONS
 from zo_opt.optim import OPTIMIZERS
 from zo_opt.record import checkpoint
-from zo_opt.schedules import SCHEDULES, History, RunLength, constant_queries
+from zo_opt.schedules import SCHEDULES, History, constant_queries
 from zo_opt.tasks.builtin import get_task
 from zo_opt.training import TrainConfig
 from zo_opt.training.stepper import Stepper
@@ -181,7 +181,7 @@ def test_a_schedule(research: Any) -> None:
     assert made == research.Every(3, 3)
     assert SCHEDULES.plain(made) == {"name": "research:Every", "often": 3, "many": 3}
     config = TrainConfig(schedule={"name": "research:Every", "many": 5})
-    assert config.make_choices(RunLength(4))["query_schedule"] == research.Every(2, 5)
+    assert config.make_choices()["query_schedule"] == research.Every(2, 5)
     by_name = stepped(MeZO, query_schedule="research:two_then_three")
     assert same(by_name, stepped(MeZO, query_schedule=lambda step, epoch, history: 2 + (step >= 2)))
     assert not same(by_name, stepped(MeZO, query_schedule=constant_queries(2)))

@@ -54,7 +54,7 @@ OURS = {
     "lora": (LoRAConfig(rank=4, alpha=6), TARGETS, "LORA"),
     "lora rslora": (LoRAConfig(rank=3, alpha=0.1, use_rslora=True, seed=3), TARGETS, "LORA"),
     "lora-fa": (LoRAFAConfig(rank=4), LINEAR, "LORA"),
-    "tt-lora": (TTLoRAConfig(rank=4, tt_rank=2), TARGETS, "LORA"),
+    "tt-lora": (TTLoRAConfig(rank=4, tt_rank=2), LINEAR, "LORA"),
     "dora": (DoRAConfig(rank=4, alpha=6), TARGETS, "LORA"),
     "adalora": (AdaLoRAConfig(rank=4, target_rank=2, alpha=6, squared_penalty=True), LINEAR, "ADALORA"),
     "vera": (VeRAConfig(rank=6), LINEAR, "VERA"),

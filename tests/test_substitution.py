@@ -461,7 +461,11 @@ def test_a_traced_part_is_moved_in_place():
     agree(net.parameters(), lambda: net[2](traced(X[0]).tanh()).square().mean(), opaque=2)
 
 
-@pytest.mark.parametrize("look", [torch.Tensor.detach, lambda p: p.detach().numpy(), lambda p: p.data.view(-1)], ids=["alias", "numpy", "view"])  # fmt: skip
+@pytest.mark.parametrize(
+    "look",
+    [torch.Tensor.detach, lambda p: p.detach().numpy(), lambda p: p.data.view(-1)],
+    ids=["alias", "numpy", "view"],
+)
 def test_values_read_through_an_alias_are_moved_in_place(look):
     net = plain_net()
     view = look(net[0].weight)

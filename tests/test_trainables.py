@@ -358,7 +358,8 @@ def test_spread(shapes, data):
     ours = Trainables(parameters_of(shapes))
     values = torch.arange(1.0, len(shapes) + 1)
     whole = torch.cat([torch.full(p.shape, v).flatten() for p, v in zip(ours.parameters, values.tolist(), strict=True)])
-    start, stop = data.draw(st.tuples(*[st.integers(0, ours.total)] * 2).map(sorted).filter(lambda b: b[0] < b[1]) if ours.total else st.just((0, 0)))  # fmt: skip
+    ranges = st.tuples(*[st.integers(0, ours.total)] * 2).map(sorted).filter(lambda b: b[0] < b[1])
+    start, stop = data.draw(ranges if ours.total else st.just((0, 0)))
     if start < stop:
         assert torch.equal(ours.spread(values, start, stop), whole[start:stop])
 

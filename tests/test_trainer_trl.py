@@ -37,7 +37,8 @@ def sft_trainer(directory: Path, steps: Steps, model: Any = None, **options: Any
     args = ZOSFTConfig(str(directory), bf16=False, max_length=16, **{**QUIET, **options})
     data = Dataset.from_dict({"text": TEXTS})
     return ZOSFTTrainer(
-        model=make_model("llama") if model is None else model, args=args, train_dataset=data, eval_dataset=data, processing_class=make_tokenizer("causal"),
+        model=make_model("llama") if model is None else model, args=args, train_dataset=data, eval_dataset=data,
+        processing_class=make_tokenizer("causal"),
         callbacks=[steps],
     )  # fmt: skip
 

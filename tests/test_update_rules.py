@@ -52,7 +52,8 @@ def test_momentum_is_torchs():
     for step in range(5):
         optimizer.step(model, BATCH)
         z = StepDirections(DIRECTIONS.make("gaussian"), 5, step, list(model.parameters())).range(0, 0, TOTAL)
-        nn.utils.vector_to_parameters(z * optimizer.last_record.projected_grads[0], grads := [torch.empty_like(p) for p in theirs.parameters()])  # fmt: skip
+        grads = [torch.empty_like(p) for p in theirs.parameters()]
+        nn.utils.vector_to_parameters(z * optimizer.last_record.projected_grads[0], grads)
         for p, g in zip(theirs.parameters(), grads, strict=True):
             p.grad = g
         sgd.step()

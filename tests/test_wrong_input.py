@@ -300,7 +300,7 @@ CASES: dict[str, Case] = {
     "alpha of LoRA 0": (lambda p: {"adapter": "tt-lora", "lora_alpha": 0}, "alpha=0"),
     "inner ranks of 0": (lambda p: {"adapter": "tt-lora", "tt_rank": 0}, "tt_rank=0"),
     "a start of another method": (lambda p: {"adapter_init": "svd"}, "'svd'.*class_means"),
-    "a placed start of another method": (lambda p: {"adapter": "tt-lora", "adapter_init": "class_means"}, "'class_means' places tensor trains.*leave it out"),
+    "a placed start of another method": (lambda p: {"adapter": "tt-lora", "adapter_init": "class_means"}, "'class_means' places.*leave it out"),
     "a start that there is not": (lambda p: {"adapter": "lamda", "adapter.init": "qr"}, "'qr'.*svd or zero"),
     "a rank for no module": (lambda p: {"adapter": "tt-lora", "rank_pattern": '{"o_proj": 3}'}, "'o_proj'.*no adapted module"),
     "a rank of 0 for a module": (lambda p: {"adapter": "tt-lora", "rank_pattern": '{"q_proj": 0}'}, "rank_pattern"),

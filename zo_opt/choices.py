@@ -150,6 +150,8 @@ def split(part: str, choice: Choice) -> tuple[str, dict[str, Any]]:
     """
     if isinstance(choice, str):
         return choice, {}
+    if not isinstance(choice, Mapping):
+        raise ZOError(f'{part}={choice!r} is no choice; give a name, or {{"name": ..., and its options}}.')
     options = dict(choice)
     name = options.pop("name", None)
     if not isinstance(name, str):

@@ -30,7 +30,8 @@ class AdaLoRAConfig(SensitivityConfig):
     between warm-up and final phase the lambdas of the lowest ones are set to zero, so many that a cubic budget is kept. They
     train on and may come back. In the final phase those that are zero stay zero, to the bit.
 
-    The loss has gamma * mean over all P and Q of ||P^T P - I||_F and ||Q Q^T - I||_F added [code], with ``squared_penalty`` their squares (equation 4).
+    The loss has gamma * mean over all P and Q of ||P^T P - I||_F and ||Q Q^T - I||_F added [code], with ``squared_penalty`` their squares
+    (equation 4).
     [choice] gamma = 0.1 as in the authors' code; PEFT's default is 0.5. [code] The scaling divides by the initial rank at all times.
 
     Call ``model.step(global_step)`` after every ``optimizer.step()`` and before ``zero_grad()``. With warm-up and final phase left

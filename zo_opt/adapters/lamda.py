@@ -30,7 +30,8 @@ class LaMDAConfig(AdapterConfig):
 
     With W0 = U Sigma V^T: A = V_r^T and B = U_r (arXiv 2406.12832, section 3). Over the first ``freeze_share`` (eta) of training
     the columns of B are frozen one after the other, those of the largest singular values first; then S alone is trained, rank^2
-    numbers a matrix. With ``freeze_share=0`` it is so from the start. [choice] After n optimizer steps floor(rank n / floor(eta T)) columns are frozen.
+    numbers a matrix. With ``freeze_share=0`` it is so from the start. [choice] After n optimizer steps floor(rank n / floor(eta T))
+    columns are frozen.
 
     [choice] ``init="svd"``: S starts as diag(sigma_r), and the constant B0 S0 A, frozen copies of the start, is taken off again: W0 - B0 S0 A
     is the residual, and the start is the pretrained function to the bit. It is not written into the weight: there it would be rounded

@@ -29,7 +29,8 @@ class CompareConfig:
     """Options of a comparison.
 
     Args:
-        methods: names with commas between, or a list: full, bitfit, lora, lora+, dora, adalora, lora-fa, vera, aflora, lisa, lamda, lamda++, adapter, spectral, loretta, mezo,
+        methods: names with commas between, or a list: full, bitfit, lora, lora+, dora, adalora, lora-fa, vera, aflora, lisa, lamda,
+            lamda++, adapter, spectral, loretta, mezo,
             mezo-lora, sparse-mezo, adazeta, adazeta-placed, or optimizer:adapter for any two (adamw or a zeroth-order
             optimizer).
         seeds: numbers with commas between, or a list: of directions, adapters and the order of examples; a run for each.

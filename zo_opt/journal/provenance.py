@@ -103,7 +103,8 @@ def rebuild(description: Mapping[str, Any], start: Mapping[str, Any], model: nn.
         raise
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RuntimeError) as error:
         raise ZOError(
-            f"the journal describes an optimizer that cannot be built ({type(error).__name__}: {str(error)[:200]}); it is damaged, or of another version."
+            f"the journal describes an optimizer that cannot be built ({type(error).__name__}: {str(error)[:200]}); "
+            "it is damaged, or of another version."
         ) from error
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
 
 from zo_opt.errors import ZOError
 from zo_opt.optim.choices import CHOICES, Method
@@ -15,8 +16,6 @@ from zo_opt.optim.counting import CountingOptimizer
 from zo_opt.optim.records import StepRecord
 
 FORWARDS_PER_STEP = 3  # a forward pass, and a backward pass that costs as much as two
-# torch's hooks see AdamW's own step, once: a step that was dropped is none, and AdamW.step has hooks only after another AdamW was made.
-_ADAMW_STEP = AdamW.step if hasattr(AdamW.step, "hooked") else Optimizer.profile_hook_step(AdamW.step)
 
 
 class Backpropagation(CountingOptimizer, AdamW):
@@ -90,11 +89,11 @@ class Backpropagation(CountingOptimizer, AdamW):
             loss.backward()
             finite = self._clip()
         if finite:
-            _ADAMW_STEP(self)
+            with torch.no_grad():
+                # Without the hooks that torch puts around it once any AdamW is made: this step has them already.
+                inspect.unwrap(AdamW.step)(self)
         self._record(float(loss.detach()), dropped=not finite)
         return loss.detach()
-
-    step.hooked = True  # type: ignore[attr-defined]  # torch is not to wrap it
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]

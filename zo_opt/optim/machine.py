@@ -81,8 +81,6 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
                 )
             self.choices = choices = replace(choices, estimator=PrivateTwoSided(setting.privacy))
         super().__init__(params, {"lr": choices.lr, "weight_decay": choices.weight_decay})
-        if setting.privacy is not None:
-            setting.privacy.attach()  # last: one that was refused has not taken it
         self.start_counting(setting.steps_per_epoch, setting.max_failed_steps)
         self.start_axis()
         self.update_count = 0

@@ -24,7 +24,8 @@ _ELSEWHERE = {
     "max_queries": "schedule.max_queries", "min_queries": "schedule.min_queries", "budget_forwards": "schedule.forwards",
     "milestones": "schedule.milestones", "beta1": "update_rule.beta1", "beta2": "update_rule.beta2",
     "rank": "adapter.rank", "lora_r": "adapter.rank", "lora_alpha": "adapter.alpha", "tt_rank": "adapter.tt_rank",
-    "layers": "adapter.layers", "target_modules": "adapter.target_modules", "bottleneck": "adapter.bottleneck", "max_grad_norm": "optimizer.max_grad_norm",
+    "layers": "adapter.layers", "target_modules": "adapter.target_modules", "bottleneck": "adapter.bottleneck",
+    "max_grad_norm": "optimizer.max_grad_norm",
 }  # fmt: skip
 
 
@@ -51,6 +52,13 @@ class Parser(ArgumentParser):
         elif (found := re.match(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text)) is not None:
             sentence = self.unknown(f"{found[1]}.{found[2]}")
         raise ZOError(f"{sentence} See {self.prog} --help.")
+
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """The help; of a hundred options the usage names none, and a part is shown as it is typed: ``--adapter NAME``."""
+        text = re.sub(r"--(\w+)\.name\b", r"--\1", super().format_help(*args, **kwargs))
+        return (
+            re.sub(r"\Ausage: .*?\n\n", f"usage: {self.prog} [options]\n\n", text, flags=re.S) if self.parts else text
+        )
 
     def hints(self) -> dict[str, Any]:
         """Option -> its type."""

@@ -26,7 +26,8 @@ class BitFitConfig(AdapterConfig):
     or in ``layers``. ``target_modules`` narrows it, to queries and the feed-forward's first layer, say, as in the paper's section 3. The paper
     also trains the task's head whole: ``modules_to_save=["classifier"]``. The base model's biases are not written to; merging adds delta to them.
 
-    [choice] In a model whose layers have no bias at all (the Llama family, T5) all linear layers in them get a new one, and so does a linear layer or norm that ``target_modules`` names. Such biases cannot be merged: the architecture has no place for them, so that a
+    [choice] In a model whose layers have no bias at all (the Llama family, T5) all linear layers in them get a new one, and so does a
+    linear layer or norm that ``target_modules`` names. Such biases cannot be merged: the architecture has no place for them, so that a
     saved model would lose them when it is loaded. ``merge_and_unload`` says so and changes nothing.
 
     >>> from zo_opt import get_adapter_model, trainable_parameters

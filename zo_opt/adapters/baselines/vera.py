@@ -21,7 +21,8 @@ class VeRAConfig(AdapterConfig):
     """h = W0 x + diag(b) B diag(d) A x (arXiv 2310.11454, equation 2), A and B frozen, d (rank,) and b (out,) trained, float32.
 
     A (rank, largest in) and B (largest out, rank) are one tensor each, shared by all targets, which use their first columns and rows
-    (and, under ``rank_pattern``, their first so many of the rank). Both are drawn Kaiming-uniform (gain sqrt(2), as in PEFT) and saved, so that a file never
+    (and, under ``rank_pattern``, their first so many of the rank). Both are drawn Kaiming-uniform (gain sqrt(2), as in PEFT) and saved,
+    so that a file never
     depends on a random generator. d starts at ``d_initial`` and b at zero, an exact identity. Linear layers only, as in PEFT.
 
     >>> from zo_opt import get_adapter_model, trainable_parameters
