@@ -301,6 +301,17 @@ def test_a_run(
     assert run_main(["eval", "whole", "--trust_remote_code"]) == 0
 
 
+def test_what_comes_after_a_run_asks_too(line: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main(line("train", task="research:task", adapter="lora", steps=2, output_dir="run")) == 0
+    for command in ("replay", "merge"):
+        asked = [command, "run", "--to", command]
+        capsys.readouterr()
+        assert run_main(asked) == 2
+        assert "names code outside zo_opt" in capsys.readouterr().err
+        assert run_main([*asked, "--trust_remote_code"]) == 0, capsys.readouterr().err
+    assert weights(tmp_path / "replay") == weights(tmp_path / "run")
+
+
 def test_options_of_ones_own_are_checked_and_shown(line: Line, capsys: pytest.CaptureFixture[str]) -> None:
     for wrong, sentence in (
         ({"optimizer.grow": 2}, "optimizer 'research:MyZO' has no option 'grow'; it has shrink"),

@@ -9,11 +9,10 @@ import torch
 from zo_opt.adapters import load_adapter_model
 from zo_opt.adapters.storage import load
 from zo_opt.errors import ZOError
-from zo_opt.models.models import load_model
 from zo_opt.models.quantisation import adopt, quantised_layers
-from zo_opt.record.output import output_directory
+from zo_opt.record.output import RUN_NAME, output_directory
 from zo_opt.record.progress import Reporter
-from zo_opt.training.evaluate_run import read_config, read_record
+from zo_opt.training.evaluate_run import config_of, load_plain_base, read_record
 
 FORMS = ("model", "lora")
 
@@ -25,20 +24,14 @@ def run(options: Namespace, command: str) -> None:
         raise ZOError("merge needs --to, a new directory for the model.")
     if form not in FORMS:
         raise ZOError(f"--as {form} is not known; choose one of {', '.join(FORMS)}.")
-    config = read_config(options.run_dir)
+    record = read_record(options.run_dir)
+    config = config_of(record, options.run_dir / RUN_NAME, trust_remote_code=options.trust_remote_code)
     adapter = load(options.run_dir).config
     if form == "model" and adapter is not None:
         adapter.check_mergeable()
     reporter = Reporter()
     with output_directory(options.to, "--to") as to:
-        # In the checkpoint's own dtype: the run's precision is a form for running, not for keeping.
-        base, tokenizer = load_model(
-            config.model_name_or_path,
-            head=config.head,
-            labels=read_record(options.run_dir).get("resolved", {}).get("labels", 2),
-            trust_remote_code=options.trust_remote_code,
-            say=reporter.say,
-        )
+        base, tokenizer = load_plain_base(config, record.get("resolved", {}), reporter)
         adopt(base, torch.float32)
         if form == "model" and next(quantised_layers(base), None) is not None:
             raise ZOError(

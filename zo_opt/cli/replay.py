@@ -8,11 +8,11 @@ from pathlib import Path
 from zo_opt.adapters import load_adapter_model
 from zo_opt.errors import ZOError
 from zo_opt.journal import NAME, read_journal, replay
-from zo_opt.models.models import load_model, pick_device
+from zo_opt.models.models import pick_device
 from zo_opt.models.precision import set_precision
 from zo_opt.record.output import RUN_NAME, START_NAME, output_directory
 from zo_opt.record.progress import Reporter
-from zo_opt.training.evaluate_run import read_config, read_record
+from zo_opt.training.evaluate_run import config_of, load_plain_base, read_config, read_record
 
 
 def run(options: Namespace, command: str) -> None:
@@ -22,10 +22,10 @@ def run(options: Namespace, command: str) -> None:
     path: Path = options.journal / NAME if options.journal.is_dir() else options.journal
     run_dir = path.parent
     if not path.exists() and (run_dir / RUN_NAME).is_file() and not (run_dir / START_NAME).exists():
-        made = read_config(run_dir)
+        made = read_config(run_dir, trust_remote_code=options.trust_remote_code)
         raise ZOError(
             f"the run in {run_dir} has no journal; runs keep one where forward passes alone move the weights and the adapter does not "
-            f"change on its own (this run: optimizer {made.optimizer}, adapter {made.adapter}). Its adapter is in {run_dir} itself."
+            f"change on its own (this run: optimizer {made.optimizer_name}, adapter {made.adapter_name}). Its adapter is in {run_dir} itself."
         )
     contents = read_journal(path, options.steps)  # whatever is wrong with it is said before the model is loaded
     if not (run_dir / RUN_NAME).is_file():
@@ -33,7 +33,9 @@ def run(options: Namespace, command: str) -> None:
             f"{run_dir} holds no {RUN_NAME} beside the journal; give one of a run of zo-opt train, or call "
             "zo_opt.journal.replaying on the model it was written with."
         )
-    config, resolved = read_config(run_dir), read_record(run_dir).get("resolved", {})
+    record = read_record(run_dir)
+    config = config_of(record, run_dir / RUN_NAME, trust_remote_code=options.trust_remote_code)
+    resolved = record.get("resolved", {})
     if options.steps is None and (run_dir / "results.json").exists() and contents.steps < config.steps:
         raise ZOError(
             f"{path} ends after {contents.steps} of the run's {config.steps} steps: its end was lost; restore it from a copy, "
@@ -42,13 +44,7 @@ def run(options: Namespace, command: str) -> None:
     reporter = Reporter()
     with output_directory(options.to, "--to") as to:
         device = pick_device(options.device or config.device)
-        base, _ = load_model(
-            config.model_name_or_path,
-            head=config.head,
-            labels=resolved.get("labels", 2),
-            trust_remote_code=options.trust_remote_code,
-            say=reporter.say,
-        )
+        base, _ = load_plain_base(config, resolved, reporter)
         set_precision(base, resolved.get("precision", config.precision), device)
         model = load_adapter_model(base, run_dir / START_NAME).to(device).eval()
         steps = replay(path, model, steps=options.steps, exact=not options.inexact)

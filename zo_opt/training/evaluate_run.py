@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from zo_opt.adapters import load_adapter_model
 from zo_opt.errors import ZOError
+from zo_opt.models.models import load_model
 from zo_opt.record.output import RUN_NAME
 from zo_opt.record.progress import Reporter
 from zo_opt.system.plain_json import read_object
@@ -75,6 +76,17 @@ def read_record(run_dir: Path) -> dict[str, Any]:
     if not isinstance(record.get("config"), dict) or not isinstance(record.get("resolved", {}), dict):
         raise ZOError(f"{run_dir / RUN_NAME} is missing its config; give the output_dir of a run of zo-opt train.")
     return record
+
+
+def load_plain_base(config: TrainConfig, resolved: Mapping[str, Any], reporter: Reporter) -> tuple[Any, Any]:
+    """A run's base model in the checkpoint's own dtype, and its tokenizer: the run's precision is a form for running, not for keeping."""
+    return load_model(
+        config.model_name_or_path,
+        head=config.head,
+        labels=resolved.get("labels", 2),
+        trust_remote_code=config.trust_remote_code,
+        say=reporter.say,
+    )
 
 
 def evaluate_run(
