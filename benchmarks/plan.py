@@ -23,7 +23,7 @@ from zo_opt.models.builtin import DEFAULT_MODEL
 from zo_opt.planning import Setting, make_skeleton, plan_method, read_config
 from zo_opt.system.memory import current_memory
 from zo_opt.training.methods import get_method
-from zo_opt.training.recipe import depth
+from zo_opt.training.recipe import last_quarter
 
 # method -> the options of zo-opt train that make it
 METHODS = {
@@ -47,7 +47,7 @@ def main() -> None:
     base, cells = current_memory(torch.device("cpu")), []
     for precision in arguments.precision.split(","):
         for name in arguments.methods.split(","):
-            setting = Setting(ROWS, TOKENS, precision, "cpu", layers=-(-depth(skeleton) // 4))
+            setting = Setting(ROWS, TOKENS, precision, "cpu", layers=last_quarter(skeleton))
             found, run = plan_method(skeleton, get_method(name).config(), setting), measured(METHODS[name], precision)
             cell = {
                 "method": name, "precision": precision, "base": base, "step": found.peak, "process": found.process(base),

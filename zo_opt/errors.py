@@ -13,3 +13,12 @@ class NonFiniteLossError(RuntimeError):
 
 class RankError(RuntimeError):
     """Another rank failed, is gone, or no longer has the same weights; the trainables are what they were before the step."""
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of what an error says, without its full stop; its class's name where it says nothing.
+
+    >>> reason_of(RuntimeError("no room.\\nmore of it")), reason_of(MemoryError())
+    ('no room', 'MemoryError')
+    """
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from zo_opt.adapters.config import AdapterConfig
 from zo_opt.adapters.replacement import tensorize
 from zo_opt.adapters.targets import find_targets
-from zo_opt.errors import ZOError
+from zo_opt.errors import ZOError, reason_of
 
 
 def adapter_shapes(model: nn.Module, config: AdapterConfig) -> dict[str, tuple[int, ...]]:
@@ -20,7 +20,7 @@ def adapter_shapes(model: nn.Module, config: AdapterConfig) -> dict[str, tuple[i
     """
     targets = [target.on_meta() for target in config.find_targets(model)]
     replaced = (
-        [t.on_meta() for t in find_targets(model, config.modules_to_tensorize or (), None)]
+        [t.on_meta() for t in find_targets(model, config.modules_to_tensorize, None)]
         if config.modules_to_tensorize
         else []
     )
@@ -31,7 +31,7 @@ def adapter_shapes(model: nn.Module, config: AdapterConfig) -> dict[str, tuple[i
         raise
     except (RuntimeError, OverflowError, MemoryError, TypeError, ValueError) as error:
         raise ZOError(
-            f"the adapter's configuration asks for tensors that there cannot be ({str(error).splitlines()[0]}); it is damaged, copy it anew."
+            f"the adapter's configuration asks for tensors that there cannot be ({reason_of(error)}); it is damaged, copy it anew."
         ) from error
     found: dict[str, tuple[int, ...]] = {}
     seen: set[int] = set()

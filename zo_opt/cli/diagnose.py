@@ -39,7 +39,6 @@ def run(options: Namespace, command: str) -> None:
     """Measure, print the table and the advice, draw the picture."""
     reporter = Reporter()
     values = vars(options)
-    values.pop("config", None)
     asked = DiagnoseConfig(**{f.name: values.pop(f.name) for f in fields(DiagnoseConfig) if f.name in values})
     out = asked.out
     if out.suffix != ".png":

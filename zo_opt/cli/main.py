@@ -72,10 +72,9 @@ class Command:
 
 def _run(arguments: Sequence[str]) -> int:
     chosen = next((a for a in arguments if not a.startswith("-")), None)
+    if chosen is None:
+        _overview().parse_args(list(arguments) or ["--help"])
     if chosen is None or chosen not in COMMANDS:
-        _overview().parse_args(
-            list(arguments) if chosen is None and arguments else ["--help"] if chosen is None else []
-        )
         raise ZOError(
             f"{chosen!r} is no command; choose one of {', '.join(COMMANDS)}.{did_you_mean(str(chosen), COMMANDS)}"
         )

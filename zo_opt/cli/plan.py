@@ -112,8 +112,10 @@ def row(method: str, found: Footprint, base: int, memory: int | None) -> dict[st
     ['yes', 'tight', 'no', '']
     """
     process = found.process(base)
-    fits = "no" if memory is None or process > memory else "tight" if process * (1 + ACCURACY) > memory else "yes"
-    return {"method": method, **vars(found), "process": process, "fits": fits if memory is not None else "", "note": ""}
+    fits = ""
+    if memory is not None:
+        fits = "no" if process > memory else "tight" if process * (1 + ACCURACY) > memory else "yes"
+    return {"method": method, **vars(found), "process": process, "fits": fits, "note": ""}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:

@@ -14,8 +14,9 @@ from rich.table import Table
 
 from zo_opt.choices import option_names
 from zo_opt.errors import ZOError
-from zo_opt.optim.choices import QueryMode
+from zo_opt.queries.modes import QueryMode
 from zo_opt.schedules import SCHEDULES, AdaZetaQueries, QuerySchedule, RunLength, for_run, simulate
+from zo_opt.schedules.base import two_sided_cost
 from zo_opt.schedules.plot import Course, picture, table
 from zo_opt.system.files import write_atomically
 from zo_opt.training.options import PositiveFloat, PositiveInt
@@ -60,7 +61,7 @@ class ScheduleConfig:
     @property
     def cost(self) -> tuple[int, int]:
         """Forward passes of a query, and of a step besides: two-sided queries cost two each, or two together where they share the batch."""
-        return (0, 2) if self.query_mode == "split" else (2, 0)
+        return two_sided_cost(self.query_mode)
 
     def check(self) -> None:
         """What no schedule checks by itself.
@@ -141,17 +142,12 @@ class ScheduleConfig:
 
 def run(options: Namespace, command: str) -> None:
     """Print the table, draw the picture, write all steps beside it."""
-    values = vars(options)
-    values.pop("config", None)
-    config = ScheduleConfig(**values)
+    config = ScheduleConfig(**vars(options))
     config.check()
     courses, notes = config.courses(), config.notes()
     image_path, table_path = config.files()
-    try:
-        write_atomically(image_path, picture(courses, notes[0]))
-        write_atomically(table_path, table(courses, config.steps_per_epoch))
-    except OSError as error:
-        raise ZOError(f"{image_path} cannot be written ({error.strerror}); give another place as --out.") from error
+    write_atomically(image_path, picture(courses, notes[0]))
+    write_atomically(table_path, table(courses, config.steps_per_epoch))
     console = Console(highlight=False)
     console.print(summary(courses, config.steps_per_epoch))
     for note in notes:

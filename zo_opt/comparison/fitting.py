@@ -9,14 +9,14 @@ from typing import Any
 from torch import nn
 
 from zo_opt.choices import split
-from zo_opt.errors import ZOError
+from zo_opt.errors import ZOError, reason_of
 from zo_opt.models import builtin
 from zo_opt.models.models import pick_device
 from zo_opt.planning import Setting, make_skeleton, plan_method, read_config
 from zo_opt.tasks.metrics import CLASSIFICATION
 from zo_opt.tasks.scoring import make_scorer
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.recipe import depth
+from zo_opt.training.recipe import last_quarter
 from zo_opt.training.setup import Examples
 
 
@@ -60,7 +60,7 @@ def sizes_of(config: TrainConfig, examples: Examples) -> Sizes:
                 source, trust_remote_code=config.trust_remote_code
             )
     except (OSError, ValueError, KeyError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+        reason = reason_of(error)
         raise ZOError(
             f"the tokenizer of model {name!r} could not be read ({reason}); give a model that has one."
         ) from error
@@ -82,7 +82,7 @@ def fitting_batch(config: TrainConfig, sizes: Sizes, budget: int) -> int | None:
         ZOError: the options do not fit the model.
     """
     layers = split("adapter", config.adapter)[1].get("layers")
-    layers = layers if isinstance(layers, int) else -(-depth(sizes.skeleton) // 4)
+    layers = layers if isinstance(layers, int) else last_quarter(sizes.skeleton)
     batch_size = config.batch_size
     while batch_size >= 1:
         setting = Setting(

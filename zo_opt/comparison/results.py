@@ -59,7 +59,7 @@ def summarise(method: str, runs: Sequence[Run], trials: Sequence[Run]) -> Row:
         alike = sum(o is not None and o.state == state for o in outcomes)
         reason = f"{alike} of {len(runs)} runs; {reason}"
     done = [run for run, o in zip(runs, outcomes, strict=True) if o is not None and o.state == "finished"]
-    search = sum(int(t.steps_done()[-1]["forwards"]) for t in trials if t.steps_done())
+    search = sum(int(steps[-1]["forwards"]) for t in trials if (steps := t.steps_done()))
     if not done:
         return Row(method, state, reason, 0, search_forwards=search)
     results = [found for run in done if (found := run.results()) is not None]  # which those that finished have

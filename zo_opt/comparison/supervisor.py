@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Collection, Sequence
 from contextlib import suppress
@@ -10,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from zo_opt.comparison.runs import Run
+from zo_opt.record.metrics import Tail
 from zo_opt.record.progress import Reporter
 from zo_opt.training.stop import StopRequest, StopSignals
 
@@ -46,7 +48,7 @@ def run_all(
         for run in runs:
             run.forget_failure()
     waiting = [run for run in runs if run.outcome() is None]
-    active: dict[psutil.Process, tuple[Run, int]] = {}
+    active: dict[psutil.Process, tuple[_Course, int]] = {}
     places = list(range(jobs))
     threads = int(os.environ.get("OMP_NUM_THREADS") or max((os.cpu_count() or 1) // jobs, 1))
     tracked = reporter.track(what, len(runs), "runs", len(runs) - len(waiting))
@@ -55,22 +57,23 @@ def run_all(
             while (waiting or active) and stop.signum is None:
                 while waiting and places:
                     run, place = waiting.pop(0), places.pop(0)
-                    active[run.start(threads, prefixes / str(place))] = (run, place)
+                    active[run.start(threads, prefixes / str(place))] = (_Course(run), place)
                 for process in psutil.wait_procs(active, timeout=LOOK_SECONDS)[0]:
-                    run, place = active.pop(process)
+                    course, place = active.pop(process)
+                    run = course.run
                     places.append(place)
                     code = process.wait()
                     assert code is not None  # it is our child
                     outcome = run.ended(code, keep_models=keep_models)
-                    tracker.advance(1, _note(run))
+                    tracker.advance(1, course.note())
                     if outcome.state != "finished":
                         reporter.say(f"{run.method}, {run.directory.name}: {outcome.state}: {outcome.reason}")
-                tracker.advance(0, "; ".join(_note(run) for run, _ in active.values()))
+                tracker.advance(0, "; ".join(course.note() for course, _ in active.values()))
         finally:
             _stop(active)
-            for process, (run, _) in active.items():
+            for process, (course, _) in active.items():
                 if process.wait() == 0:  # it came to its end all the same
-                    run.ended(0, keep_models=keep_models)
+                    course.run.ended(0, keep_models=keep_models)
 
 
 def _stop(active: Collection[psutil.Process]) -> None:
@@ -87,9 +90,26 @@ def _stop(active: Collection[psutil.Process]) -> None:
         raise
 
 
-def _note(run: Run) -> str:
-    done = run.steps_done()
-    where = f"{run.method} {run.directory.name}"
-    if not done:
-        return f"{where}: starting"
-    return f"{where}: {len(done)}/{run.config.steps} steps, loss {done[-1]['loss']:.3f}"
+class _Course:
+    """How far a run is. It is looked at often, so that each look reads only what is new."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._begin_anew()
+
+    def note(self) -> str:
+        """In words."""
+        if self._tail.was_cut:
+            self._begin_anew()
+        if new := self._tail.read():
+            self._steps += len(new)
+            self._loss = new[-1]["loss"]
+        where = f"{self.run.method} {self.run.directory.name}"
+        if not self._steps:
+            return f"{where}: starting"
+        return f"{where}: {self._steps}/{self.run.config.steps} steps, loss {self._loss:.3f}"
+
+    def _begin_anew(self) -> None:
+        self._tail = Tail(self.run.directory)
+        self._steps = 0
+        self._loss = math.nan

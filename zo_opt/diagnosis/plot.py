@@ -6,16 +6,14 @@ from math import isnan
 from pathlib import Path
 
 from zo_opt.diagnosis.diagnose import Diagnosis
-from zo_opt.record.report import BLUE, GREY, ORANGE
+from zo_opt.record.report import BLUE, GREY, ORANGE, save_picture
 
 
 def draw(d: Diagnosis, path: Path) -> None:
     """Correlation with exact projected gradients against zo_eps, and the relative error beside it."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.2), layout="constrained", dpi=160)
-    FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     for form, color in zip(d.forms, (BLUE, GREY), strict=False):
         left.plot(d.eps_grid, form.correlations, "o-", color=color, label=form.precision)
@@ -26,7 +24,6 @@ def draw(d: Diagnosis, path: Path) -> None:
         axes.set_xscale("log")
         axes.set_xlabel("zo_eps")
         axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
     left.set_ylim(min(0.0, *(c for f in d.forms for c in f.correlations if not isnan(c))), 1.02)
     left.set_title("correlation with exact projected gradients", loc="left")
     right.set_yscale("log")
@@ -35,4 +32,4 @@ def draw(d: Diagnosis, path: Path) -> None:
     figure.suptitle(
         f"{d.queries} directions over {d.trainables:,} trainables; slope {d.slope:.3g}, curvature {d.curvature:.3g}"
     )
-    figure.savefig(path)
+    save_picture(figure, path)

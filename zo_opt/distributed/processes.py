@@ -16,7 +16,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from zo_opt.errors import RankError, ZOError
+from zo_opt.errors import RankError, ZOError, reason_of
 
 WITHIN = ("sequential", "batched", "split", "auto")
 
@@ -105,7 +105,7 @@ def process_group() -> Iterator[None]:
         dist.init_process_group("gloo", timeout=timedelta(days=1))
     except (ValueError, RuntimeError) as error:
         raise ZOError(
-            f"WORLD_SIZE={world_size()} asks for several processes, which do not find each other ({str(error).splitlines()[0]}); "
+            f"WORLD_SIZE={world_size()} asks for several processes, which do not find each other ({reason_of(error)}); "
             "start them with torchrun, or unset WORLD_SIZE."
         ) from error
     try:

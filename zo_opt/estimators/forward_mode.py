@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from zo_opt.errors import ZOError
+from zo_opt.errors import ZOError, reason_of
 from zo_opt.estimators.base import Estimate, Estimator, estimate_of
 from zo_opt.queries.modes import Evaluator, Losses
 from zo_opt.queries.perturbation import Perturbed
@@ -70,7 +70,7 @@ def directional_derivative(perturbed: Perturbed, call: Callable[[], Any], query:
             if not any(name in str(error) for name in ("forward AD", "forward mode AD", "forward-mode")):
                 raise
             raise ZOError(
-                f"an operation of this model has no forward-mode derivative ({str(error).splitlines()[0]}); "
+                f"an operation of this model has no forward-mode derivative ({reason_of(error)}); "
                 "use an optimizer that needs losses alone, such as MeZO."
             ) from error
         tangent = forward_ad.unpack_dual(loss).tangent if isinstance(loss, Tensor) else None

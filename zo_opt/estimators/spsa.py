@@ -30,10 +30,7 @@ class TwoSided(Estimator):
 
     def __call__(self, evaluate: Evaluator, queries: int, zo_eps: float) -> Estimate:
         losses = evaluate(queries, (zo_eps, -zo_eps))
-        up, down = losses.values.unbind(dim=1)
-        finite = losses.values.isfinite().all(dim=1)
-        projected_grads = torch.where(finite, (up - down) / (2 * zo_eps), torch.nan)
-        return estimate_of(losses, projected_grads, losses.values.mean(dim=1))
+        return estimate_of(losses, _slopes(losses.values, zo_eps), losses.values.mean(dim=1))
 
 
 @dataclass(frozen=True)
@@ -86,6 +83,11 @@ def control_variate(evaluate: Evaluator, anchor: Tensor, queries: int, zo_eps: f
         zo_eps: perturbation scale, in parameter units.
     """
     here = TwoSided()(evaluate, queries, zo_eps)
-    up, down = evaluate(queries, (zo_eps, -zo_eps), anchor=anchor).values.unbind(dim=1)
-    there = torch.where(up.isfinite() & down.isfinite(), (up - down) / (2 * zo_eps), torch.nan)
+    there = _slopes(evaluate(queries, (zo_eps, -zo_eps), anchor=anchor).values, zo_eps)
     return Estimate(here.loss, here.projected_grads - there, here.weights, 2 * here.forwards)
+
+
+def _slopes(values: Tensor, zo_eps: float) -> Tensor:
+    """(L+ - L-) / (2 zo_eps) of each query, nan where one of the two is not finite; ``values`` of shape (queries, 2)."""
+    up, down = values.unbind(dim=1)
+    return torch.where(values.isfinite().all(dim=1), (up - down) / (2 * zo_eps), torch.nan)

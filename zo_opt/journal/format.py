@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from zo_opt.errors import ZOError
 from zo_opt.optim import Update
-from zo_opt.system.checksum import checksum
+from zo_opt.system.checksum import checksum, fingerprint
 from zo_opt.system.plain_json import parse
 
 FORMAT = "zo_opt.journal/2"
@@ -69,7 +72,12 @@ class Header:
     @property
     def machine(self) -> str:
         """Where it was written, in words."""
-        return f"{self.device} with torch {self.torch}"
+        return machine_in_words(self.device, self.torch)
+
+
+def machine_in_words(device: str, version: str) -> str:
+    """A kind of device and a version of torch: where these are the same, so are the bits."""
+    return f"{device} with torch {version}"
 
 
 @dataclass
@@ -91,6 +99,11 @@ class Contents:
     end: int = 0
     checksum: str = ""
     damaged: int | None = None
+
+    def differs(self, steps: int, tuned: Mapping[str, Tensor]) -> bool:
+        """Whether the tuned weights are others than those on record after so many steps."""
+        recorded = self.weights.get(steps)
+        return recorded is not None and recorded != fingerprint(tuned)
 
     @property
     def start(self) -> int:

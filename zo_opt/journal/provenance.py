@@ -7,17 +7,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from zo_opt.choices import Table
-from zo_opt.directions import DIRECTIONS, Rademacher
+from zo_opt.directions import Rademacher
 from zo_opt.errors import ZOError
-from zo_opt.optim import OPTIMIZERS, UPDATE_RULES, ZerothOrderOptimizer
+from zo_opt.journal.format import machine_in_words
+from zo_opt.optim import OPTIMIZERS, ZerothOrderOptimizer
+from zo_opt.optim.choices import PARTS
 
 # What decides coefficients and not what they do: no part of a replay, where coefficients are given. The key to privacy's noise
 # is among it, which must never be in a journal.
 _DECIDING = ("seed", "zo_eps", "history", "failed_steps", "dropped_queries", "step_control", "estimator")
-_TABLES: Mapping[str, Table[Any]] = {"directions": DIRECTIONS, "update_rule": UPDATE_RULES}
+_TABLES = {part: PARTS[part] for part in ("directions", "update_rule")}  # of the choices, what a replay needs
 _MACHINES: Table[Any] = Table(
     "machine",
     ZerothOrderOptimizer,
@@ -65,8 +68,7 @@ def describe(optimizer: ZerothOrderOptimizer, model: nn.Module) -> dict[str, Any
         "method": optimizer.method.name,
         "machine": _MACHINES.name_of(optimizer),
         "options": {name: value for name, value in own.items() if isinstance(value, bool | int | float | str)},
-        "directions": DIRECTIONS.plain(choices.directions),
-        "update_rule": UPDATE_RULES.plain(choices.update_rule),
+        **{part: table.plain(getattr(choices, part)) for part, table in _TABLES.items()},
         # The same bits on every device: all products are with +-1 or 0, so that only sums round.
         "portable": isinstance(choices.directions, Rademacher)
         and choices.update_rule.exact_signs
@@ -86,7 +88,7 @@ def describe(optimizer: ZerothOrderOptimizer, model: nn.Module) -> dict[str, Any
 
 def progress(optimizer: ZerothOrderOptimizer) -> dict[str, Any]:
     """Where the optimizer stands: step and update counts, and what else the method keeps as plain values."""
-    zo = {k: v for k, v in optimizer.state_dict()["zo"].items() if k not in _DECIDING}
+    zo = {k: v for k, v in optimizer.progress().items() if k not in _DECIDING}
     plain: dict[str, Any] = json.loads(json.dumps(zo))
     return plain
 
@@ -147,6 +149,11 @@ def check_described(description: Mapping[str, Any], optimizer: ZerothOrderOptimi
 def device_type(optimizer: ZerothOrderOptimizer) -> str:
     """The kind of device, "cpu" or "cuda", where the (first) trainable is."""
     return optimizer.trainables().parameters[0].device.type
+
+
+def here_in_words(optimizer: ZerothOrderOptimizer) -> str:
+    """Where the optimizer runs, as :attr:`~zo_opt.journal.format.Header.machine` says where a journal was written."""
+    return machine_in_words(device_type(optimizer), str(torch.__version__))
 
 
 def difference(recorded: Any, given: Any, where: str = "") -> str | None:

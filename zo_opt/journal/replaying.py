@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from zo_opt.errors import ZOError
 from zo_opt.journal.format import Header, read_journal
 from zo_opt.journal.provenance import (
     check_described,
-    device_type,
     difference,
     frozen_state,
+    here_in_words,
     progress,
     rebuild,
     tuned_names,
@@ -57,7 +56,7 @@ def replay(
         raise ZOError(
             f"the optimizer is not as it was when the journal began ({found or 'it has state'}); build it anew."
         )
-    there, here = header.machine, f"{device_type(optimizer)} with torch {torch.__version__}"
+    there, here = header.machine, here_in_words(optimizer)
     if exact and not contents.weights and there != here and not header.optimizer["portable"]:
         raise ZOError(
             f"the journal was written on {there} and has no fingerprint of later weights, so that a different outcome on {here} "
@@ -66,8 +65,7 @@ def replay(
     tuned = tuned_names(optimizer, model)
     for update in contents.updates:
         _apply(optimizer, update)
-        recorded = contents.weights.get(optimizer.step_count)
-        if exact and recorded is not None and recorded != fingerprint(tuned):
+        if exact and contents.differs(optimizer.step_count, tuned):
             raise ZOError(
                 f"after step {update.step} the weights are not those of training (on {there}; here {here}): replay where it was "
                 "trained, since only Rademacher directions with SGD give the same bits everywhere; if that was here, something "

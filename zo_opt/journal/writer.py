@@ -122,8 +122,7 @@ class Journal:
                 "journal or load the checkpoint that fits it first, or pass cut=True to drop later steps and do them again."
             )
         check_described(contents.header.optimizer, optimizer, model)
-        recorded = contents.weights.get(contents.steps)
-        if recorded is not None and recorded != fingerprint(tuned_names(optimizer, model)):
+        if contents.differs(contents.steps, tuned_names(optimizer, model)):
             raise ZOError(
                 f"the tuned weights are not those that {path} has after {contents.steps} steps; load the checkpoint that fits it."
             )

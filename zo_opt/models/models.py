@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from safetensors import SafetensorError
 
-from zo_opt.errors import ZOError
+from zo_opt.errors import ZOError, reason_of
 from zo_opt.models import builtin
 from zo_opt.models.quantisation import quiet
 from zo_opt.system.checksum import plain_parts
@@ -64,7 +64,7 @@ def load_model(
     except ZOError:
         raise
     except (OSError, ValueError, LookupError, ImportError, RuntimeError, NotImplementedError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = reason_of(error)
         if "trust_remote_code" in str(error):
             reason = "it brings Python code of its own, which runs with --trust_remote_code alone"
         raise ZOError(
@@ -142,9 +142,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ZOError(
-            f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); give cpu, cuda or auto."
-        ) from error
+        raise ZOError(f"device {name!r} cannot be used here ({reason_of(error)}); give cpu, cuda or auto.") from error
     return device
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from zo_opt.choices import Table
 from zo_opt.optim.backpropagation import Backpropagation
-from zo_opt.optim.choices import Choices, Method, QueryMode, Setting
+from zo_opt.optim.choices import Choices, Method, Setting
 from zo_opt.optim.counting import CountingOptimizer
 from zo_opt.optim.hizoo import HiZOO
 from zo_opt.optim.line_search import LineSearch
@@ -35,6 +35,7 @@ from zo_opt.optim.step_control import (
 )
 from zo_opt.optim.update_rules import SGD, UPDATE_RULES, Adam, AMSGrad, Momentum, Sign, UpdateRule
 from zo_opt.optim.zo_kalman import ZOKalman
+from zo_opt.queries.modes import QueryMode
 
 # Called with parameters and options, each makes an optimizer; ``.method`` says what it presets and fixes.
 OPTIMIZERS: Table[Any] = Table(

@@ -11,7 +11,7 @@ from torch import Tensor
 from zo_opt.directions import StepDirections
 from zo_opt.errors import ZOError
 from zo_opt.optim.choices import Choices, Setting
-from zo_opt.optim.counting import CountingOptimizer
+from zo_opt.optim.counting import CountingOptimizer, check_finite
 from zo_opt.optim.records import Update
 from zo_opt.optim.slots import Slots
 from zo_opt.queries.trainables import Piece, Trainables
@@ -50,8 +50,7 @@ class AxisOptimizer(CountingOptimizer):
                 raise ZOError("no parameter requires grad; give the optimizer trainable_parameters(model).")
             trainables = Trainables(parameters)
             if not self._checked:
-                if not all(piece.values.isfinite().all() for piece in trainables.pieces()):
-                    raise ZOError("a trainable holds NaN or infinity before training; load sound weights first.")
+                check_finite(piece.values for piece in trainables.pieces())
                 self._checked = True
             self._trainables = trainables
             self.forget_axis()

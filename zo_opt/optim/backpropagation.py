@@ -12,7 +12,7 @@ from torch.optim import AdamW
 
 from zo_opt.errors import ZOError
 from zo_opt.optim.choices import CHOICES, Method
-from zo_opt.optim.counting import CountingOptimizer
+from zo_opt.optim.counting import CountingOptimizer, check_finite
 from zo_opt.optim.records import StepRecord
 
 FORWARDS_PER_STEP = 3  # a forward pass, and a backward pass that costs as much as two
@@ -64,8 +64,7 @@ class Backpropagation(CountingOptimizer, AdamW):
         super().__init__(params, lr=lr, betas=(beta1, beta2), weight_decay=weight_decay)
         # A learning-rate scheduler warns unless AdamW stepped before it, which it does not if the first step is dropped.
         self._opt_called = True
-        if not all(p.isfinite().all() for p in self._parameters()):
-            raise ZOError("a trainable holds NaN or infinity before training; load sound weights first.")
+        check_finite(self._parameters())
         self.max_grad_norm = max_grad_norm
         self.start_counting(steps_per_epoch, max_failed_steps)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any
 
 from torch import nn
 
@@ -18,9 +18,9 @@ from zo_opt.optim.line_search import LineSearch
 from zo_opt.optim.step_control import STEP_CONTROLS, StepControl
 from zo_opt.optim.update_rules import SGD, UPDATE_RULES, UpdateRule
 from zo_opt.privacy.gaussian import GaussianPrivacy
+from zo_opt.queries.modes import QUERY_MODES, QueryMode
 from zo_opt.schedules import SCHEDULES, ConstantQueries, QuerySchedule
 
-QueryMode = Literal["sequential", "batched", "split", "auto", "distributed"]
 PARTS: Mapping[str, Table[Any]] = {
     "estimator": ESTIMATORS,
     "directions": DIRECTIONS,
@@ -69,10 +69,8 @@ class Choices:
                 raise ZOError(f"{name}={getattr(self, name)} is not possible; give a finite number of at least 0.")
         if not 0 < self.zo_eps < math.inf:
             raise ZOError(f"zo_eps={self.zo_eps} is not possible; give a positive perturbation scale such as 1e-3.")
-        if self.query_mode not in get_args(QueryMode):
-            raise ZOError(
-                f"query_mode={self.query_mode!r} is not known; choose one of {', '.join(get_args(QueryMode))}."
-            )
+        if self.query_mode not in QUERY_MODES:
+            raise ZOError(f"query_mode={self.query_mode!r} is not known; choose one of {', '.join(QUERY_MODES)}.")
         modes = self.estimator.query_modes
         if modes is not None and self.query_mode not in modes:
             name = ESTIMATORS.name_of(self.estimator)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -12,6 +12,16 @@ from torch.optim import Optimizer
 from zo_opt.errors import NonFiniteLossError, ZOError
 from zo_opt.optim.records import StepRecord
 from zo_opt.schedules import History
+
+
+def check_finite(tensors: Iterable[Tensor]) -> None:
+    """Whether weights are sound.
+
+    Raises:
+        ZOError: one is not finite.
+    """
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        raise ZOError("a trainable holds NaN or infinity before training; load sound weights first.")
 
 
 class CountingOptimizer(Optimizer):

@@ -301,9 +301,10 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
 
     def _shared_prefix(self) -> AbstractContextManager[None]:
         """The frozen layers below the trainables, computed once within it, where that was asked for."""
-        module, trainables = self.setting.module, self.trainables()
+        module = self.setting.module
         if not self.setting.share_prefix or module is None:
             return nullcontext()
+        trainables = self.trainables()
         if self._prefix is None or self._prefix_of is not trainables:
             self._prefix, self._prefix_of = SharedPrefix(module, trainables.parameters), trainables
         return self._prefix()

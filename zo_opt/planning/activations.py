@@ -65,7 +65,7 @@ def kept(shape: Shape, model: AdapterModel, length: int) -> int:
     vector what it scales.
     """
     trained = _trained(model)
-    first = min((index for layer in trained for index in [layer[1] if layer else 0]), default=0)
+    first = min((layer[1] if layer else 0 for layer in trained), default=0)
     total = 2 * shape.hidden
     for layer, maps in shape.layers.items():
         if layer[1] < first:

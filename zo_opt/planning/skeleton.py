@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from zo_opt.errors import ZOError
+from zo_opt.errors import ZOError, reason_of
 from zo_opt.models import builtin
 from zo_opt.models.models import HEADS, auto_class
 
@@ -39,7 +39,7 @@ def read_config(name_or_path: str) -> Any:
             return transformers.AutoConfig.from_pretrained(name_or_path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ZOError(
-            f"the config of model {name_or_path!r} could not be read ({_reason(error)}); give {builtin.DEFAULT_MODEL!r}, a directory "
+            f"the config of model {name_or_path!r} could not be read ({reason_of(error)}); give {builtin.DEFAULT_MODEL!r}, a directory "
             "with a config.json, or a Hugging Face id."
         ) from error
 
@@ -60,8 +60,4 @@ def make_skeleton(config: Any, head: str, name: str) -> Any:
             warnings.simplefilter("ignore")
             return kind.from_config(config, dtype=torch.float32).eval()
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
-        raise ZOError(f"no model can be made of the config of {name!r} ({_reason(error)}); give another.") from error
-
-
-def _reason(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+        raise ZOError(f"no model can be made of the config of {name!r} ({reason_of(error)}); give another.") from error

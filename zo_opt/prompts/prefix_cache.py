@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from zo_opt.adapters import AdapterModel
+from zo_opt.errors import reason_of
 from zo_opt.prompts.prefix_store import FILE_NAME, FileStore, MemoryStore
-from zo_opt.system.checksum import fingerprint
+from zo_opt.system.checksum import checksum, fingerprint
 from zo_opt.system.layers import layer_of
 from zo_opt.system.replaced import replaced
 
@@ -96,7 +97,7 @@ class PrefixCache:
         plain = json.dumps(
             [self.cut, settings, attention, kinds, versions, self._device.type], default=str, sort_keys=True
         )
-        return sha256((fingerprint(self._frozen) + plain).encode()).hexdigest()[:32]
+        return checksum([fingerprint(self._frozen).encode(), plain.encode()], 32)
 
     @torch.no_grad()
     def record(self, batch: dict[str, Tensor], inputs: dict[str, Tensor]) -> None:
@@ -198,7 +199,7 @@ class PrefixCache:
             with self.replay(states):
                 replayed = self._model(**inputs)[0]
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
-            return f"the model does not run with its first layers replaced ({str(error).strip().splitlines()[0]})"
+            return f"the model does not run with its first layers replaced ({reason_of(error)})"
         finally:
             for handle in handles:
                 handle.remove()

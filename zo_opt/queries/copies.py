@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from zo_opt.errors import ZOError
+from zo_opt.errors import ZOError, reason_of
 from zo_opt.queries.folded_attention import folded_attention
 from zo_opt.queries.nesting import Leaves
 from zo_opt.queries.perturbation import Perturbed, Point, as_scalar
@@ -76,7 +76,7 @@ class Copies:
             values.append(as_scalar(loss({name: copy[i] for name, copy in copies.items()}, leaves)))
         if failure is not None:  # one by one it works, so that vmap is to blame and not the closure
             self._limits.mappable = False
-            reason = str(failure).strip().splitlines()[0]
+            reason = reason_of(failure)
             warnings.warn(
                 f"copies of this model cannot share a forward ({reason}); evaluating them one by one.", stacklevel=2
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ from zo_opt.queries.copies import Copies, Limits, out_of_memory
 from zo_opt.queries.nesting import batch_size, map_tensors, shapes, tokens
 from zo_opt.queries.perturbation import Perturbed, Point
 
-QUERY_MODES = ("sequential", "batched", "split", "distributed", "auto")
+QueryMode = Literal["sequential", "batched", "split", "auto", "distributed"]
+QUERY_MODES: tuple[str, ...] = get_args(QueryMode)
 # Tokens in one forward beyond which copies gain nothing: measured on a CPU (benchmarks/query_modes.py); on a GPU launches are
 # what copies save, and a guess until it is measured there.
 BATCHED_TOKENS = {"cpu": 512, "cuda": 4096}
@@ -200,10 +201,8 @@ def resolve(query_mode: str, distributed: Distributed | None, module: nn.Module 
     """An optimizer's query mode as the mode in which this process evaluates, and the processes that it shares the work with.
 
     Raises:
-        ZOError: the mode is not known, or what it needs is not there.
+        ZOError: what the mode needs is not there.
     """
-    if query_mode not in QUERY_MODES:
-        raise ZOError(f"query_mode={query_mode!r} is not known; choose one of {', '.join(QUERY_MODES)}.")
     mode, ranks = query_mode, None
     if query_mode == "distributed":
         distributed = distributed if distributed is not None else Distributed()

@@ -93,6 +93,25 @@ class Line:
         )
 
 
+class Tail:
+    """A run's metrics while they grow: each ``read`` gives what is new."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self._end = directory, 0
+
+    @property
+    def was_cut(self) -> bool:
+        """Whether lines that were read are gone, as where a run was resumed: begin anew."""
+        path = self.directory / NAME
+        return (path.stat().st_size if path.is_file() else 0) < self._end
+
+    def read(self) -> list[dict[str, Any]]:
+        """What the whole lines say that came since the last time."""
+        lines = read_lines(self.directory, self._end)
+        self._end = lines[-1].end if lines else self._end
+        return [line.values for line in lines]
+
+
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
     """What the whole lines of a run's metrics say."""
     return [line.values for line in read_lines(directory)]

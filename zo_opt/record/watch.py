@@ -83,18 +83,16 @@ class Watched:
         return KILLED if (self.directory / LOCK_NAME).exists() else STOPPED  # who ends in order takes the lock away
 
     def _forget(self) -> None:
-        self._read = self._queries = self._dropped = 0
+        self._queries = self._dropped = 0
+        self._tail = metrics.Tail(self.directory)
         self._last: dict[str, Any] | None = None
         self._progress = Progress()
         self._recent: deque[float] = deque(maxlen=_RECENT + 1)
 
     def _read_metrics(self) -> None:
-        path = self.directory / metrics.NAME
-        size = path.stat().st_size if path.is_file() else 0
-        if size < self._read:  # resumed: lines were cut off
+        if self._tail.was_cut:
             self._forget()
-        for line in metrics.read_lines(self.directory, self._read):
-            values, self._read = line.values, line.end
+        for values in self._tail.read():
             self._queries += values["queries"]
             self._dropped += values["dropped"]
             self._recent.append(values["seconds"])

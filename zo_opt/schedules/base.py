@@ -80,6 +80,15 @@ class RunLength:
         return -(-self.steps // self.steps_per_epoch)
 
 
+def two_sided_cost(query_mode: str | None, micro_batches: int = 1) -> tuple[int, int]:
+    """Forward passes of a two-sided query, and of a step besides.
+
+    >>> two_sided_cost("sequential", 4), two_sided_cost("split")
+    ((8, 0), (0, 2))
+    """
+    return (0, 2) if query_mode == "split" else (2 * micro_batches, 0)
+
+
 @dataclass(frozen=True)
 class Schedule(ABC):
     """A query schedule with options: its fields. Any other callable ``(step, epoch, history) -> int`` serves as well."""

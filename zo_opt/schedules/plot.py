@@ -50,12 +50,10 @@ def table(courses: Sequence[Course], steps_per_epoch: int) -> bytes:
 
 def picture(courses: Sequence[Course], caption: str) -> bytes:
     """PNG: queries a step on the left, forward passes spent on the right, both against steps."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     figure = Figure(figsize=(12, 4.6), layout="constrained", dpi=160)
-    FigureCanvasAgg(figure)
     query_axes, forward_axes = figure.subplots(1, 2)
     for number, course in enumerate(courses):
         # Where schedules coincide, the later, thinner line lies inside the earlier one and both are seen.

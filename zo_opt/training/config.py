@@ -20,6 +20,7 @@ from zo_opt.privacy import check_delta, check_epsilon
 from zo_opt.record.trackers import check_trackers
 from zo_opt.schedules import SCHEDULES, QuerySchedule, RunLength, for_run
 from zo_opt.schedules.adazeta import MAX_QUERIES
+from zo_opt.schedules.base import two_sided_cost
 from zo_opt.tasks import objectives
 from zo_opt.training.options import (
     BACKPROPAGATION,
@@ -97,12 +98,8 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
         Raises:
             ZOError: it is what makes the optimizer.
         """
-        defaults = {f.name: f.default for f in fields(self)}
-        for name in fixed_options(self.optimizer_name) & defaults.keys():
-            if getattr(self, name) != defaults[name]:
-                raise ZOError(
-                    f"{name} is no option of optimizer {self.optimizer_name!r}; leave it out, or choose another."
-                )
+        for name in fixed_options(self.optimizer_name) & self.given().keys():
+            raise ZOError(f"{name} is no option of optimizer {self.optimizer_name!r}; leave it out, or choose another.")
 
     def check_privacy(self) -> None:
         """Whether a run's options allow a guarantee.
@@ -230,7 +227,7 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
     @property
     def cost(self) -> tuple[int, int]:
         """Forward passes of a query, and of a step besides."""
-        return (0, 2) if self.mode == "split" else (2, 0)
+        return two_sided_cost(self.mode)
 
     def make_choices(self, steps_per_epoch: int = 1) -> dict[str, Any]:
         """What the optimizer is told beside lr and where it runs; what the options leave open is its own.

@@ -119,9 +119,7 @@ class _Run:
 
     def finish(self) -> Summary:
         """Train, evaluate, save and report."""
-        device = self.tools.device
-        self.progress.peak_memory = max(self.progress.peak_memory, peak_memory(device))
-        reset_peak_memory(device)
+        self._restart_peak()
         first = self.done_before[0]["step"] if self.done_before else self.optimizer.step_count
         trackers = Trackers(
             check_trackers(self.config.report_to), self.output_dir, self.config.to_dict(),
@@ -214,8 +212,13 @@ class _Run:
         extra = {"progress": vars(self.progress), "run": self.record}
         path = self.output_dir / checkpoint.NAME
         checkpoint.save_checkpoint(path, self.tools.model, self.optimizer, self.stepper.lr_scheduler, extra)
-        self.progress.peak_memory = max(self.progress.peak_memory, peak_memory(self.tools.device))
-        reset_peak_memory(self.tools.device)
+        self._restart_peak()
+
+    def _restart_peak(self) -> None:
+        """The peak so far is kept; from here on it is measured anew."""
+        device = self.tools.device
+        self.progress.peak_memory = max(self.progress.peak_memory, peak_memory(device))
+        reset_peak_memory(device)
 
     def _note_peak(self) -> None:
         if self._training:

@@ -1,9 +1,10 @@
 """Everything a run can be told, in groups; each field is an option of the command line. Needs no torch, so that help is quick."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from zo_opt.choices import Choice
 
 if TYPE_CHECKING:
     NonNegativeFloat: TypeAlias = float
@@ -15,7 +16,6 @@ else:
 
 BACKPROPAGATION = "adamw"
 DEFAULT_MODEL = "smollm2-135m-instruct"
-Choice = str | Mapping[str, Any]  # a name, or {"name": ..., and its options}
 
 
 @dataclass(frozen=True, kw_only=True)

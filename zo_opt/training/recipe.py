@@ -47,7 +47,7 @@ def resolve(config: TrainConfig, model: nn.Module, scorer: Scorer, task: Task, e
     if init not in FEATURES:
         heads = classification_heads(model) if config.head == "classification" else []
         adapter = config.make_adapter(
-            layers=None if config.adapter_name in WHOLE_MODEL else -(-depth(model) // 4),
+            layers=None if config.adapter_name in WHOLE_MODEL else last_quarter(model),
             total_steps=config.steps,
             modules_to_save=[name for name in heads if name not in tensorized] or None,
             seed=config.seed,
@@ -59,8 +59,14 @@ def resolve(config: TrainConfig, model: nn.Module, scorer: Scorer, task: Task, e
             f"adapter_init={init!r} needs a causal or masked model, label words that are the same in every row and begin with "
             "different tokens, and no modules_to_tensorize; give --adapter_init random."
         )
-    classes = len(task.labels)
-    adapter = config.make_adapter(
+    return Recipe(
+        placed_adapter(config, model, len(task.labels)), init, config.lr if config.lr is not None else PLACED_LR
+    )
+
+
+def placed_adapter(config: TrainConfig, model: nn.Module, classes: int) -> AdapterConfig:
+    """The tensor-train adapter that is placed by hidden states."""
+    return config.make_adapter(
         rank=32,
         bottleneck=classes,
         target_modules=["residual"],
@@ -69,7 +75,6 @@ def resolve(config: TrainConfig, model: nn.Module, scorer: Scorer, task: Task, e
         output_rank=classes - 1,
         seed=config.seed,
     )
-    return Recipe(adapter, init, config.lr if config.lr is not None else PLACED_LR)
 
 
 def own_lr(config: TrainConfig, *, placed: bool, parameters: int) -> float:
@@ -87,6 +92,11 @@ def may_place(config: TrainConfig) -> bool:
     """Whether adapters are placed by class means, where model and task allow it, if nothing is said of their start."""
     unplaced = config.private or not config.zeroth_order or "target_modules" in split("adapter", config.adapter)[1]
     return config.adapter_name == "tt" and not unplaced
+
+
+def last_quarter(model: nn.Module) -> int:
+    """Layers that have adapters where nothing is said of them: the last so many."""
+    return -(-depth(model) // 4)
 
 
 def depth(model: nn.Module) -> int:

@@ -7,18 +7,15 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from zo_opt.adapters import AdapterModel
 from zo_opt.errors import ZOError
 from zo_opt.journal import NAME, Contents, Journal, read_journal
-from zo_opt.journal.provenance import check_described, device_type, tuned_names
+from zo_opt.journal.provenance import check_described, here_in_words, tuned_names
 from zo_opt.optim import CountingOptimizer, Update, ZerothOrderOptimizer, redo
 from zo_opt.record import checkpoint
 from zo_opt.record.metrics import Line, read_lines
 from zo_opt.record.output import RUN_NAME, never_begun
 from zo_opt.record.progress import Reporter
-from zo_opt.system.checksum import fingerprint
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.evaluate_run import config_of, read_record
 from zo_opt.training.parsing import own_code
@@ -48,7 +45,7 @@ def resumed_config(
     if directory is None:
         raise ZOError("--resume needs --output_dir, the directory of the interrupted run.")
     if given is None:
-        given = [f.name for f in fields(TrainConfig) if getattr(config, f.name) != f.default]
+        given = config.given()
     allowed: Any = {"trust_remote_code": config.trust_remote_code, "named": own_code(config.to_dict())}
     record: dict[str, Any] | None = None
     if begins := (directory / RUN_NAME).is_file() and never_begun(directory):
@@ -173,7 +170,7 @@ def _redo(
     Returns what metrics.jsonl says of them (None if they lead to other weights than the journal's), and why it ended before the
     journal does.
     """
-    header, here = contents.header, f"{device_type(optimizer)} with torch {torch.__version__}"
+    header, here = contents.header, here_in_words(optimizer)
     check_described(header.optimizer, optimizer, model)
     updates = contents.updates[optimizer.step_count - contents.start :]
     if updates and header.machine != here and not header.optimizer["portable"]:
@@ -191,8 +188,7 @@ def _redo(
         redo(optimizer, update, line.record(optimizer.history.forwards))
         lr_scheduler.step()
         done.append(line.values)
-        recorded = contents.weights.get(optimizer.step_count)
-        if recorded is not None and recorded != fingerprint(tuned_names(optimizer, model)):
+        if contents.differs(optimizer.step_count, tuned_names(optimizer, model)):
             return None, f"the steps in {path} lead to other weights than those of training"
     if contents.damaged is not None:
         return done, f"{path} is damaged in line {contents.damaged}, after step {contents.steps}"
