@@ -26,7 +26,7 @@ SCRIPTS: dict[str, list[str]] = {  # the shortest first
     "tensor_train": ["--quick"],
     "query_modes": ["--rounds", "5"],
     "whole_model": ["--rounds", "5"],
-    "prefix_cache": [],
+    "prompt_cache": [],
     "compiled": ["--rounds", "3"],
 }
 

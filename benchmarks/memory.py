@@ -32,7 +32,7 @@ def main() -> None:
         runs = {
             "training, prefix cache on": ["train", *common, "--output_dir", f"{directory}/cached"],
             "training, prefix cache off": [
-                *("train", *common, "--prefix_cache_mb", "0", "--output_dir", f"{directory}/plain")
+                *("train", *common, "--prompt_cache_mb", "0", "--output_dir", f"{directory}/plain")
             ],
             "evaluation alone": ["eval", f"{directory}/cached", "--zero_shot"],
         }

@@ -72,7 +72,7 @@ def measured(options: list[str], precision: str) -> dict[str, Any]:
         line = [
             sys.executable, "-c", "import sys; from zo_opt.cli.main import main; sys.exit(main())", "train", "--task", "sst2",
             "--train_file", str(rows), "--eval_file", str(rows), "--max_length", str(TOKENS), "--batch_size", str(ROWS),
-            "--eval_batch_size", str(ROWS), "--steps", "3", "--device", "cpu", "--precision", precision, "--prefix_cache", "off",
+            "--eval_batch_size", str(ROWS), "--steps", "3", "--device", "cpu", "--precision", precision, "--prompt_cache", "off",
             "--output_dir", str(out), *options,
         ]  # fmt: skip
         done = subprocess.run(line, check=False, capture_output=True, text=True)

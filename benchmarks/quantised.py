@@ -149,7 +149,7 @@ def main() -> None:
             save(name, row | weigh(pairs))
     else:
         with tempfile.TemporaryDirectory() as cache:  # the frozen layers are the same for every seed
-            kept = ["--prefix_cache", "disk", "--prefix_cache_dir", cache]
+            kept = ["--prompt_cache", "disk", "--prompt_cache_dir", cache]
             for seed in arguments.seeds.split(","):
                 options = ["--quantise", "int4", "--precision", "mixed", "--seed", seed]
                 row = tune([*options, *kept])

@@ -99,8 +99,8 @@ TRAIN: dict[str, Options] = {
         "query_mode": "sequential", "schedule.max_queries": 3, "schedule.min_queries": 1, "schedule.alpha": 0.9, "schedule.beta": 0.8,
     },
     "cli/mixed precision": TOY | {"precision": "mixed"},
-    "cli/no cache": TOY | {"prefix_cache": "off", "batch_order": "shuffled"},
-    "cli/cache on disk": TOY | {"prefix_cache": "disk", "validation": True, "eval_file": None, "held_out": 8},
+    "cli/no cache": TOY | {"prompt_cache": "off", "batch_order": "shuffled"},
+    "cli/cache on disk": TOY | {"prompt_cache": "disk", "validation": True, "eval_file": None, "held_out": 8},
     "cli/mezo": LORA | MEZO | {
         "query_mode": "batched", "schedule.queries": 2, "directions": "sphere", "step_control": "none", "seed": 3, "weight_decay": 0.1,
         "lr_schedule": "cosine", "warmup_steps": 2, "zo_eps": 1e-3,

@@ -269,7 +269,7 @@ def test_a_budget_in_seconds(forked: None, compare_line: Compare, tmp_path: Path
 
 def test_a_budget_of_memory(forked: None, compare_line: Compare, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    line = compare_line(methods="full,mezo", budget_memory="1.1MiB", prefix_cache="off", output_dir=out)
+    line = compare_line(methods="full,mezo", budget_memory="1.1MiB", prompt_cache="off", output_dir=out)
     assert run_main(line) == 0
     rows = rows_of(out)
     assert rows["mezo"]["batch_size"] in (16, 8, 4, 2)

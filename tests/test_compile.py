@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from zo_opt import MeZO, TTConfig, get_adapter_model, trainable_parameters
 from zo_opt.adapters import AdapterModel
 from zo_opt.models.compilation import compile_layers, running_layers, undo
-from zo_opt.prompts.prefix_cache import PrefixCache
+from zo_opt.prompts.prompt_cache import PrefixCache
 from zo_opt.tasks.evaluation import Prepared
 from zo_opt.tasks.rows import Example
 from zo_opt.tasks.scoring import make_scorer

@@ -409,7 +409,7 @@ def test_options_of_ranks_reach_them():
 @pytest.mark.parametrize(("changes", "sentence"), [
     ({"optimizer": "adamw", "query_mode": None, "query_schedule": None, "queries": None, "output_dir": "out"}, "without torchrun"),
     ({}, "need --output_dir"),
-    ({"prefix_cache": "disk", "output_dir": "out"}, "one process's file"),
+    ({"prompt_cache": "disk", "output_dir": "out"}, "one process's file"),
 ])  # fmt: skip
 def test_what_several_processes_cannot_do(changes, sentence, toy_options, monkeypatch, capsys):
     from conftest import run_main

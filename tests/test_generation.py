@@ -17,7 +17,7 @@ from torch import Tensor
 
 from zo_opt import MeZO, trainable_parameters
 from zo_opt.errors import ZOError
-from zo_opt.prompts.prefix_cache import PrefixCache
+from zo_opt.prompts.prompt_cache import PrefixCache
 from zo_opt.queries.nesting import map_tensors
 from zo_opt.schedules import constant_queries
 from zo_opt.tasks.evaluation import Prepared, evaluate

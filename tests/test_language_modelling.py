@@ -17,7 +17,7 @@ from text_tasks import CPU, adapted, assert_resumes_to_the_same_bits, command, r
 
 from zo_opt import MeZO, trainable_parameters
 from zo_opt.errors import ZOError
-from zo_opt.prompts.prefix_cache import PrefixCache
+from zo_opt.prompts.prompt_cache import PrefixCache
 from zo_opt.schedules import constant_queries
 from zo_opt.tasks.builtin import get_task
 from zo_opt.tasks.evaluation import Prepared, evaluate

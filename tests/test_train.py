@@ -431,7 +431,7 @@ CHOICES = [
     *[{"lr_schedule": name} for name in ("linear", "cosine", "constant")],
     *[{"batch_order": name} for name in ORDERS],
     {"query_schedule": "adazeta"},
-    {"prefix_cache_mb": 0},
+    {"prompt_cache_mb": 0},
     *[{"adapter_init": name} for name in ("random", *FEATURES)],
     {"adapter_init": "random", "rank": 2, "bottleneck": 8, "layers": 2},
     {"bottleneck": 16, "max_train_rows": 9},
@@ -504,9 +504,9 @@ def test_a_classification_head_is_trained_and_saved(
     assert again.loss == pytest.approx(results(out)["after"]["loss"], rel=1e-4)
 
 
-def test_the_prefix_cache_changes_no_loss(toy_options: Options, tmp_path: Path) -> None:
+def test_the_prompt_cache_changes_no_loss(toy_options: Options, tmp_path: Path) -> None:
     for name, megabytes in (("cached", 64), ("plain", 0)):
-        options = toy_options(output_dir=tmp_path / name, steps=4, prefix_cache_mb=megabytes, lr=1e-3)
+        options = toy_options(output_dir=tmp_path / name, steps=4, prompt_cache_mb=megabytes, lr=1e-3)
         assert run_main(options) == 0
     assert results(tmp_path / "plain")["cache_bytes"] == 0
     for cached, plain in zip(metrics(tmp_path / "cached"), metrics(tmp_path / "plain"), strict=True):

@@ -318,7 +318,7 @@ CASES: dict[str, Case] = {
         f"{name} {value}": ((lambda p, n=name, v=value: {n: v}), name.rpartition(".")[2])
         for name, value in (
             ("batch_size", 0), ("batch_size", -3), ("eval_batch_size", 0), ("steps", 0), ("held_out", 0), ("save_steps", 0),
-            ("warmup_steps", -1), ("prefix_cache_mb", -1), ("step_control.factor", -1), ("step_control.factor", "nan"),
+            ("warmup_steps", -1), ("prompt_cache_mb", -1), ("step_control.factor", -1), ("step_control.factor", "nan"),
             ("lr", -1), ("lr", "nan"), ("lr", "inf"), ("zo_eps", 0), ("zo_eps", "nan"), ("weight_decay", -1), ("update_rule.beta1", 1.5),
             ("update_rule.beta2", -0.1), ("update_rule.beta2", "nan"),
         )
@@ -335,17 +335,17 @@ CASES: dict[str, Case] = {
             ("optimizer", "adazeta"), ("directions", "rademacher"), ("query_mode", "split"), ("update_rule", "adam"),
             ("lr_schedule", "cosine"), ("precision", "mixed"), ("adapter", "tt"), ("adapter_init", "random"),
             ("activation", "tanh"), ("query_schedule", "constant"), ("head", "classification"), ("device", "cpu"),
-            ("batch_order", "shuffled"), ("prefix_cache", "disk"), ("share", "queries"),
+            ("batch_order", "shuffled"), ("prompt_cache", "disk"), ("share", "queries"),
         )
     },
     "unknown task": (lambda p: {"task": "bogus", "train_file": None, "eval_file": None}, "'bogus'.*sst2"),
     # the prefix cache
     "prefix cache below a regular file": (
-        lambda p: {"prefix_cache": "disk", "prefix_cache_dir": p.file("plain", "x") / "cache"},
-        "plain.*cannot be written.*prefix_cache_dir",
+        lambda p: {"prompt_cache": "disk", "prompt_cache_dir": p.file("plain", "x") / "cache"},
+        "plain.*cannot be written.*prompt_cache_dir",
     ),
     "a directory for a cache that is not on disk": (
-        lambda p: {"prefix_cache_dir": p.path / "cache"}, "--prefix_cache disk",
+        lambda p: {"prompt_cache_dir": p.path / "cache"}, "--prompt_cache disk",
     ),
     # the output directory
     "output below a regular file": (lambda p: {"output_dir": p.file("plain", "x") / "out"}, "plain.*cannot be written"),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from zo_opt.adapters.positions import Positions
 from zo_opt.adapters.weights import matrix, set_matrix
 
 
@@ -21,6 +23,7 @@ class AdaptedModule(nn.Module, ABC):
 
     kind: ClassVar[str]
     merged: ClassVar[str] = "weight"  # the base layer's parameter that merge() writes
+    positions: Positions | None = None  # where in a sequence it acts; None: everywhere
 
     def __init__(self, base_layer: nn.Module, adapter: nn.Module) -> None:
         super().__init__()
@@ -29,8 +32,15 @@ class AdaptedModule(nn.Module, ABC):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The base layer's function with the adapter's; x and what is given besides are the base layer's arguments."""
-        out = self.base_layer(self.before(x), *args, **kwargs)
-        return self.after(x, out)
+        if self.positions is not None and self.positions.asleep:
+            return self.base_layer(x, *args, **kwargs)
+        where = None if self.positions is None else self.positions.at(x)
+        entering = self.before(x)
+        if where is not None and entering is not x:
+            entering = torch.where(where, entering, x)
+        out = self.base_layer(entering, *args, **kwargs)
+        leaving = self.after(x, out)
+        return leaving if where is None or leaving is out else torch.where(where, leaving, out)
 
     def before(self, x: Tensor) -> Tensor:
         """What enters the base layer instead of x."""
@@ -61,7 +71,35 @@ class AdaptedModule(nn.Module, ABC):
         return self.kind
 
 
-class Delta(nn.Module, ABC):
+Probe = Callable[[Tensor, Tensor], Tensor]
+
+
+class Staged(nn.Module):
+    """An adapter in two stages: its input side gives the inner activation h (..., R) of x, its output side what is made of it.
+
+    Attributes:
+        inner_features: R; 0: it has no such stages.
+        probe: sees x and h, and gives the h that the output side gets.
+    """
+
+    inner_features = 0
+    probe: Probe | None = None
+
+    def inner(self, x: Tensor) -> Tensor:
+        """The input side's function, float32."""
+        raise NotImplementedError(f"{type(self).__name__} has no inner activation")
+
+    def input_side(self) -> list[nn.Parameter]:
+        """The parameters that :meth:`inner` uses."""
+        return []
+
+    def staged(self, x: Tensor) -> Tensor:
+        """The inner activation, as the probe wants it."""
+        h = self.inner(x)
+        return h if self.probe is None else self.probe(x, h)
+
+
+class Delta(Staged, ABC):
     """A float32 linear map x (..., in) -> (..., out), or token ids (...) -> (..., out), that is added to a base layer's."""
 
     @abstractmethod

@@ -5,14 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from zo_opt.adapters.adapted import AdaptedModule
-from zo_opt.adapters.options import ANY, MOST_NAMES, check_options, option
+from zo_opt.adapters.options import ANY, MOST_NAMES, SEED, check_options, option
+from zo_opt.adapters.positions import on_answers
 from zo_opt.adapters.schedule import AdapterSchedule
-from zo_opt.adapters.targets import Target, find_targets, matches
+from zo_opt.adapters.targets import WRITERS, Target, find_targets, matches
 from zo_opt.choices import Table
 from zo_opt.errors import ZOError
 
@@ -59,6 +60,17 @@ class AdapterConfig:
     rank_pattern: Mapping[str, int] | None = option(
         None, "path ending -> rank, for modules whose rank is another than rank", kw_only=True
     )
+    positions: Literal["all", "answer"] = option(
+        "all",
+        "answer: act from the last prompt token on, the prompt goes through the frozen base; all: at every token",
+        kw_only=True,
+    )
+    answer_token: int | None = option(
+        None,
+        "with positions answer, encoders: the mask token's id; None: the answer is read at the first token",
+        SEED,
+        kw_only=True,
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -72,8 +84,13 @@ class AdapterConfig:
         """Whether some weight equals the adapted layer.
 
         Raises:
-            ZOError: there is a nonlinearity in between.
+            ZOError: there is a nonlinearity in between, or the layer acts on some tokens alone.
         """
+        if self.positions == "answer":
+            raise ZOError(
+                "these adapters act from the answer on, and a weight acts on every token: merged, they would change the prompt's states; "
+                "keep them attached (load_adapter_model), or train with positions='all'."
+            )
         if not self.mergeable:
             raise ZOError(
                 f"adapters of type {self.adapter_type!r} are serial with a nonlinearity and cannot be merged into "
@@ -116,11 +133,22 @@ class AdapterConfig:
         if names is None:
             model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
             names = self.default_targets.get(model_type)
+            if self.positions == "answer" and type(self).wrap is not AdapterConfig.wrap:
+                names = WRITERS.get(model_type, names)
             if names is None:
                 raise ZOError(
                     f"there are no default targets for model type {model_type or type(model).__name__!r}; give target_modules=[...]."
                 )
-        return find_targets(model, names, self.layers, embeddings=self.adapts_embeddings, residual=self.adapts_residual)
+        found = find_targets(
+            model, names, self.layers, embeddings=self.adapts_embeddings, residual=self.adapts_residual
+        )
+        if self.positions == "all":
+            return found
+        if type(self).in_place is not AdapterConfig.in_place:
+            raise ZOError(
+                f"adapter {self.adapter_type!r} trains the model's own weights, which act on every token; leave positions out."
+            )
+        return on_answers(model, found)
 
     def resolve(self, targets: Sequence[Target]) -> AdapterConfig:
         """This configuration with what depends on the pretrained weights filled in (ranks a layer); not called when loading."""

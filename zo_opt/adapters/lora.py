@@ -70,6 +70,7 @@ class LoRA(Delta):
     def __init__(self, config: LoRAConfig, target: Target, number: int) -> None:
         super().__init__()
         rank, draw = config.rank_of(target.name), Draw(target.device, config.seed_of(number))
+        self.inner_features = 0 if target.embedding else rank
         self.scaling = config.scaling(target.name)
         self.embedding = target.embedding
         # As in PEFT, a padding row gets no gradient.
@@ -81,9 +82,14 @@ class LoRA(Delta):
         else:
             self.lora_A.data = draw.uniform(rank, target.in_features) / math.sqrt(target.in_features)
 
+    def inner(self, x: Tensor) -> Tensor:
+        return F.embedding(x, self.lora_A.T, self.padding_idx) if self.embedding else F.linear(x, self.lora_A)
+
+    def input_side(self) -> list[nn.Parameter]:
+        return [self.lora_A]
+
     def forward(self, x: Tensor) -> Tensor:
-        low = F.embedding(x, self.lora_A.T, self.padding_idx) if self.embedding else F.linear(x, self.lora_A)
-        return F.linear(low, self.lora_B) * self.scaling
+        return F.linear(self.staged(x), self.lora_B) * self.scaling
 
     def lora_factors(self) -> tuple[Tensor, Tensor]:
         """A (rank, in) and B (out, rank), float32; the scaling is not in them."""

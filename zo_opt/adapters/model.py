@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,18 @@ from torch.optim import Optimizer
 
 from zo_opt.adapters import storage, table
 from zo_opt.adapters.adapted import AdaptedModule
+from zo_opt.adapters.answers import AnswerForward
 from zo_opt.adapters.config import AdapterConfig
+from zo_opt.adapters.encoded import EncoderForward
 from zo_opt.adapters.merged_trains import MergedTrains
+from zo_opt.adapters.modules import merged_into, modules_named, put, replaced_targets, train_whole
 from zo_opt.adapters.peft_read import from_peft
+from zo_opt.adapters.positions import Positions, answers_of, backbone_of, kind_of
 from zo_opt.adapters.replacement import tensorize
 from zo_opt.adapters.schedule import Watch
 from zo_opt.adapters.shapes import adapter_shapes, check_shapes
-from zo_opt.adapters.targets import Target, find_targets, matches
-from zo_opt.adapters.weights import matrix, shared_parameters, untie
+from zo_opt.adapters.sites import ActivationSites
+from zo_opt.adapters.weights import shared_parameters, untie
 from zo_opt.errors import ZOError
 
 
@@ -30,6 +35,8 @@ class AdapterModel(nn.Module):
         adapted: paths of the adapted modules.
         trained: names of all parameters that are trained, those included whose turn comes later (LISA) or is over (AFLoRA).
         schedule: what changes as training goes on, or None; advanced by :meth:`step`.
+        positions: where adapters act; None: everywhere.
+        answers, encoder: the body's forward and the encoder's, where the frozen part of them is kept.
     """
 
     def __init__(self, wrapped: nn.Module, config: AdapterConfig, adapted: Sequence[str]) -> None:
@@ -41,13 +48,62 @@ class AdapterModel(nn.Module):
         self._trains = MergedTrains(wrapped)
         self.schedule = config.schedule(self)
         self._watch = Watch(self) if self.schedule is not None else None
+        self.positions: Positions | None = None
+        self.answers: AnswerForward | None = None
+        self.encoder: EncoderForward | None = None
+        if config.positions == "answer":
+            self._act_on_answers()
+
+    def _act_on_answers(self) -> None:
+        kind = kind_of(self.wrapped)
+        self.positions = Positions(kind, self.adapter_config.answer_token)
+        for module in self.adapted_modules().values():
+            module.positions = self.positions
+        self.answers = AnswerForward(self.wrapped, backbone_of(self.wrapped, kind), self.positions, self.adapted)
+        if kind == "encoder-decoder":
+            self.encoder = EncoderForward(self.wrapped, self.adapted)
+
+    def prompt_forward(self) -> AnswerForward | EncoderForward:
+        """What keeps the frozen part of a forward: prompts, the layers below adapters that act everywhere, an encoder."""
+        if self.encoder is None and self.answers is None:
+            kind = kind_of(self.wrapped)
+            if kind == "encoder-decoder":
+                self.encoder = EncoderForward(self.wrapped, self.adapted)
+            else:
+                body = backbone_of(self.wrapped, kind)
+                self.answers = AnswerForward(self.wrapped, body, Positions(kind, everywhere=True), self.adapted)
+        found = self.encoder or self.answers
+        assert found is not None
+        return found
+
+    def activation_sites(self) -> ActivationSites:
+        """The adapters' inner activations, for estimators that query those.
+
+        Raises:
+            ZOError: the adapters act everywhere or have none, or something else is trained.
+        """
+        return ActivationSites(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped model's outputs; a loss among them has the method's penalty added, as in PEFT."""
-        output = self.wrapped(*args, **kwargs)
+        with self._answering(kwargs):
+            output = self.wrapped(*args, **kwargs)
         if getattr(output, "loss", None) is not None and (penalty := self.penalty()) is not None:
             output.loss = output.loss + penalty
         return output
+
+    def answering(self, answers_NS: torch.Tensor | None) -> AbstractContextManager[None]:
+        """Within this context the sequences of a forward have these answer positions, (N, S) bool; of no effect with positions="all"."""
+        return nullcontext() if self.positions is None else self.positions.given(answers_NS)
+
+    def _answering(self, kwargs: dict[str, Any]) -> AbstractContextManager[None]:
+        """The answer positions that labels of tokens ask for, where nobody said any."""
+        labels, ids = kwargs.get("labels"), kwargs.get("input_ids")
+        if self.positions is None or labels is None or ids is None or labels.shape != ids.shape:
+            return nullcontext()
+        if self.positions.kind == "encoder-decoder" or self.positions.given_NS is not None:
+            return nullcontext()
+        return self.positions.given(answers_of(labels, self.positions.kind))
 
     def step(self, global_step: int) -> None:
         """Advance what changes as training goes on; of no effect for methods without a schedule.
@@ -123,7 +179,7 @@ class AdapterModel(nn.Module):
         adapted = self.adapted_modules()
         self.adapter_config.check_mergeable()
         # All can be read before the first one is written.
-        parting = shared_parameters(self.wrapped) & {id(_merged_into(module)) for module in adapted.values()}
+        parting = shared_parameters(self.wrapped) & {id(merged_into(module)) for module in adapted.values()}
         for module in adapted.values():
             module.merge()
         plain = self.unload()
@@ -134,11 +190,15 @@ class AdapterModel(nn.Module):
     def unload(self) -> nn.Module:
         """Remove the adapters and return the model, to the bit; what was trained in place or by ``modules_to_save`` stays as it is."""
         self._trains.remove()
+        for forward in (self.answers, self.encoder):
+            if forward is not None:
+                forward.remove()
+        self.answers = self.encoder = self.positions = None
         self.schedule = None
         if self._watch is not None:
             self._watch.end()
         for name, module in self.adapted_modules().items():
-            _replace(self.wrapped, name, module.base_layer)
+            put(self.wrapped, name, module.base_layer)
         left = dict(self.wrapped.named_parameters())
         self.adapted, self.trained = [], [name for name in self.trained if name in left]
         return self.wrapped
@@ -247,8 +307,8 @@ def _inject(model: nn.Module, config: AdapterConfig, *, start: bool) -> AdapterM
     targets = config.find_targets(model)
     if start:
         config = config.resolve(targets)
-    replaced = _replaced(model, config, targets)
-    saved = [module for name in config.modules_to_save or () for module in _named(model, name)]
+    replaced = replaced_targets(model, config, targets)
+    saved = [module for name in config.modules_to_save or () for module in modules_named(model, name)]
     trained = {id(m) for module in saved for m in module.modules()}
     for target in targets:
         if id(target.module) in trained:
@@ -267,76 +327,16 @@ def _inject(model: nn.Module, config: AdapterConfig, *, start: bool) -> AdapterM
     if in_place:
         model.float()
     for whole in saved:
-        _train_whole(whole)
+        train_whole(whole)
     for target in replaced:
         target.module.requires_grad_(False)  # it may be within a module that is trained whole
     for name in in_place:
         model.get_parameter(name).requires_grad_(True)
     for name, module in adapted.items():
-        _replace(model, name, module)
+        put(model, name, module)
     return AdapterModel(model, config, list(adapted))
-
-
-def _merged_into(module: AdaptedModule) -> nn.Parameter:
-    """The base layer's parameter that merging writes to.
-
-    Raises:
-        ZOError: there is none.
-    """
-    name = module.merged
-    parameter: nn.Parameter | None = getattr(module.base_layer, name, None)
-    if name == "weight":
-        matrix(module.base_layer)
-    elif parameter is None:
-        raise ZOError(
-            f"a {type(module.base_layer).__name__} of this model has no {name} to merge into, and a saved model would lose a new one "
-            "when it is loaded; keep the adapter attached (load_adapter_model), or call unload() to remove it."
-        )
-    assert parameter is not None
-    return parameter
 
 
 def _check_bare(model: nn.Module) -> None:
     if isinstance(model, AdapterModel) or any(isinstance(m, AdaptedModule) for m in model.modules()):
         raise ZOError("this model has adapters already; call unload() on it before adding others.")
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
-def _replaced(model: nn.Module, config: AdapterConfig, targets: Sequence[Target]) -> list[Target]:
-    """What ``modules_to_tensorize`` names."""
-    if not config.modules_to_tensorize:
-        return []
-    replaced = find_targets(model, config.modules_to_tensorize, None)
-    both = {t.name for t in targets} & {t.name for t in replaced}
-    if both:
-        raise ZOError(
-            f"module {sorted(both)[0]!r} is both in target_modules and in modules_to_tensorize; leave it out of one."
-        )
-    return replaced
-
-
-def _named(model: nn.Module, name: str) -> list[nn.Module]:
-    modules = [m for n, m in model.named_modules() if matches(n, name)]
-    if not modules:
-        raise ZOError(f"module_to_save {name!r} matches nothing in this model.")
-    trained = [m for m in modules if next(m.parameters(), None) is not None]
-    if not trained:
-        raise ZOError(f"module_to_save {name!r} has no parameters to train; name another.")
-    return trained
-
-
-def _train_whole(module: nn.Module) -> None:
-    """Train a module in float32; inside a model of another dtype its inputs and outputs are cast."""
-    dtype = next(module.parameters()).dtype
-    module.float().requires_grad_(True)
-    if dtype != torch.float32:
-
-        def cast(x: Any, to: torch.dtype) -> Any:
-            return x.to(to) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-
-        module.register_forward_pre_hook(lambda _, args: tuple(cast(x, torch.float32) for x in args))
-        module.register_forward_hook(lambda _, args, output: cast(output, dtype))

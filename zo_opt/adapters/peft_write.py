@@ -49,7 +49,8 @@ class LowRank(Protocol):
 def is_native(wrapped: nn.Module, config: AdapterConfig) -> bool:
     """Whether PEFT has all of it, so that it is saved in PEFT's format: LoRA, LoRA-FA, DoRA, AdaLoRA or VeRA and nothing beside."""
     kinds = {ADAPTERS[name] for name in _NATIVE}
-    return type(config) in kinds and not config.modules_to_tensorize and not _tied(wrapped, config)
+    plain = not config.modules_to_tensorize and config.positions == "all"
+    return type(config) in kinds and plain and not _tied(wrapped, config)
 
 
 @torch.no_grad()

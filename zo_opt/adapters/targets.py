@@ -50,6 +50,43 @@ SERIAL: dict[str, Sequence[str]] = {
 }
 _BEFORE = ("gate_proj", "up_proj")
 
+# What writes into the residual stream: the attention's and the feed-forward's output projections. Adapters on answers sit here: what
+# they add goes on to the answer itself.
+_FALCON = ("self_attention.dense", "mlp.dense_4h_to_h")
+WRITERS: dict[str, Sequence[str]] = {
+    **dict.fromkeys(
+        (
+            "llama",
+            "mistral",
+            "qwen2",
+            "qwen3",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "smollm3",
+            "olmo",
+            "olmo2",
+            "granite",
+            "phi3",
+            "cohere",
+        ),
+        ("o_proj", "down_proj"),
+    ),
+    **dict.fromkeys(("stablelm", "helium", "ernie4_5", "exaone4", "hunyuan_v1_dense"), ("o_proj", "down_proj")),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "deberta", "deberta-v2", "electra", "camembert"), _ENCODER),
+    **dict.fromkeys(("t5", "mt5"), ("SelfAttention.o", "DenseReluDense.wo")),
+    **dict.fromkeys(("bloom", "falcon"), _FALCON),
+    **dict.fromkeys(("opt", "bart", "mbart"), ("self_attn.out_proj", "fc2")),
+    "gpt2": ("attn.c_proj", "mlp.c_proj"),
+    "gpt_neo": ("out_proj", "mlp.c_proj"),
+    "gptj": ("out_proj", "fc_out"),
+    "gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"),
+    "phi": ("self_attn.dense", "fc2"),
+    "distilbert": ("out_lin", "lin2"),
+    "modernbert": ("attn.Wo", "mlp.Wo"),
+    "mixtral": ("o_proj",),
+}
+
 
 @dataclass(frozen=True)
 class Target:

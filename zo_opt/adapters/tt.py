@@ -9,9 +9,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tt_kernels import factorize, useful_ranks
+from tt_kernels import factorize
 
-from zo_opt.adapters.adapted import SerialAdapter
+from zo_opt.adapters.adapted import SerialAdapter, Staged
 from zo_opt.adapters.config import AdapterConfig
 from zo_opt.adapters.options import SEED, option
 from zo_opt.adapters.targets import SERIAL, Target
@@ -49,10 +49,6 @@ class TTConfig(AdapterConfig):
     bottleneck: int = option(64, "features between down and up")
     activation: Literal["tanh", "gelu", "relu", "identity"] = option("tanh", "between down and up")
     bias: bool = option(True, "biases of down and up")
-    trainable: Literal["all", "mixing"] = option(
-        "all", "all cores, or only the mixing cores: those of up's input dims (no biases)"
-    )
-    output_rank: int | None = option(None, "rank between up's mixing cores and its output cores; None: rank")
     seed: int = option(0, "of the initial cores", SEED)
 
     def wrap(self, target: Target, number: int) -> SerialAdapter:
@@ -61,7 +57,7 @@ class TTConfig(AdapterConfig):
         return SerialAdapter(target.module, adapter, position)
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Staged):
     """x + up(act(down(x))) in float32; returns the dtype of x.
 
     Args:
@@ -75,56 +71,39 @@ class Bottleneck(nn.Module):
         self.down, self.up = down, up
         self._activation = ACTIVATIONS[activation]
 
+    def inner(self, x: Tensor) -> Tensor:
+        h: Tensor = self.down(x.float())
+        return h
+
+    def input_side(self) -> list[nn.Parameter]:
+        return list(self.down.parameters())
+
     def forward(self, x: Tensor) -> Tensor:
-        delta: Tensor = self.up(self._activation(self.down(x.float())))
+        delta: Tensor = self.up(self._activation(self.staged(x)))
         wide = torch.promote_types(x.dtype, torch.float32)  # autocast narrows delta, which x must not become
         return delta.to(wide).add_(x).to(x.dtype)
 
 
 class TTAdapter(Bottleneck):
-    """x + up(act(down(x))), ``down`` and ``up`` tensor trains. One core of ``up`` starts at zero: an exact identity.
-
-    That core is the last one where all are trained (arXiv 2406.18060), else the last mixing core.
-    """
+    """x + up(act(down(x))), ``down`` and ``up`` tensor trains. The last core of ``up`` starts at zero: an exact identity."""
 
     down: TTLinear
     up: TTLinear
 
     def __init__(self, config: TTConfig, size: int, rank: int, seed: int, device: torch.device) -> None:
         hidden, bottleneck = adapter_dims(size, config.bottleneck)
-        bonds = len(bottleneck) + len(hidden) - 1
-        down_ranks, up_ranks = [rank] * bonds, [rank] * bonds
-        if config.output_rank is not None:
-            up_ranks[len(bottleneck) - 1] = config.output_rank
-        only_mixing = config.trainable == "mixing"
-        if only_mixing:  # the other cores hold truncated decompositions, which need no more than these
-            down_ranks = useful_ranks((*hidden, *bottleneck), down_ranks)
-            up_ranks = useful_ranks((*bottleneck, *hidden[::-1]), up_ranks)
         super().__init__(
-            TTLinear(hidden, bottleneck, down_ranks, bias=config.bias, device=device),
-            TTLinear(bottleneck, hidden[::-1], up_ranks, bias=config.bias, device=device),
+            TTLinear(hidden, bottleneck, rank, bias=config.bias, device=device),
+            TTLinear(bottleneck, hidden[::-1], rank, bias=config.bias, device=device),
             config.activation,
         )
-        self._only_mixing = only_mixing
-        if self._only_mixing:
-            self.requires_grad_(False)
-            for core in self.mixing:
-                core.requires_grad_(True)
+        self.inner_features = config.bottleneck
         if device.type != "meta":
             generator = torch.Generator().manual_seed(seed)
             self.down.reset(generator)
             self.up.reset(generator)
-            self.start_at_identity()
-
-    @property
-    def mixing(self) -> list[nn.Parameter]:
-        """``up``'s cores of its input dims: how bottleneck features mix into output directions."""
-        return list(self.up.cores)[: len(self.up.in_dims)]
-
-    @torch.no_grad()
-    def start_at_identity(self) -> None:
-        """Zero one core of ``up``."""
-        (self.mixing[-1] if self._only_mixing else self.up.cores[-1]).zero_()
+            with torch.no_grad():
+                self.up.cores[-1].zero_()
 
 
 def adapter_dims(size: int, bottleneck: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

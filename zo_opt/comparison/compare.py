@@ -65,8 +65,8 @@ def compare(
     directory = options.output_dir or Path("runs") / f"compare-{datetime.now():%Y%m%d-%H%M%S}"
     with output_directory(directory, resume=options.resume, unique=options.output_dir is None) as directory:
         record = {"command": command, "options": plain(options), "base": base.to_dict()}
-        if base.prefix_cache == TrainConfig.prefix_cache and pick_device(base.device).type == "cpu":
-            base = replace(base, prefix_cache="disk")  # computed once for all runs, read as fast as from memory
+        if base.prompt_cache == TrainConfig.prompt_cache and pick_device(base.device).type == "cpu":
+            base = replace(base, prompt_cache="disk")  # computed once for all runs, read as fast as from memory
         examples = load_examples(base, reporter)
         sizes, rows = None, len(examples.train)
         if options.budget_memory is not None or examples.task.kind == LANGUAGE_MODELLING:

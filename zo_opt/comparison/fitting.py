@@ -97,7 +97,7 @@ def fitting_batch(config: TrainConfig, sizes: Sizes, budget: int) -> int | None:
 
 def _cached_prefix(config: TrainConfig, sizes: Sizes) -> int:
     """The most that hidden states of frozen layers take where the training loop keeps them on the device."""
-    if config.prefix_cache != "device":
+    if config.prompt_cache != "device":
         return 0
     hidden = getattr(sizes.skeleton.config.get_text_config(), "hidden_size", 0)  # type: ignore[union-attr, operator]
-    return min(config.prefix_cache_mb << 20, 4 * sizes.rows * sizes.prompts * sizes.length * hidden)
+    return min(config.prompt_cache_mb << 20, 4 * sizes.rows * sizes.prompts * sizes.length * hidden)

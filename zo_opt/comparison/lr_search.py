@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from zo_opt.comparison.runs import Run
 from zo_opt.planning import make_skeleton, read_config
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.recipe import may_place, own_lr
+from zo_opt.training.recipe import own_lr
 
 RATIO = math.sqrt(10)
 
@@ -22,7 +22,7 @@ def lr_grid(config: TrainConfig, trials: int, parameters: int) -> list[float]:
     >>> [float(f"{lr:.2g}") for lr in lr_grid(TrainConfig(optimizer="adamw", adapter="tt"), 3, parameters=10**8)]
     [0.0032, 0.01, 0.032]
     """
-    centre = own_lr(config, placed=may_place(config) and config.adapter_init != "random", parameters=parameters)
+    centre = own_lr(config, parameters=parameters)
     return [float(f"{centre * RATIO ** (i - trials // 2):.3g}") for i in range(trials)]
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from zo_opt.adapters import ADAPTERS
-from zo_opt.adapters.tt_init import FEATURES
 from zo_opt.choices import option_names
 from zo_opt.errors import ZOError
 from zo_opt.optim import OPTIMIZERS
@@ -138,11 +137,10 @@ def run_config(base: TrainConfig, method: Method, **changes: Any) -> TrainConfig
     for part, name in chosen.items():
         options = given.pop(part, {})
         kept = {k: v for k, v in options.items() if k in has[part]} if isinstance(options, Mapping) else {}
-        chosen[part] = {"name": name} | (_with_rank(kept, method.adapter) if part == "adapter" else kept)  # type: ignore[assignment]
+        own = method.adapter_options if part == "adapter" else {}
+        chosen[part] = {"name": name} | dict(own) | (_with_rank(kept, method.adapter) if part == "adapter" else kept)  # type: ignore[assignment]
     fixed = fixed_options(method.optimizer)
     given = {name: value for name, value in given.items() if name not in fixed}
-    if given.get("adapter_init") in FEATURES and method.adapter != "tt":
-        given.pop("adapter_init")
     return TrainConfig.from_dict(dict(method.options) | given | chosen | changes)
 
 

@@ -128,11 +128,11 @@ class Run:
             known = read_object(options, _AGAIN) if options.is_file() else {}
             if own_code(known):  # named again, it may run
                 given = ["--config", str(options), *given]
-            if config.prefix_cache_dir is None and "prefix_cache_dir" in known:
-                given += ["--prefix_cache_dir", str(prefixes)]
+            if config.prompt_cache_dir is None and "prompt_cache_dir" in known:
+                given += ["--prompt_cache_dir", str(prefixes)]
         else:
-            if config.prefix_cache == "disk" and config.prefix_cache_dir is None:
-                config = replace(config, prefix_cache_dir=prefixes)
+            if config.prompt_cache == "disk" and config.prompt_cache_dir is None:
+                config = replace(config, prompt_cache_dir=prefixes)
             options.write_text(json.dumps(config.given(), indent=1), encoding="utf-8")
             given = ["--config", str(options)]
         command = [sys.executable, "-m", "zo_opt.cli.main", "train", *given]

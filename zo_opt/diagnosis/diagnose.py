@@ -91,13 +91,12 @@ def diagnose(
     Raises:
         ZOError: a mistake in the options or files; or no finite loss anywhere.
     """
-    config = replace(config, prefix_cache_mb=0)
+    config = replace(config, prompt_cache_mb=0, estimator=config.estimator or "two-sided")  # queries on weights
     config.check()
     if queries < 2 or len(eps_grid) == 0 or min(eps_grid) <= 0:
         raise ZOError("diagnose needs at least 2 queries and positive values in eps_grid.")
     examples = load_examples(config, reporter)
     exact = build_tools(replace(config, precision="fp32"), examples, reporter)
-    exact.place_adapters(config, reporter)
     chosen = _same_adapters(config, examples, reporter, exact)
     forms = [exact] if chosen is None else [chosen, exact]
     probes = [_Probe(config, tools, queries) for tools in forms]

@@ -24,6 +24,8 @@ class Estimate:
         forwards: forward passes spent.
         curvatures: float64, shape (queries,): (l+ + l- - 2 l0) / zo_eps^2, the second derivative along each direction; None
             where it was not asked for.
+        gradient: float32, shape (trainables,): the gradient itself, of estimators that do not move along directions of weights.
+        tokens: token evaluations: tokens that went through the adapted part, over all forwards; 0: those of whole batches.
     """
 
     loss: float
@@ -31,6 +33,8 @@ class Estimate:
     weights: Tensor
     forwards: int
     curvatures: Tensor | None = None
+    gradient: Tensor | None = None
+    tokens: int = 0
 
     @property
     def dropped(self) -> int:
@@ -48,6 +52,8 @@ class Estimator(ABC):
         query_modes: the modes it can be evaluated in; None: all.
         differentiates: whether it needs a loss that torch can differentiate.
         own_closure: whether its closure returns something else than the loss of the batch.
+        gives_gradient: whether it gives a gradient, not derivatives along directions of weights: no step control or line search acts on
+            it, and its steps cannot be replayed from a few numbers.
     """
 
     forwards_per_query: ClassVar[int] = 2
@@ -56,6 +62,7 @@ class Estimator(ABC):
     query_modes: ClassVar[tuple[str, ...] | None] = None
     differentiates: ClassVar[bool] = False
     own_closure: ClassVar[bool] = False
+    gives_gradient: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, evaluate: Evaluator, queries: int, zo_eps: float) -> Estimate:
@@ -92,10 +99,13 @@ def combine(estimates: Sequence[Estimate]) -> Estimate:
     """The mean of estimates along the same directions (micro-batches of equal size); a query dropped in one is dropped."""
     losses = [e.loss for e in estimates if e.loss == e.loss]
     curvatures = [e.curvatures for e in estimates if e.curvatures is not None]
+    gradients = [e.gradient for e in estimates if e.gradient is not None]
     return Estimate(
         sum(losses) / len(losses) if losses else float("nan"),
         torch.stack([e.projected_grads for e in estimates]).mean(dim=0),
         torch.stack([e.weights for e in estimates]).mean(dim=0),
         sum(e.forwards for e in estimates),
         torch.stack(curvatures).mean(dim=0) if curvatures else None,
+        torch.stack(gradients).mean(dim=0) if gradients else None,
+        sum(e.tokens for e in estimates),
     )

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from zo_opt.choices import Table, did_you_mean
-from zo_opt.directions import DIRECTIONS, Directions, Gaussian
+from zo_opt.directions import DIRECTIONS, Directions, Gaussian, Rademacher
 from zo_opt.distributed import Distributed
 from zo_opt.errors import ZOError
 from zo_opt.estimators import ESTIMATORS, Estimator, TwoSided
@@ -75,6 +75,16 @@ class Choices:
         if modes is not None and self.query_mode not in modes:
             name = ESTIMATORS.name_of(self.estimator)
             raise ZOError(f"query_mode={self.query_mode!r} does not apply to estimator {name!r}; leave it {modes[0]}.")
+        if self.estimator.gives_gradient:
+            for name, given in (("step_control", self.step_control), ("line_search", self.line_search)):
+                if given:
+                    raise ZOError(
+                        f"{name} acts on derivatives along directions of weights, which this estimator has not; leave it out."
+                    )
+            if not isinstance(self.directions, Gaussian | Rademacher):
+                raise ZOError(
+                    "queries on activations take directions 'rademacher' or 'gaussian', of independent entries; give one."
+                )
         if self.line_search is not None and not self.update_rule.linear:
             raise ZOError(
                 "a line search looks at losses along the step's own estimate; use it with the plain SGD update rule."
@@ -118,8 +128,6 @@ class Setting:
         steps_per_epoch: optimizer steps in an epoch, for schedules that count epochs.
         module: the module that owns the parameters; dropout is off in it while losses are evaluated.
         distributed: what ranks share in query mode distributed, and how each evaluates its part; the queries, sequentially, by default.
-        share_prefix: compute the frozen layers below the first trainable once for all evaluations of a step; needs ``module``, and a
-            closure that does not look into those layers (:class:`~zo_opt.prompts.shared_prefix.SharedPrefix`).
         max_failed_steps: this many steps in a row without any finite loss raise :class:`~zo_opt.errors.NonFiniteLossError`.
         privacy: differential privacy of the examples; the closure then returns a loss for each example, and the losses that
             ``step`` and the records give are nan, for they are not private.
@@ -132,15 +140,10 @@ class Setting:
     steps_per_epoch: int = 1
     module: nn.Module | None = None
     distributed: Distributed | None = None
-    share_prefix: bool = False
     max_failed_steps: int = 10
     privacy: GaussianPrivacy | None = None
 
     def __post_init__(self) -> None:
-        if self.share_prefix and self.module is None:
-            raise ZOError(
-                "share_prefix=True needs the model whose layers are shared; pass module=model to the optimizer."
-            )
         if self.steps_per_epoch < 1:
             raise ZOError(
                 f"steps_per_epoch={self.steps_per_epoch} is not possible; give ceil(examples / batch size), at least 1."

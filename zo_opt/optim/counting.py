@@ -92,5 +92,5 @@ class CountingOptimizer(Optimizer):
         """
         if "zo" not in state_dict:
             raise ZOError("this state was not written by a zeroth-order optimizer (it has no entry 'zo').")
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "zo"})
+        super().load_state_dict({k: v for k, v in state_dict.items() if k not in ("zo", "memory")})
         self.load_progress(state_dict["zo"])

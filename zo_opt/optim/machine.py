@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -19,13 +19,12 @@ from zo_opt.optim.choices import Method
 from zo_opt.optim.records import StepRecord, Update
 from zo_opt.optim.rounding import round_into
 from zo_opt.optim.write_grad import WritesGrad
-from zo_opt.prompts.shared_prefix import SharedPrefix
 from zo_opt.queries import modes
 from zo_opt.queries.copies import Limits
 from zo_opt.queries.modes import Evaluator
 from zo_opt.queries.nesting import batch_size
 from zo_opt.queries.perturbation import Perturbed, Transform
-from zo_opt.queries.trainables import Piece, Trainables
+from zo_opt.queries.trainables import Piece
 
 
 class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
@@ -67,6 +66,10 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
             raise ZOError(
                 f"a line search looks at losses along the step's own estimate, and {self.method.name!r} moves otherwise; use it with mezo."
             )
+        if choices.estimator.gives_gradient and (self.own_estimates or self.own_gradient):
+            raise ZOError(
+                f"{self.method.name!r} moves along directions of weights, which its estimator has not; leave estimator out."
+            )
         if getattr(choices.query_schedule, "needs_split", False) and self.mode != "split":
             raise ZOError(
                 f'query_mode="{choices.query_mode}" does not split the batch, whose examples are as many as the queries; pass a '
@@ -88,8 +91,7 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
         self._control: list[dict[str, float]] = [{} for _ in choices.step_control]
         self.pending: list[tuple[Estimate, Evaluator]] = []
         self._queries, self._limits = 0, Limits()
-        self._prefix: SharedPrefix | None = None
-        self._prefix_of: Trainables | None = None
+        self.estimator_memory: dict[str, Tensor] = {}  # the estimator's, from step to step
         if setting.privacy is not None:
             setting.privacy.attach()  # last: who is refused has taken nothing into use
 
@@ -115,7 +117,14 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
                 self.ranks.begin_step(self.step_count, self._in_words(), trainables, batch)
         perturbed = Perturbed(trainables, self.directions_of(self.step_count), self.transform())
         evaluator = Evaluator(
-            perturbed, closure, batch, self.mode, self.setting.module, self.ranks, limits=self._limits
+            perturbed,
+            closure,
+            batch,
+            self.mode,
+            self.setting.module,
+            self.ranks,
+            limits=self._limits,
+            memory=self.estimator_memory,
         )
         with self._evaluation_mode():
             estimate = self.estimate_from(evaluator, self._queries)
@@ -149,6 +158,7 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
         record = StepRecord(
             self.step_count, self.epoch, estimate.loss, len(estimate.projected_grads), estimate.dropped,
             estimate.forwards, tuple(estimate.projected_grads.tolist()),
+            estimate.tokens or estimate.forwards * evaluators[0].tokens,
         )  # fmt: skip
         kept = estimate.projected_grads.isfinite()
         self.pending = []
@@ -159,7 +169,7 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
         coefficients = torch.zeros_like(estimate.projected_grads)
         coefficients[kept] = weights * projected_grads
         lost = tuple(torch.nonzero(~kept).flatten().tolist())
-        update = Update(self.step_count, self.lrs, tuple(coefficients.tolist()), lost=lost)
+        update = Update(self.step_count, self.lrs, tuple(coefficients.tolist()), lost=lost, gradient=estimate.gradient)
         update = self.update_from(estimate, update)
         if self.choices.line_search is not None:
             with self._evaluation_mode():
@@ -172,6 +182,7 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
         self.last_record = record
         self.history.queries += record.queries
         self.history.forwards += record.forwards
+        self.history.tokens += record.tokens
         self.history.observe(record.projected_grads)
         self.dropped_queries += record.dropped
         projected_grads = torch.tensor(record.projected_grads, dtype=torch.float64)
@@ -251,6 +262,8 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
 
         A factor, so that a single direction needs no product of its own. A method that overrides it declares ``own_gradient``.
         """
+        if update.gradient is not None:
+            return update.gradient[piece.start : piece.stop].to(piece.values.device), scale
         transform = self.transform()
         terms = [
             (step, query, scale * coefficient)
@@ -287,27 +300,16 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
 
     @contextmanager
     def _evaluation_mode(self) -> Iterator[None]:
-        """Dropout off in both evaluations (arXiv 2305.17333, released code), the frozen prefix shared; all comes back as it was."""
+        """Dropout off in both evaluations (arXiv 2305.17333, released code); all comes back as it was."""
         module = self.setting.module
         training = [m for m in module.modules() if m.training] if module is not None else []
         try:
             for m in training:
                 m.training = False
-            with self._shared_prefix():
-                yield
+            yield
         finally:
             for m in training:
                 m.training = True
-
-    def _shared_prefix(self) -> AbstractContextManager[None]:
-        """The frozen layers below the trainables, computed once within it, where that was asked for."""
-        module = self.setting.module
-        if not self.setting.share_prefix or module is None:
-            return nullcontext()
-        trainables = self.trainables()
-        if self._prefix is None or self._prefix_of is not trainables:
-            self._prefix, self._prefix_of = SharedPrefix(module, trainables.parameters), trainables
-        return self._prefix()
 
     # --- state ---
 
@@ -335,8 +337,14 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
             )
         self.choices.estimator.load_state_dict(zo["estimator"])
 
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {
+            "memory": {name: tensor.clone() for name, tensor in self.estimator_memory.items()}
+        }
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        self.estimator_memory = {name: tensor.clone() for name, tensor in state_dict.get("memory", {}).items()}
         # torch casts state to the parameters' dtype; ours is float32 whatever they are.
         packed = [i for group in state_dict["param_groups"] for i in group["params"]]
         for index, parameter in zip(packed, (p for g in self.param_groups for p in g["params"]), strict=True):

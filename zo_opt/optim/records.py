@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,7 @@ class StepRecord:
     dropped: int
     forwards: int
     projected_grads: tuple[float, ...]
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Update:
         curvatures: second derivatives along the directions, for methods that use them.
         older: (step, coefficients) of earlier directions that enter too (control variates).
         lost: numbers of the queries whose losses were not finite.
+        gradient: the gradient itself, of estimators that give one; a journal cannot keep it.
     """
 
     step: int
@@ -37,6 +41,7 @@ class Update:
     curvatures: tuple[float, ...] = ()
     older: tuple[tuple[int, tuple[float, ...]], ...] = ()
     lost: tuple[int, ...] = ()
+    gradient: Tensor | None = field(default=None, repr=False, compare=False)
 
     @property
     def kept(self) -> list[int]:

@@ -29,7 +29,7 @@ from zo_opt.system.layers import layer_of
 from zo_opt.training.build_optimizer import make_optimizer
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.methods import WHOLE_MODEL
-from zo_opt.training.recipe import may_place, placed_adapter
+from zo_opt.training.recipe import answer_adapter
 
 FLOAT = 4  # bytes of a float32
 # Bits a weight, scales and zero points included: of layers, of embedding and head (None: left as they are).
@@ -174,8 +174,8 @@ def _adapted(model: Any, config: TrainConfig, setting: Setting) -> AdapterModel:
     else:
         precision = "fp32" if config.adapter_name in WHOLE_MODEL else setting.taken_precision
         set_precision(model, precision, setting.taken_device)
-    if config.adapter_init == "auto" and may_place(config):  # as in training/recipe.py
-        return get_adapter_model(model, placed_adapter(config, model, classes=2))
+    if config.on_answers:
+        return get_adapter_model(model, answer_adapter(config, model))
     layers = None if config.adapter_name in WHOLE_MODEL else setting.layers
     return get_adapter_model(model, config.make_adapter(layers=layers, total_steps=config.steps, seed=0))
 

@@ -56,6 +56,7 @@ class Evaluator:
         module: owner of the trainables; the modes beyond sequential need it.
         ranks: the processes that share the points, each in this mode.
         limits: what the optimizer's earlier evaluations ran into, and what this one adds to it.
+        memory: what the optimizer's estimator keeps from step to step, by name.
     """
 
     perturbed: Perturbed
@@ -65,6 +66,7 @@ class Evaluator:
     module: nn.Module | None = None
     ranks: Ranks | None = None
     limits: Limits = field(kw_only=True)
+    memory: dict[str, Tensor] = field(default_factory=dict, kw_only=True)
 
     def __call__(
         self, queries: int, scales: Sequence[float], *, base: bool = False, anchor: Tensor | None = None
@@ -87,6 +89,11 @@ class Evaluator:
             values = found[int(base) :].view(queries, len(scales))
             weights, forwards = torch.ones(queries, dtype=torch.float64), len(points)
         return Losses(values, weights, forwards, base_values)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the batch, each of which a forward takes through the adapted part; 0 where no batch is given."""
+        return 0 if self.batch is None else tokens(self.batch)
 
     def at(self, points: Sequence[Point]) -> Tensor:
         """Losses on the whole batch, one forward after another: works on every module and closure. float64, (points,)."""

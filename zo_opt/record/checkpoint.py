@@ -51,6 +51,7 @@ def save_checkpoint(
     tensors |= {f"schedule.{n}": t for n, t in model.schedule_state().items()}
     for index, slots in state["state"].items():
         tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in slots.items()}
+    tensors |= {f"memory.{name}": tensor for name, tensor in state.get("memory", {}).items()}
     plain = {
         "format": FORMAT,
         "zo": state["zo"],
@@ -122,7 +123,10 @@ def load_checkpoint(
         for name, tensor in _under("optimizer.", tensors).items():
             index, slot = name.split(".")
             state.setdefault(int(index), {})[slot] = tensor
-        optimizer.load_state_dict({"state": state, "param_groups": plain["param_groups"], "zo": plain["zo"]})
+        memory = _under("memory.", tensors)
+        optimizer.load_state_dict(
+            {"state": state, "param_groups": plain["param_groups"], "zo": plain["zo"], "memory": memory}
+        )
         lr_scheduler.load_state_dict(plain["lr_scheduler"] | {"lr_lambdas": [None] * len(plain["param_groups"])})
         extra: dict[str, Any] = plain["extra"]
         return extra

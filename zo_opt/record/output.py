@@ -14,7 +14,7 @@ from pathlib import Path
 from zo_opt.adapters.storage import CONFIG_NAME, SCHEDULE_NAME, WEIGHTS_NAME
 from zo_opt.errors import ZOError
 from zo_opt.journal import NAME as JOURNAL_NAME
-from zo_opt.prompts import prefix_store
+from zo_opt.prompts import store
 from zo_opt.record import checkpoint
 from zo_opt.system.files import try_lock, unfinished
 
@@ -72,7 +72,7 @@ def output_directory(
 def never_begun(directory: Path) -> bool:
     """Whether nothing is in a directory but what a run writes before its first step."""
     names = {path.name for path in directory.iterdir()}
-    names -= {prefix_store.FILE_NAME, LOCK_NAME} | {path.name for path in unfinished(directory, *_WRITTEN)}
+    names -= {store.FILE_NAME, LOCK_NAME} | {path.name for path in unfinished(directory, *_WRITTEN)}
     if RUN_NAME not in names:
         return not names
     if not _is_record(directory / RUN_NAME):
@@ -149,5 +149,5 @@ def _first_free(directory: Path) -> Path:
 
 def _clear(directory: Path) -> None:
     for path in directory.iterdir():
-        if path.name not in (prefix_store.FILE_NAME, LOCK_NAME):
+        if path.name not in (store.FILE_NAME, LOCK_NAME):
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -24,12 +24,14 @@ class History:
         signal: exponential average (decay 0.9 a step) of the mean square of a step's projected gradients, in squared
             loss per squared parameter unit; for Gaussian and Rademacher directions it estimates ||gradient||^2.
         peak_signal: the largest ``signal`` so far.
+        tokens: token evaluations: tokens that went through the adapted part of the model.
     """
 
     queries: int = 0
     forwards: int = 0
     signal: float = 0.0
     peak_signal: float = 0.0
+    tokens: int = 0
 
     def observe(self, projected_grads: Sequence[float]) -> None:
         """Take in the projected gradients of one step; those that are not finite are left out.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from operator import itemgetter
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_opt.errors import ZOError
-from zo_opt.prompts.prefix_cache import PrefixCache
+from zo_opt.prompts.states import PromptState
 from zo_opt.tasks.metrics import (
     CLASSIFICATION,
     GENERATION,
@@ -32,6 +32,7 @@ from zo_opt.tasks.scoring import Batch, Encoded, LabelScorer, Measured, Scorer, 
 from zo_opt.tasks.tasks import Task
 
 Progress = Callable[[int], None]
+_PROMPT = "prompt."  # before names of tensors in a batch
 
 
 @dataclass(frozen=True)
@@ -99,22 +100,22 @@ class Evaluation:
 
 
 class Prepared:
-    """A set of examples as batches for one model: encoded once, their frozen prefixes cached where that is on.
+    """A set of examples as batches for one model: encoded once, what is frozen of their forwards kept where that is on.
 
     Args:
         examples: what to prepare.
         scorer: how the model learns this task.
         device: where batches go.
-        cache: the prefix cache, shared by all sets of a run, or None.
+        prompts: the model's forward that keeps prompts (``AdapterModel.prompt_forward``), or None.
         objective: what is trained in place of the loss, or None.
     """
 
     def __init__(
-        self, examples: Sequence[Example], scorer: Scorer, device: torch.device, cache: PrefixCache | None,
+        self, examples: Sequence[Example], scorer: Scorer, device: torch.device, prompts: Any,
         objective: Objective | None = None,
     ) -> None:  # fmt: skip
         self.encoded = scorer.encode_all(examples)
-        self.scorer, self.device, self._cache, self.objective = scorer, device, cache, objective
+        self.scorer, self.device, self._prompts, self.objective = scorer, device, prompts, objective
 
     def __len__(self) -> int:
         return len(self.encoded)
@@ -146,30 +147,28 @@ class Prepared:
         return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
     def record(self, batch_size: int, progress: Progress) -> None:
-        """Fill the prefix cache with these examples."""
+        """Have what is frozen of these examples' forwards kept."""
         for indices in self.by_length(batch_size):
-            self._record(self._plain(indices))
+            self.batch(indices)
             progress(len(indices))
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """Tensors of these examples, with their cached prefix states under "prefix" if all of them are kept."""
-        plain, cache = self._plain(indices), self._cache
-        batch = self._on_device(plain)
+        """Tensors of these examples, with what is frozen of their forward under "prompt." names where it can be kept."""
+        batch = self._on_device(self.scorer.collate([self.encoded[i] for i in indices]))
         if self.objective is not None and self.objective.reads_rows:
             batch["rows"] = torch.tensor(list(indices))
-        if cache is None:
+        if self._prompts is None:
             return batch
-        damaged = cache.store.damaged
-        states = cache.batch(plain)
-        if cache.store.damaged > damaged:  # computed anew, once
-            self._record(plain)
-            states = cache.batch(plain)
-        return batch if states is None else batch | {"prefix": states}
+        state = self._prompts.prepare(self.scorer.inputs(batch), self.scorer.answers(batch))
+        if state is None:
+            return batch
+        several = batch["input_ids"].shape[:2]
+        return batch | {_PROMPT + name: tensor.unflatten(0, several) for name, tensor in state.tensors().items()}
 
     def scores(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Scores of the labels, shape (B, C), by way of the cached prefix where the batch has it."""
+        """Scores of the labels, shape (B, C), from kept prompts where the batch has them."""
         assert isinstance(self.scorer, LabelScorer), "only labels are scored"
-        with self._prefix(batch):
+        with self._going_on(model, batch):
             return self.scorer.scores(model, batch)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -177,39 +176,39 @@ class Prepared:
         over rows of a token's loss.
         """
         if self.objective is None:
-            with self._prefix(batch):
+            with self._going_on(model, batch):
                 return self.scorer.loss(model, batch)
         encoded = [self.encoded[i] for i in batch["rows"].tolist()] if self.objective.reads_rows else []
-        with self._prefix(batch) if not self.objective.writes(self.scorer) else nullcontext():
+        with self._going_on(model, batch) if not self.objective.writes(self.scorer) else nullcontext():
             return torch.as_tensor(self.objective(model, self.scorer, batch, encoded))
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """The task's loss of each row, (B,): what ``loss`` is the mean of."""
-        with self._prefix(batch):
+        with self._going_on(model, batch):
             return self.scorer.losses(model, batch)
 
     def measure(self, model: nn.Module, indices: Sequence[int]) -> Measured:
-        """What an evaluation needs of these examples; the model writes where it is to (never from a cached prefix)."""
+        """What an evaluation needs of these examples; the model writes where it is to (never from kept prompts)."""
         batch = self.batch(indices)
-        with self._prefix(batch):
+        with self._going_on(model, batch):
             measured = self.scorer.measure(model, batch)
         if self.scorer.task.kind == GENERATION:
             assert isinstance(self.scorer, Writer)
             measured.texts = self.scorer.generate(model, [self.encoded[i] for i in indices], self.device)
         return measured
 
-    def _prefix(self, batch: Batch) -> AbstractContextManager[None]:
-        """Within this context the model goes on from the batch's cached prefix, where it has one."""
-        if "prefix" not in batch or self._cache is None:
-            return nullcontext()
-        return self._cache.replay(batch["prefix"].flatten(0, 1))
-
-    def _record(self, plain: Batch) -> None:
-        if self._cache is not None:
-            self._cache.record(plain, self.scorer.inputs(self._on_device(plain)))
-
-    def _plain(self, indices: Sequence[int]) -> Batch:
-        return self.scorer.collate([self.encoded[i] for i in indices])
+    @contextmanager
+    def _going_on(self, model: Any, batch: Batch) -> Iterator[None]:
+        """Within this context the model goes on from the batch's prompts, and its adapters act where the answers are."""
+        with ExitStack() as stack:
+            if hasattr(model, "answering"):
+                stack.enter_context(model.answering(self.scorer.answers(batch)))
+            kept = {
+                name.removeprefix(_PROMPT): x.flatten(0, 1) for name, x in batch.items() if name.startswith(_PROMPT)
+            }
+            if kept and self._prompts is not None:
+                stack.enter_context(self._prompts.replaying(PromptState.of(kept)))
+            yield
 
     def _on_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.device) for name, tensor in batch.items()}

@@ -49,8 +49,6 @@ class ZOArguments(_Base):
         max_queries: the most queries a step takes; the number of queries of the constant schedule.
         query_mode: sequential, batched, split or auto; or distributed, for a run of several processes (torchrun), each of which
             sees rows of its own. In split mode the loss of each slice is the mean over its own tokens.
-        share_prefix: compute the frozen layers below the first trainable once a step
-            (:class:`~zo_opt.prompts.shared_prefix.SharedPrefix` says for which models that is right).
         update_rule: of :data:`~zo_opt.optim.UPDATE_RULES`.
         step_control: of :data:`~zo_opt.optim.STEP_CONTROLS`.
         max_failed_steps: so many steps in a row without a finite loss stop the run.
@@ -72,9 +70,6 @@ class ZOArguments(_Base):
     query_schedule: dict | str | None = field(default=None, metadata=_help("the optimizer's own if not given"))  # type: ignore[type-arg]
     max_queries: int | None = field(default=None, metadata=_help("the most queries a step takes"))
     query_mode: str | None = field(default=None, metadata=_help("sequential, batched, split, auto or distributed"))
-    share_prefix: bool = field(
-        default=False, metadata=_help("compute the frozen layers below the first trainable once a step")
-    )
     update_rule: dict | str | None = field(default=None, metadata=_help("sgd, adam, sign, momentum or amsgrad"))  # type: ignore[type-arg]
     step_control: dict | str | None = field(default=None, metadata=_help("clip or divide-by-spread"))  # type: ignore[type-arg]
     max_failed_steps: int = field(
@@ -120,7 +115,6 @@ class ZOArguments(_Base):
             seed=self.seed if self.zo_seed is None else self.zo_seed,
             steps_per_epoch=steps_per_epoch,
             module=module,
-            share_prefix=self.share_prefix,
             max_failed_steps=self.max_failed_steps,
             distributed=Distributed(share="data") if self.query_mode == "distributed" else None,
             **self._choices(steps, steps_per_epoch),
@@ -197,10 +191,9 @@ class ZOArguments(_Base):
             )
         # transformers switches torch_compile on by these, after this check.
         compiled = self.torch_compile or self.torch_compile_backend is not None or self.torch_compile_mode is not None
-        if compiled and (self.query_mode in _COPIES or self.share_prefix):
+        if compiled and self.query_mode in _COPIES:
             raise ZOError(
-                "a compiled model cannot be run on many copies or share its first layers; with torch_compile=True give "
-                "query_mode='sequential' and share_prefix=False."
+                "a compiled model cannot be run on many copies; with torch_compile=True give query_mode='sequential'."
             )
 
 

@@ -23,8 +23,6 @@ def make_optimizer(
     lr: float,
     steps_per_epoch: int,
     privacy: GaussianPrivacy | None = None,
-    *,
-    share_prefix: bool = True,
 ) -> CountingOptimizer:
     """The optimizer that the options describe; what they leave open is the optimizer's own.
 
@@ -35,7 +33,6 @@ def make_optimizer(
         lr: learning rate.
         steps_per_epoch: optimizer steps in an epoch.
         privacy: what hides the rows, if anything does.
-        share_prefix: not for objectives that write: that fills key-value caches, which replayed layers would leave empty.
     """
     name, own = split("optimizer", config.optimizer)
     kind = OPTIMIZERS.find(name)
@@ -53,7 +50,6 @@ def make_optimizer(
         query_mode="distributed" if together else config.mode,
         distributed=config.make_distributed() if together else None,
         module=model,
-        share_prefix=share_prefix,  # for where the prefix cache is off or full
         privacy=privacy,
         **setting,
         **config.make_choices(steps_per_epoch),

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from zo_opt.adapters import ADAPTERS, AdapterConfig
-from zo_opt.adapters.tt_init import FEATURES
 from zo_opt.choices import Table, split
 from zo_opt.directions import DIRECTIONS
 from zo_opt.distributed import Distributed
@@ -52,9 +51,9 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
             ZOError: with a sentence on the first mistake.
         """
         typed(self.to_dict())
-        if self.prefix_cache_dir is not None and self.prefix_cache != "disk":
+        if self.prompt_cache_dir is not None and self.prompt_cache != "disk":
             raise ZOError(
-                f"prefix_cache_dir was given with prefix_cache={self.prefix_cache!r}; add --prefix_cache disk, or leave it out."
+                f"prompt_cache_dir was given with prompt_cache={self.prompt_cache!r}; add --prompt_cache disk, or leave it out."
             )
         for name in ("eval_file", "target_column"):
             if getattr(self, name) is not None and self.train_file is None:
@@ -133,7 +132,6 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
                 "choose another, such as adazeta or mezo."
             )
         wrong = {
-            "adapter_init": self.adapter_init in FEATURES and "it places adapters by what the rows look like",
             "query_mode": self.mode != "sequential" and "privacy needs sequential",
             "schedule": self.schedule is not None
             and split("schedule", self.schedule)[0] == "variance"
@@ -183,11 +181,43 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
         return self.privacy_epsilon is not None or self.privacy_noise is not None
 
     @property
+    def on_activations(self) -> bool:
+        """Whether queries shift inner activations: asked for; or adazeta with tt-lora, where nothing given is of weights."""
+        if not self.zeroth_order:
+            return False
+        if self.estimator is not None:
+            return bool(getattr(ESTIMATORS.find(split("estimator", self.estimator)[0]), "gives_gradient", False))
+        return (self.optimizer_name, self.adapter_name) == ("adazeta", "tt-lora") and self.of_weights is None
+
+    @property
+    def of_weights(self) -> str | None:
+        """The first option given that only queries on weights have."""
+        own = split("adapter", self.adapter)[1]
+        given = {
+            "adapter.positions": own.get("positions") == "all",
+            "adapter.trainable": own.get("trainable") == "all",
+            "query_mode": self.query_mode in ("batched", "split", "auto"),
+            "directions": self.directions is not None
+            and split("directions", self.directions)[0] not in ("rademacher", "gaussian"),
+            "step_control": self.step_control not in (None, "none"),
+            "line_search": self.line_search is not None,
+            "privacy_clip": self.private,
+            "schedule": self.schedule is not None and split("schedule", self.schedule)[0] == "every-example",
+        }
+        return next((name for name, is_given in given.items() if is_given), None)
+
+    @property
+    def on_answers(self) -> bool:
+        """Whether the adapter acts on answers unless it was told otherwise."""
+        asked = split("adapter", self.adapter)[1].get("positions")
+        return asked == "answer" or (asked is None and self.on_activations)
+
+    @property
     def mode(self) -> str:
         """How one process evaluates: the query mode asked for; else split, where the optimizer has it."""
         if self.query_mode is not None:
             return "sequential" if self.query_mode == "distributed" else self.query_mode
-        alone = self.private or self.share != "queries" or self.differentiates
+        alone = self.private or self.share != "queries" or self.differentiates or self.on_activations
         # F1 of a few rows says little, and copies cannot write together.
         return "sequential" if alone or self.objective not in (objectives.LOSS, "accuracy") else "split"
 
@@ -197,12 +227,8 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
         """The adapter that the options describe; ``defaults`` stand for options that were not given.
 
         Raises:
-            ZOError: the method is not known, has no such option or no such start; or a value is not possible.
+            ZOError: the method is not known, has no such option; or a value is not possible.
         """
-        if self.adapter_init in ("class_means", "components") and self.adapter_name != "tt":
-            raise ZOError(
-                f"adapter_init={self.adapter_init!r} places tensor trains, and adapter {self.adapter_name!r} is none; leave it out."
-            )
         return ADAPTERS.make(self.adapter, **defaults)
 
     def make_distributed(self) -> Distributed:
@@ -227,7 +253,7 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
     @property
     def cost(self) -> tuple[int, int]:
         """Forward passes of a query, and of a step besides."""
-        return two_sided_cost(self.mode)
+        return (1, 1) if self.on_activations else two_sided_cost(self.mode)
 
     def make_choices(self, steps_per_epoch: int = 1) -> dict[str, Any]:
         """What the optimizer is told beside lr and where it runs; what the options leave open is its own.
@@ -240,7 +266,7 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
         if directions is None and "directions" not in fixed and "directions" not in presets:
             directions = "rademacher"
         given: dict[str, Any] = {
-            "estimator": _made(ESTIMATORS, self.estimator),
+            "estimator": _made(ESTIMATORS, self.estimator or ("learned-feedback" if self.on_activations else None)),
             "directions": _made(DIRECTIONS, directions),
             "query_schedule": self.make_schedule(steps_per_epoch),
             "update_rule": self.make_update_rule(),
@@ -269,6 +295,8 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
         return UPDATE_RULES.make(choice, **short)
 
     def _step_control(self) -> list[Any]:
+        if self.on_activations and self.step_control is None:
+            return []
         given = self.step_control if self.step_control is not None else "clip"
         listed = given if isinstance(given, list) else [given]
         return [STEP_CONTROLS.make(control) for control in listed if control not in ("none", {"name": "none"})]

@@ -35,9 +35,9 @@ def check_ranks(config: TrainConfig) -> None:
         raise ZOError("privacy clips and hides all rows of a step in one process; start it without torchrun.")
     if config.output_dir is None:
         raise ZOError("several processes need --output_dir: all of them read the checkpoint that the first one writes.")
-    if config.prefix_cache == "disk":
+    if config.prompt_cache == "disk":
         raise ZOError(
-            "prefix_cache='disk' is one process's file; with several processes give --prefix_cache cpu, device or off."
+            "prompt_cache='disk' is one process's file; with several processes give --prompt_cache cpu, device or off."
         )
 
 
@@ -69,7 +69,7 @@ def follow(config: TrainConfig, given: Collection[str] | None = None) -> None:
 
 def _follow(config: TrainConfig, tools: Tools, stop: StopSignals, output_dir: Path, reporter: Reporter) -> None:
     stepper = Stepper(config, tools)
-    tools.record_prefixes(config, output_dir, reporter)
+    tools.record_prompts(config, output_dir, reporter)
     if config.compile:
         tools.compile_model(reporter)
     meet()

@@ -101,9 +101,7 @@ class _Run:
         start = time.monotonic()
         if self.config.resume:
             self._resume()
-        self.tools.record_prefixes(self.config, self.output_dir, self.reporter)
-        if not self.config.resume:
-            self.tools.place_adapters(self.config, self.reporter)
+        self.tools.record_prompts(self.config, self.output_dir, self.reporter)
         if self.config.compile:
             self.tools.compile_model(self.reporter)
         if not self.config.resume:

@@ -12,7 +12,7 @@ from zo_opt.optim import OPTIMIZERS
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.options import BACKPROPAGATION
 
-RANDOM_START = {"adapter_init": "random"}
+OF_WEIGHTS = {"estimator": "two-sided"}
 
 
 @dataclass(frozen=True)
@@ -24,16 +24,25 @@ class Method:
         optimizer: "adamw" (backpropagation) or a name of :data:`~zo_opt.optim.OPTIMIZERS`.
         adapter: a name of :data:`~zo_opt.adapters.ADAPTERS`.
         options: other options of ``zo-opt train`` that make the method.
+        adapter_options: options of the adapter that make it.
     """
 
     name: str
     optimizer: str
     adapter: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    adapter_options: Mapping[str, Any] = field(default_factory=dict)
 
     def config(self, **changes: Any) -> TrainConfig:
         """Its options, and others."""
-        return TrainConfig(**{"adapter": self.adapter, "optimizer": self.optimizer, **self.options, **changes})
+        return TrainConfig(
+            **{
+                "adapter": {"name": self.adapter, **self.adapter_options},
+                "optimizer": self.optimizer,
+                **self.options,
+                **changes,
+            }
+        )
 
 
 METHODS: dict[str, Method] = {
@@ -47,7 +56,7 @@ METHODS: dict[str, Method] = {
             )
         ),
         Method("lora+", BACKPROPAGATION, "lora", {"loraplus_lr_ratio": 16.0}),
-        Method("loretta", BACKPROPAGATION, "tt", RANDOM_START),
+        Method("loretta", BACKPROPAGATION, "tt"),
         # MeZO as published but for the learning rate's schedule: one Gaussian query a step, the same for all examples, plain SGD.
         *(
             Method(name, optimizer, adapter, {"query_mode": "auto", "directions": "gaussian", "step_control": "none"})
@@ -55,9 +64,10 @@ METHODS: dict[str, Method] = {
         ),
         Method("sparse-mezo", "sparse-mezo", "full", {"query_mode": "auto"}),
         # The paper's own start and schedule; its queries split over the batch, which makes them free.
-        Method("adazeta", "adazeta", "tt", RANDOM_START),
-        # The defaults of zo-opt train: one adapter, placed by class means of hidden states (docs/recipe.md).
-        Method("adazeta-placed", "adazeta", "tt"),
+        Method("adazeta", "adazeta", "tt"),
+        # The defaults of zo-opt train: queries on activations with learned feedback (docs/recipe.md), and the same adapters by backpropagation.
+        Method("adazeta-feedback", "adazeta", "tt-lora"),
+        Method("tt-lora-answers", BACKPROPAGATION, "tt-lora", adapter_options={"positions": "answer"}),
     )
 }
 
@@ -92,7 +102,9 @@ def get_method(name: str) -> Method:
         if (optimizer in OPTIMIZERS or ":" in optimizer) and (adapter in ADAPTERS or ":" in adapter):
             OPTIMIZERS.find(optimizer)
             ADAPTERS.find(adapter)
-            return Method(name, optimizer, adapter, RANDOM_START if optimizer != BACKPROPAGATION else {})
+            return Method(
+                name, optimizer, adapter, OF_WEIGHTS if (optimizer, adapter) == ("adazeta", "tt-lora") else {}
+            )
     if len(parts) == 2:
         (ADAPTERS if parts[0] in OPTIMIZERS else OPTIMIZERS).find(parts[1] if parts[0] in OPTIMIZERS else parts[0])
     raise ZOError(f"method {name!r} is not known; choose of {', '.join(METHODS)}, or give optimizer:adapter.")

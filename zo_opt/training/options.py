@@ -35,7 +35,7 @@ class FirstOptions:
         lr: learning rate (see docs/optimizers.md; with adam 0.1 for placed adapters, 0.01 for random ones).
         output_dir: where everything goes; runs/<task>-<optimizer>-<time> if not given. Must be empty unless resuming.
         resume: continue the run in output_dir, with its options; save_steps, max_failed_steps, report_to, share, rank_timeout,
-            rank_check_every and prefix_cache_dir may be given anew, other values of other options are refused.
+            rank_check_every and prompt_cache_dir may be given anew, other values of other options are refused.
     """
 
     model_name_or_path: str = DEFAULT_MODEL
@@ -44,7 +44,7 @@ class FirstOptions:
     eval_file: Path | None = None
     template: str | None = None
     verbalizers: str | None = None
-    steps: PositiveInt = 100
+    steps: PositiveInt = 400
     lr: NonNegativeFloat | None = None
     output_dir: Path | None = None
     resume: bool = False
@@ -67,7 +67,7 @@ class RowOptions:
         max_new_tokens: generation: the most tokens written for a row in an evaluation; the task's own (32) if not given.
         batch_size: examples a step.
         eval_batch_size: examples in an evaluation batch.
-        batch_order: balanced (classes take turns) or shuffled.
+        batch_order: shuffled, or balanced (classes take turns).
     """
 
     text_column: str = "text"
@@ -81,7 +81,7 @@ class RowOptions:
     max_new_tokens: PositiveInt | None = None
     batch_size: PositiveInt = 16
     eval_batch_size: PositiveInt = 32
-    batch_order: Literal["balanced", "shuffled"] = "balanced"
+    batch_order: Literal["balanced", "shuffled"] = "shuffled"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +97,10 @@ class ModelOptions:
             (bitsandbytes). In full if not given.
         compile: run the layers through torch.compile (sequential query mode; takes a minute, see benchmarks/compiled.py for what
             it gains).
-        prefix_cache: where hidden states below the first adapter are kept: device, cpu (memory), disk (a file; a resumed run takes
-            it up again) or off.
-        prefix_cache_mb: bound on them, in MiB; 0 turns the cache off.
-        prefix_cache_dir: directory of the file on disk, which then outlasts the run for others on the same model; the run's
+        prompt_cache: where the frozen part of forwards (keys and values of prompts, hidden states below the first adapter) is kept:
+            device, cpu (memory), disk (a file; a resumed run takes it up again) or off (computed anew for every batch).
+        prompt_cache_mb: bound on them, in MiB; 0 turns the cache off.
+        prompt_cache_dir: directory of the file on disk, which then outlasts the run for others on the same model; the run's
             own if not given.
     """
 
@@ -110,9 +110,9 @@ class ModelOptions:
     precision: Literal["auto", "mixed", "fp32"] = "auto"
     quantise: Literal["int8", "int4", "bnb-int8", "bnb-nf4"] | None = None
     compile: bool = False
-    prefix_cache: Literal["device", "cpu", "disk", "off"] = "device"
-    prefix_cache_mb: NonNegativeInt = 1024
-    prefix_cache_dir: Path | None = None
+    prompt_cache: Literal["device", "cpu", "disk", "off"] = "device"
+    prompt_cache_mb: NonNegativeInt = 1024
+    prompt_cache_dir: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +123,9 @@ class LearningOptions:
         adapter: the adapter (docs/adapters.md), or module:Class, your own.
         optimizer: how it is tuned (docs/optimizers.md): adazeta, mezo, ...; adamw is backpropagation, for comparison; or
             module:name, your own.
-        estimator: losses -> derivatives: two-sided or one-sided; the optimizer's own if not given.
+        estimator: losses -> derivatives: two-sided or one-sided, of weights; activations or learned-feedback, of inner activations of adapters
+            that act on answers. If not given, learned-feedback for adazeta with tt-lora where nothing else speaks against it, else the
+            optimizer's own.
         directions: their distribution; rademacher, or the optimizer's own, if not given.
         schedule: queries of each step: adazeta (paper), constant, linear, cosine, stepwise, budget, variance, every-example (split
             alone), or module:function; the optimizer's own if not given.
@@ -139,14 +141,9 @@ class LearningOptions:
         warmup_steps: steps over which the learning rate rises from zero.
         loraplus_lr_ratio: LoRA+: the learning rate of B over that of A (16 in the paper).
         loraplus_lr_embedding: LoRA+: the learning rate of adapters of embeddings.
-        adapter_init: where adapters start: "class_means" (features that tell the classes apart, from training rows' hidden
-            states), "components" (their principal components, no labels used), "random" (the method's own start), or "auto":
-            class_means where the model and the task allow it and no target_modules are given. Placement is for tt alone.
-        feature_components: principal components among which class_means looks.
-        output_scale: norm of a placed adapter's output directions, relative to the hidden states'.
     """
 
-    adapter: Choice = "tt"
+    adapter: Choice = "tt-lora"
     optimizer: Choice = "adazeta"
     estimator: Choice | None = None
     directions: Choice | None = None
@@ -161,9 +158,6 @@ class LearningOptions:
     warmup_steps: NonNegativeInt = 0
     loraplus_lr_ratio: PositiveFloat | None = None
     loraplus_lr_embedding: NonNegativeFloat = 1e-6
-    adapter_init: Literal["auto", "random", "class_means", "components"] = "auto"
-    feature_components: PositiveInt = 64
-    output_scale: PositiveFloat = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +182,7 @@ class RunOptions:
     """
 
     seed: NonNegativeInt = 0
-    save_steps: PositiveInt = 100
+    save_steps: PositiveInt = 400
     max_failed_steps: PositiveInt = 10
     report_to: str = "none"
     share: str = "queries"

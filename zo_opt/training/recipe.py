@@ -4,94 +4,70 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from zo_opt.adapters import AdapterConfig
-from zo_opt.adapters.tt_init import FEATURES
 from zo_opt.choices import split
-from zo_opt.errors import ZOError
 from zo_opt.models.models import classification_heads
-from zo_opt.tasks.rows import Example
 from zo_opt.tasks.scoring import Scorer
-from zo_opt.tasks.tasks import Task
-from zo_opt.training.adapter_init import can_place
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.methods import WHOLE_MODEL, default_lr
 
-# Placed adapters sit at this depth: classes are well separated there, and a third of the model is left to run.
-LAYER_SHARE = 2 / 3
-PLACED_LR = 0.1
+FROM_LAYER = 0.4  # adapters on answers sit from this share of the depth on: what is below is frozen, and run once
+ON_ANSWERS: dict[str, Any] = {"positions": "answer", "trainable": "input", "rank": 8, "alpha": 8.0, "tt_rank": 16}
+FEEDBACK_LR = 1e-2
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run trains: the adapter, how it is placed ("class_means", "components"; "random": the method's own start), and lr."""
+    """What a run trains: the adapter, and lr."""
 
     adapter: AdapterConfig
-    init: str
     lr: float
 
 
-def resolve(config: TrainConfig, model: nn.Module, scorer: Scorer, task: Task, example: Example) -> Recipe:
+def resolve(config: TrainConfig, model: nn.Module, scorer: Scorer) -> Recipe:
     """Fill in what the options leave open.
 
     Raises:
-        ZOError: the options ask for a placement that this model or task does not allow.
+        ZOError: options that the adapter has not, or that are not possible.
     """
     tensorized = split("adapter", config.adapter)[1].get("modules_to_tensorize") or []
-    placeable = config.adapter_name == "tt" and not tensorized and can_place(scorer, task, example)
-    init = config.adapter_init
-    if init == "auto":
-        init = "class_means" if placeable and may_place(config) else "random"
-    if init not in FEATURES:
-        heads = classification_heads(model) if config.head == "classification" else []
+    heads = classification_heads(model) if config.head == "classification" else []
+    common: dict[str, Any] = {
+        "total_steps": config.steps,
+        "modules_to_save": [name for name in heads if name not in tensorized] or None,
+        "seed": config.seed,
+    }
+    if config.on_answers:
+        mask = scorer.tokenizer.mask_token_id if scorer.reads_mask else None
+        adapter = answer_adapter(config, model, **common, answer_token=mask)
+    else:
         adapter = config.make_adapter(
-            layers=None if config.adapter_name in WHOLE_MODEL else last_quarter(model),
-            total_steps=config.steps,
-            modules_to_save=[name for name in heads if name not in tensorized] or None,
-            seed=config.seed,
+            **common, layers=None if config.adapter_name in WHOLE_MODEL else last_quarter(model)
         )
-        lr = own_lr(config, placed=False, parameters=sum(p.numel() for p in model.parameters()))
-        return Recipe(adapter, "random", config.lr if config.lr is not None else lr)
-    if not placeable:
-        raise ZOError(
-            f"adapter_init={init!r} needs a causal or masked model, label words that are the same in every row and begin with "
-            "different tokens, and no modules_to_tensorize; give --adapter_init random."
-        )
-    return Recipe(
-        placed_adapter(config, model, len(task.labels)), init, config.lr if config.lr is not None else PLACED_LR
-    )
+    if config.lr is not None:
+        return Recipe(adapter, config.lr)
+    return Recipe(adapter, own_lr(config, parameters=sum(p.numel() for p in model.parameters())))
 
 
-def placed_adapter(config: TrainConfig, model: nn.Module, classes: int) -> AdapterConfig:
-    """The tensor-train adapter that is placed by hidden states."""
-    return config.make_adapter(
-        rank=32,
-        bottleneck=classes,
-        target_modules=["residual"],
-        layers=[min(round(LAYER_SHARE * depth(model)), depth(model) - 1)],
-        trainable="mixing",
-        output_rank=classes - 1,
-        seed=config.seed,
-    )
+def answer_adapter(config: TrainConfig, model: nn.Module, **common: Any) -> AdapterConfig:
+    """The adapter that acts on answers."""
+    first = min(round(FROM_LAYER * depth(model)), depth(model) - 1)
+    return config.make_adapter(**common, layers=list(range(first, depth(model))), **ON_ANSWERS)
 
 
-def own_lr(config: TrainConfig, *, placed: bool, parameters: int) -> float:
+def own_lr(config: TrainConfig, *, parameters: int) -> float:
     """The method's learning rate, where none was given; ``parameters``: of the model."""
-    if placed:
-        return PLACED_LR
+    if config.on_activations:
+        return FEEDBACK_LR
     # AdamW's lr is a length, whatever the gradient's scale.
     length = not config.zeroth_order or config.method.sort(config.make_choices() | {"lr": 0.0})[0].lr_is_a_length
     lr = default_lr(config.optimizer_name, config.adapter_name, adam=length, parameters=parameters)
     # LoRA+ moves B faster and A slower than LoRA does: the two rates lie around LoRA's.
     return lr if config.loraplus_lr_ratio is None else lr / math.sqrt(config.loraplus_lr_ratio)
-
-
-def may_place(config: TrainConfig) -> bool:
-    """Whether adapters are placed by class means, where model and task allow it, if nothing is said of their start."""
-    unplaced = config.private or not config.zeroth_order or "target_modules" in split("adapter", config.adapter)[1]
-    return config.adapter_name == "tt" and not unplaced
 
 
 def last_quarter(model: nn.Module) -> int:

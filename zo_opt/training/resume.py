@@ -22,7 +22,7 @@ from zo_opt.training.parsing import own_code
 
 # What a resumed run can be told otherwise.
 _ANEW = (
-    "save_steps", "max_failed_steps", "report_to", "share", "rank_timeout", "rank_check_every", "prefix_cache_dir", "trust_remote_code",
+    "save_steps", "max_failed_steps", "report_to", "share", "rank_timeout", "rank_check_every", "prompt_cache_dir", "trust_remote_code",
 )  # fmt: skip
 
 
@@ -109,7 +109,8 @@ class Resumed:
 
 def keeps_journal(optimizer: CountingOptimizer, model: AdapterModel) -> bool:
     """Only what zeroth-order steps do to weights follows from a few numbers, and only where nothing else moves them."""
-    return isinstance(optimizer, ZerothOrderOptimizer) and model.schedule is None
+    few = isinstance(optimizer, ZerothOrderOptimizer) and not optimizer.choices.estimator.gives_gradient
+    return few and model.schedule is None
 
 
 def resume(

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 from zo_opt.adapters import AdapterModel, get_adapter_model
+from zo_opt.adapters.answers import AnswerForward
+from zo_opt.adapters.encoded import EncoderForward
 from zo_opt.errors import ZOError
 from zo_opt.models.compilation import compile_layers, running_layers
 from zo_opt.models.models import load_model, pick_device
 from zo_opt.models.precision import set_precision
 from zo_opt.models.quantisation import quantised_layers
-from zo_opt.prompts.prefix_cache import PrefixCache, first_adapted_layer
+from zo_opt.prompts.store import FILE_NAME, FileStore, MemoryStore
 from zo_opt.record.progress import Reporter
 from zo_opt.tasks import builtin
 from zo_opt.tasks import rows as data
@@ -34,7 +36,6 @@ from zo_opt.tasks.tasks import (
     parse_verbalizers,
     placeholders,
 )
-from zo_opt.training.adapter_init import initialise
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.methods import WHOLE_MODEL
 from zo_opt.training.recipe import Recipe, resolve
@@ -66,38 +67,42 @@ class Tools:
     model: AdapterModel
     train: Prepared
     held_out: Prepared
-    cache: PrefixCache | None
+    prompts: AnswerForward | EncoderForward | None
     precision: str
     device: torch.device
     recipe: Recipe
 
-    @property
-    def placed_rows(self) -> int:
-        """Rows whose hidden states say where adapters start."""
-        return 0 if self.recipe.init == "random" else len(self.train)
-
-    def record_prefixes(self, config: TrainConfig, output_dir: Path, reporter: Reporter) -> None:
-        """Fill the prefix cache, where there is one.
+    def record_prompts(self, config: TrainConfig, output_dir: Path, reporter: Reporter) -> None:
+        """Have what is frozen of all rows' forwards kept, as far as the bound allows.
 
         Raises:
             ZOError: it is to be on disk and cannot be written there.
         """
-        if self.cache is None:
+        if self.prompts is None:
             return
-        self.cache.open(Path(config.prefix_cache_dir or output_dir))
+        recorder, bound = self.prompts.recorder, config.prompt_cache_mb << 20
+        if config.prompt_cache == "disk":
+            directory = Path(config.prompt_cache_dir or output_dir)
+            recorder.store = FileStore(directory / FILE_NAME, bound, recorder.fingerprint())
+        else:
+            recorder.store = MemoryStore(bound, self.device if config.prompt_cache == "device" else torch.device("cpu"))
         total = len(self.train) + len(self.held_out)
-        with reporter.track("caching the frozen layers", total, "rows") as tracker:
+        with reporter.track("running prompts through the base", total, "rows") as tracker:
             for prepared in (self.train, self.held_out):  # training rows first: they are needed most often
                 prepared.record(config.eval_batch_size, tracker.advance)
-        notes = self.cache.store.notes
+        if self.prompts.objection is not None:
+            reporter.say(f"no prompts are kept, every forward pass runs all layers: {self.prompts.objection}.")
+        notes = recorder.store.notes if recorder.store is not None else []
         for note in notes:
             reporter.say(note)
-        if self.cache.full and not notes:
-            reporter.say("the prefix cache is full; rows beyond it are computed whole (raise --prefix_cache_mb).")
+        if recorder.full and not notes:
+            reporter.say(
+                "the prompt cache is full; rows beyond it are computed anew each time (raise --prompt_cache_mb)."
+            )
 
     def compile_model(self, reporter: Reporter) -> None:
         """Compile the layers that run in a step; where that fails they run as they are."""
-        layers = running_layers(self.model, self.cache.cut if self.cache is not None else 0)
+        layers = running_layers(self.model, self.prompts.recorder.cut if self.prompts is not None else 0)
         start = time.monotonic()
         reporter.say(f"compiling {len(layers)} layers")
         batch = self.train.batch(self.train.by_length(2)[0])  # one row would be a shape of its own
@@ -108,23 +113,14 @@ class Tools:
 
     def close_cache(self, config: TrainConfig, reporter: Reporter) -> None:
         """At the end of a run: say what went wrong, close the file, and remove it where it is the run's own."""
-        if self.cache is None:
+        store = None if self.prompts is None else self.prompts.recorder.store
+        if store is None:
             return
-        if self.cache.store.damaged:
+        if store.damaged:
             reporter.say(
-                f"{self.cache.store.damaged} cached hidden states failed their checksum and were computed anew; look after that disk."
+                f"{store.damaged} kept prompts failed their checksum and were computed anew; look after that disk."
             )
-        self.cache.store.close(remove=config.prefix_cache_dir is None)
-
-    def place_adapters(self, config: TrainConfig, reporter: Reporter) -> None:
-        """Start the adapters where they matter, where the recipe says so."""
-        if self.placed_rows == 0:
-            return
-        with reporter.track("placing adapters", len(self.train), "rows") as tracker:
-            initialise(
-                self.model, self.train, self.recipe.init, components=config.feature_components,
-                output_scale=config.output_scale, batch_size=config.eval_batch_size, progress=tracker.advance,
-            )  # fmt: skip
+        store.close(remove=config.prompt_cache_dir is None)
 
 
 def load_examples(config: TrainConfig, reporter: Reporter) -> Examples:
@@ -204,36 +200,20 @@ def build_tools(config: TrainConfig, examples: Examples, reporter: Reporter) -> 
         )
     if objective is not None:
         reporter.say(f"the run trains {objective.trained}, from values alone; what is shown as loss is that.")
-    recipe = resolve(config, base.model, scorer, examples.task, examples.train[0])
+    recipe = resolve(config, base.model, scorer)
     model = get_adapter_model(base.model, recipe.adapter)
     model.to(device)
     model.eval()
-    cache = _make_cache(config, model, reporter)
-    train = Prepared(examples.train, scorer, device, cache, objective)
-    held_out = Prepared(examples.held_out, scorer, device, cache)
+    prompts = model.prompt_forward() if config.prompt_cache != "off" and config.prompt_cache_mb else None
+    train = Prepared(examples.train, scorer, device, prompts, objective)
+    held_out = Prepared(examples.held_out, scorer, device, prompts)
     for name, prepared in (("training", train), ("held-out", held_out)):
         if prepared.truncated:
             reporter.say(
                 f"{prepared.truncated} of {len(prepared)} {name} prompts were longer than {scorer.max_length} tokens; "
                 "their longest column was cut, template and label words are whole."
             )
-    return Tools(model, train, held_out, cache, base.precision, device, recipe)
-
-
-def _make_cache(config: TrainConfig, model: AdapterModel, reporter: Reporter) -> PrefixCache | None:
-    if config.prefix_cache == "off" or config.prefix_cache_mb == 0:
-        return None
-    if first_adapted_layer(model) is None:
-        if config.prefix_cache != TrainConfig.prefix_cache:
-            reporter.say(
-                "no prefix cache: nothing is frozen below the first adapter, or adapters sit in several places."
-            )
-        return None
-    cache = PrefixCache(model, config.prefix_cache_mb << 20, config.prefix_cache)
-    if cache.objection is not None:
-        reporter.say(f"no prefix cache, every forward pass runs all layers: {cache.objection}.")
-        return None
-    return cache
+    return Tools(model, train, held_out, prompts, base.precision, device, recipe)
 
 
 def _task_for_file(config: TrainConfig, rows: Sequence[data.Row]) -> Task:

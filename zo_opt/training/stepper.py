@@ -43,7 +43,7 @@ class Stepper:
         )
         self.optimizer = make_optimizer(
             config, tools.model, make_param_groups(config, tools.model, tools.recipe.lr), tools.recipe.lr,
-            self._order.steps_per_epoch, privacy, share_prefix=not tools.train.writes,
+            self._order.steps_per_epoch, privacy,
         )  # fmt: skip
         self.lr_scheduler = get_scheduler(config.lr_schedule, self.optimizer, config.warmup_steps, config.steps)
         self.journal: Journal | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from zo_opt.adapters import trainable_parameters
+from zo_opt.adapters.answers import AnswerForward
 from zo_opt.optim import CountingOptimizer
 from zo_opt.record.summary import Progress, Summary, versions
 from zo_opt.system.memory import peak_memory
@@ -21,8 +22,12 @@ def summarise(
     after: Evaluation,
 ) -> Summary:
     """What a run measured, once it is at its end."""
-    cache = tools.cache
-    depth = (cache.depth - cache.cut) / cache.depth if cache is not None else 1.0
+    kept = tools.prompts if tools.prompts is not None and tools.prompts.objection is None else None
+    recorder = kept.recorder if kept is not None else None
+    depth = 1.0
+    if isinstance(kept, AnswerForward):
+        depth = (kept.recorder.depth - kept.recorder.cut) / kept.recorder.depth
+    store = recorder.store if recorder is not None else None
     trainable = sum(p.numel() for p in trainable_parameters(tools.model))
     moving = tools.model.schedule.moving() if tools.model.schedule is not None else None
     return Summary(
@@ -43,9 +48,9 @@ def summarise(
         queries=optimizer.history.queries,
         forwards=optimizer.history.forwards,
         forward_depth=depth,
-        prepared_rows=cache.recorded_examples if cache is not None else tools.placed_rows,
-        cache_bytes=cache.store.bytes if cache is not None else 0,
-        cache_place=cache.place if cache is not None else "off",
+        prepared_rows=recorder.recorded if recorder is not None else 0,
+        cache_bytes=store.bytes if store is not None else 0,
+        cache_place=config.prompt_cache if recorder is not None else "off",
         dropped=optimizer.dropped_queries,
         truncated=tools.train.truncated + tools.held_out.truncated,
         train_seconds=progress.train_seconds,

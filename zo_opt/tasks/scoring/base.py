@@ -64,6 +64,7 @@ class Scorer(ABC):
     """How one kind of model learns one kind of task."""
 
     pad_left = False
+    reads_mask = False  # whether the label is predicted at a mask
 
     def __init__(self, model: Any, tokenizer: Any, task: Task, max_length: int | None = None) -> None:
         self.tokenizer, self.task = tokenizer, task
@@ -94,11 +95,8 @@ class Scorer(ABC):
     def measure(self, model: Any, batch: Batch) -> Measured:
         """What an evaluation needs of a batch."""
 
-    def label_positions(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
-        """Rows of the flattened inputs and the position in each from which an example's label is predicted, (B,) each.
-
-        None where this kind of model has no such single position.
-        """
+    def answers(self, batch: Batch) -> Tensor | None:
+        """The answer positions of the flattened inputs, (N, S) bool; None: what the model's kind has (a causal one's last token)."""
         return None
 
     def collate(self, encoded: Sequence[Encoded]) -> Batch:

@@ -45,6 +45,13 @@ class Causal(Writer):
             inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
         return inputs
 
+    def answers(self, batch: Batch) -> Tensor:
+        N, S = batch["input_ids"].flatten(0, 1).shape
+        own = (batch["words"] != IGNORED).sum(-1).flatten()
+        if len(own) != N:  # the prompt alone
+            own = own.new_zeros(N)
+        return torch.arange(S, device=own.device) >= (S - 1 - own).unsqueeze(1)
+
     def _prompt_ids(self, text: str) -> list[int]:
         """Tokens of a prompt, without the end token that some tokenizers append."""
         ids = self.tokens_of(text)
@@ -100,11 +107,6 @@ class CausalScorer(Causal, LabelScorer):
             return word_logits(logits[:, -1], words_BCT)
         logits_BCTV = logits[:, :-1].unflatten(0, batch["input_ids"].shape[:2])
         return sequence_scores(logits_BCTV, words_BCT)
-
-    def label_positions(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
-        B, labels, S = batch["input_ids"].shape
-        own_words = (batch["words"][:, 0] != IGNORED).sum(1) if labels > 1 else torch.zeros_like(batch["labels"])
-        return torch.arange(B, device=own_words.device) * labels, S - 1 - own_words
 
 
 class CausalText(Causal, TextScorer):

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from zo_opt.errors import ZOError
@@ -19,6 +18,8 @@ from zo_opt.tasks.tasks import Task, placeholders
 
 class MaskedScorer(LabelScorer):
     """Encoders with a masked-language-model head: one mask a token of the label words."""
+
+    reads_mask = True
 
     def __init__(self, model: Any, tokenizer: Any, task: Task, max_length: int | None = None) -> None:
         super().__init__(model, tokenizer, task, max_length)
@@ -65,10 +66,9 @@ class MaskedScorer(LabelScorer):
             return word_logits(logits_BCTV[:, 0, 0], words_BCT)
         return sequence_scores(logits_BCTV, words_BCT)
 
-    def label_positions(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
-        first = batch["input_ids"][:, 0]
-        rows = torch.arange(len(first), device=first.device) * batch["input_ids"].shape[1]
-        return rows, (first == self.tokenizer.mask_token_id).int().argmax(1)
+    def answers(self, batch: Batch) -> Tensor:
+        masks: Tensor = batch["input_ids"].flatten(0, 1) == self.tokenizer.mask_token_id
+        return masks
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """A step with cached hidden states against one without: random tensor-train adapters in the last 8 of 30 layers of the built-in model.
 
-    python benchmarks/prefix_cache.py --threads 1 --out benchmarks/results/prefix_cache.json
+    python benchmarks/prompt_cache.py --threads 1 --out benchmarks/results/prompt_cache.json
 
 SST-2, one query (two forwards) a step, float32. The same batches go through an uncached set of examples and through caches on the
 device, in CPU memory and on disk, interleaved in one process; medians of a step with its batch's assembly, reading and checksums
@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 
 from zo_opt import MeZO, trainable_parameters
-from zo_opt.prompts.prefix_cache import PrefixCache
+from zo_opt.prompts.prompt_cache import PrefixCache
 from zo_opt.record.progress import Reporter
 from zo_opt.tasks.evaluation import Prepared
 from zo_opt.training.config import TrainConfig
@@ -53,7 +53,7 @@ def measure(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
     rows = (arguments.steps + 1) * arguments.batch_size
     config = TrainConfig(
         adapter_init="random", adapter={"name": "tt", "layers": 8}, precision="fp32", device=arguments.device, max_train_rows=rows, held_out=2,
-        prefix_cache="off",
+        prompt_cache="off",
     )  # fmt: skip
     reporter = Reporter(Console(quiet=True))
     examples = load_examples(config, reporter)

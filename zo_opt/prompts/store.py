@@ -1,4 +1,4 @@
-"""Where hidden states are kept: in the memory of a device, or in a file."""
+"""Where the states of prompts are kept: in the memory of a device, or in a file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from zo_opt.errors import ZOError
 from zo_opt.system.files import try_lock
 
-FILE_NAME = "prefix_cache.bin"
+FILE_NAME = "prompt_cache.bin"
 _DIGEST = 16  # bytes of it that are kept
 
 
@@ -94,11 +94,11 @@ class FileStore:
             self._file = path.open("r+b", buffering=0)
         except OSError as error:
             raise ZOError(
-                f"the prefix cache {path} cannot be written ({error.strerror}); give another prefix_cache_dir."
+                f"the prefix cache {path} cannot be written ({error.strerror}); give another prompt_cache_dir."
             ) from error
         if not try_lock(self._file.fileno()):
             self._file.close()
-            raise ZOError(f"the prefix cache {path} is in use by another run; give another prefix_cache_dir.")
+            raise ZOError(f"the prefix cache {path} is in use by another run; give another prompt_cache_dir.")
         finalize(self, self._file.close)  # a run that fails closes nothing itself
         self._read_index(header)
 
@@ -162,7 +162,7 @@ class FileStore:
             if end > size:
                 break
             if end > self.max_bytes:
-                self.notes.append(f"{self.path} holds more than prefix_cache_mb allows; the rest of it is dropped.")
+                self.notes.append(f"{self.path} holds more than prompt_cache_mb allows; the rest of it is dropped.")
                 size = offset
                 break
             self._index[key] = (start, fields, digest)

@@ -1,0 +1,288 @@
+"""The forward from the answer on: the prompt once through the frozen base, the answer's tokens through the adapters, in several copies.
+
+Exactly what a model gives whose adapters are masked at the prompt, at the cost of the answer's tokens: the prompt's keys and values do not
+depend on adapters, and layers below the first adapted one do not depend on them anywhere. Copies of the answer stand side by side on
+the sequence axis of one forward; each sees the prompt and itself, so that the prompt's keys are never repeated. Models that cannot take
+such a mask get copies as rows. Which way a model can go is tried once, on its own first batch, against the masked forward; where
+neither agrees, the masked forward is used, and ``objection`` says why.
+
+Shape suffixes: N sequences, S tokens, T answer tokens, C copies, H hidden, P prompt tokens, K keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zo_opt.adapters.layout import Axis, Layout
+from zo_opt.adapters.positions import Positions
+from zo_opt.errors import reason_of
+from zo_opt.prompts.recorder import Recorder
+from zo_opt.prompts.states import PromptState, split_keys
+
+NARROW = 3e-2  # of the largest hidden state: what two ways of computing the same may differ by in bf16; in float32 1e-4
+FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, NotImplementedError)
+
+
+class AnswerForward:
+    """Stands in for a model's body while adapters act on answers alone.
+
+    Args:
+        model: the whole model.
+        body: the module whose output the head reads.
+        positions: where its adapters act.
+        adapted: paths of the adapted modules.
+
+    Attributes:
+        recorder: what the frozen base makes of prompts.
+        objection: why prompts cannot be done apart, in words; None where they can, or where that is not tried yet.
+        copies: how many the next forward is made in.
+        layout: of the last forward.
+        state: a prompt that is done, for the next forwards; None: made from what they are given.
+        trying: whether a way is being tried, which is nobody else's business.
+        ended: takes the body's output at the answer positions, (C, N, T, H), and gives what is to stand there.
+    """
+
+    def __init__(self, model: nn.Module, body: nn.Module, positions: Positions, adapted: Sequence[str]) -> None:
+        self.body, self.positions = body, positions
+        self._plain: Callable[..., Any] = body.forward
+        self._whole = positions.everywhere or positions.kind != "causal"
+        self.recorder = Recorder(
+            model, body, self._plain, positions.sleep, adapted, keeps="layers" if self._whole else "keys"
+        )
+        self.objection: str | None = None
+        if self._whole and self.recorder.cut == 0:
+            self.objection = "nothing is frozen below the first adapter, or adapters sit in several places"
+        self.copies, self.layout = 1, Layout("rows", 1, 0)
+        self.state: PromptState | None = None
+        self.trying = False
+        self.ended: Callable[[Tensor], Tensor] | None = None
+        self._axis: Axis | None = None
+        self._tried = False
+        body.forward = self.forward
+
+    def remove(self) -> None:
+        """Give the body its own forward back."""
+        del self.body.forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The body's forward, adapters acting at the answer positions."""
+        given = dict(zip(self.recorder.arguments, args, strict=False)) | kwargs
+        if self.positions.asleep:
+            return self._plain(**given)
+        if self.positions.everywhere or self.positions.kind == "encoder-decoder":
+            return self._masked(given, None)
+        ids = given.get("input_ids")
+        if ids is None:  # embeddings stand for tokens
+            ids = given["inputs_embeds"].new_zeros(given["inputs_embeds"].shape[:2], dtype=torch.long)
+        attention = given.get("attention_mask")
+        past = given.get("past_key_values")
+        if past is not None and past.get_seq_length() > 0:  # all that is written is answer
+            return self._masked(given, None)
+        if self.state is not None and not self._whole:
+            return self._from(self.state, ids.shape[1])
+        if attention is not None and attention.ndim != 2:
+            attention = None
+        answers = self.positions.answers(ids, attention)
+        apart = past is None and given.get("inputs_embeds") is None and not self._whole
+        if apart and self.can(ids, attention, answers, given.get("position_ids")):
+            return self._from(self.recorder.prepare(ids, attention, answers, given.get("position_ids")), ids.shape[1])
+        return self._masked(given, answers)
+
+    def prepare(self, inputs: Mapping[str, Tensor], answers_NS: Tensor | None) -> PromptState | None:
+        """The prompts of a batch, done, for :meth:`replaying`; None where they cannot be done apart.
+
+        Args:
+            inputs: the model's arguments, sequences first: input_ids, attention_mask and perhaps position_ids.
+            answers_NS: the answer positions; None: what the tokens say.
+        """
+        ids, attention = inputs["input_ids"], inputs["attention_mask"]
+        if self._whole:
+            answers_NS = attention != 0
+        with self.positions.given(answers_NS):
+            answers_NS = self.positions.answers(ids, attention)
+        if not self.can(ids, attention, answers_NS, inputs.get("position_ids")):
+            return None
+        return self.recorder.prepare(ids, attention, answers_NS, inputs.get("position_ids"))
+
+    @contextmanager
+    def replaying(self, state: PromptState) -> Iterator[None]:
+        """Within this context the model goes on from these prompts, whatever else it is given."""
+        before, self.state = self.state, state
+        try:
+            yield
+        finally:
+            self.state = before
+
+    def can(self, ids: Tensor, attention: Tensor | None, answers: Tensor, positions: Tensor | None = None) -> bool:
+        """Whether these prompts can be done apart; tried at the first call."""
+        if self.objection is not None or torch._C._functorch.is_batchedtensor(ids):
+            return False
+        if not self._tried:
+            self.trying = self._tried = True
+            attention = torch.ones_like(ids) if attention is None else attention
+            try:
+                (self._try_whole if self._whole else self._try)(ids, attention, answers, positions)
+            finally:
+                self.trying = False
+        return self.objection is None
+
+    def _from(self, state: PromptState, tokens: int) -> Any:
+        """A forward of the answers' tokens, and the body's output for whole sequences."""
+        assert self._axis is not None
+        with self._watched():
+            output = self._run(state, self._axis, self.copies)
+        hidden_CNTH = self.layout.take(output.last_hidden_state)
+        if self.ended is not None:
+            hidden_CNTH = self.ended(hidden_CNTH)
+        whole_NSH = state.ending(hidden_CNTH[0], tokens)
+        output.last_hidden_state, output.past_key_values = whole_NSH, None
+        return output
+
+    def _watched(self) -> AbstractContextManager[Any]:
+        """Whoever takes the body's output wants no gradient of what is before it."""
+        return nullcontext() if self.ended is None else torch.no_grad()
+
+    def _run(self, state: PromptState, axis: Axis, copies: int, *, spoiled: bool = False) -> Any:
+        """The body's forward over the answers' tokens; ``spoiled``: all copies but the first get something else."""
+        from transformers import DynamicCache
+
+        ids, hidden = state.ids_NT, state.hidden_NTH
+        sequences, answer = ids.shape
+        self.layout = Layout(axis, copies, sequences, valid_NT=state.answers_NT)
+        along = 1 if axis == "tokens" else 0
+
+        def repeated(x: Tensor) -> Tensor:
+            return torch.cat([x] * copies, along) if copies > 1 else x
+
+        ids, hidden = repeated(ids), repeated(hidden)
+        if spoiled:
+            ids, hidden = ids.clone(), hidden.clone()
+            for x in (ids, hidden):
+                others = x.narrow(
+                    along, (answer, sequences)[along == 0], x.shape[along] - (answer, sequences)[along == 0]
+                )
+                others.copy_(others.flip(-1) if x.is_floating_point() else (others + 1) % 2)
+        cache: Any = DynamicCache()
+        below = state.prompt_NP[:, None, :, None].to(state.keys_NPW.dtype)
+        for layer in range(self.recorder.cut):  # which are not run: their length is asked for
+            cache.update(below, below, layer)
+        for layer, pair in enumerate(split_keys(state.keys_NPW, self.recorder.shapes)):
+            keys, values = (x if axis == "tokens" else repeated(x) for x in pair)
+            cache.update(keys, values, self.recorder.cut + layer)
+        given: dict[str, Any] = {"input_ids": ids, "past_key_values": cache, "use_cache": False}
+        if "position_ids" in self.recorder.arguments:
+            given["position_ids"] = repeated(state.positions_NT)
+        if axis == "tokens":
+            given["attention_mask"] = self.recorder.mask(state, copies)
+        else:
+            given["attention_mask"] = repeated(torch.cat([state.prompt_NP, state.answers_NT], 1).long())
+        with ExitStack() as stack:
+            self.recorder.skip_below(stack, hidden)
+            return self._plain(**given)
+
+    def _masked(self, given: dict[str, Any], answers_NS: Tensor | None) -> Any:
+        """The plain forward, adapters masked, copies as rows; of an encoder-decoder's decoder all positions are answers."""
+        tensors = [x for x in given.values() if isinstance(x, Tensor)]
+        sequences, copies = tensors[0].shape[0], self.copies
+
+        def repeated(x: Any) -> Any:
+            fits = isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == sequences
+            return x.repeat(copies, *[1] * (x.ndim - 1)) if fits and copies > 1 else x
+
+        places, valid = (None, None) if answers_NS is None or self.ended is None else places_of(answers_NS)
+        self.layout = Layout("rows", copies, sequences, places, valid)
+        with ExitStack() as stack:
+            stack.enter_context(self.positions.masked(repeated(answers_NS)))
+            stack.enter_context(self._watched())
+            if self.state is not None:
+                tokens = tensors[0].shape[1]
+                self.recorder.skip_below(stack, repeated(self.state.ending(self.state.hidden_NTH, tokens)))
+            inner = self.positions.kind == "encoder" and self.ended is not None
+            if inner:  # a pooler may follow within the body
+                stack.callback(self.recorder.layers[-1].register_forward_hook(self._end_layer).remove)
+            output = self._plain(**{name: repeated(x) for name, x in given.items()})
+        if self.ended is not None and not inner:
+            output.last_hidden_state = self._end(output.last_hidden_state)
+        return output
+
+    def _end_layer(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        if self.trying:
+            return None
+        with torch.set_grad_enabled(True):
+            hidden = self._end(output[0] if isinstance(output, tuple) else output)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    def _end(self, hidden: Tensor) -> Tensor:
+        """The hidden states with what ``ended`` puts at the answer positions of the first copy."""
+        assert self.ended is not None
+        layout = self.layout
+        ended = self.ended(layout.take(hidden))[0]
+        return ended if layout.places_NT is None else scatter(hidden[: layout.sequences], layout.places_NT, ended)
+
+    @torch.no_grad()
+    def _try(self, ids: Tensor, attention: Tensor, answers: Tensor, positions: Tensor | None) -> None:
+        """Find the way that agrees with the masked forward on a few rows of the batch, padded on the left by one more."""
+        rows = attention.sum(1).argsort()[[0, -1]].unique()
+        ids, attention, answers = (F.pad(x[rows], (1, 0)) for x in (ids, attention, answers))
+        positions = positions if positions is None or len(positions) == 1 else positions[rows]
+        whole: dict[str, Any] = {"input_ids": ids, "attention_mask": attention, "use_cache": False}
+        if positions is not None:
+            positions = F.pad(positions, (1, 0))
+            whole["position_ids"] = positions
+        said = "none of its forwards agrees with the plain one"
+        for axis in ("tokens", "rows"):
+            for counted in (False, True) if positions is None else (False,):
+                try:
+                    with self.positions.masked(answers):
+                        right = self._plain(**whole).last_hidden_state
+                    self.recorder.counts_real = counted
+                    state = self.recorder.prepare(ids, attention, answers, positions)
+                    output = self._run(state, axis, 2, spoiled=True)
+                    found = state.ending(self.layout.take(output.last_hidden_state)[0], ids.shape[1])
+                except FAILURES as error:
+                    said = reason_of(error)
+                    continue
+                share = NARROW if any(p.element_size() < 4 for p in self.body.parameters()) else 1e-4
+                apart = ((found - right) * attention.unsqueeze(-1)).abs().max()
+                if bool(apart <= share * right.abs().max()):
+                    self._axis = axis
+                    return
+        self.objection = f"the model does not go on from a prompt that is done ({said})"
+
+    @torch.no_grad()
+    def _try_whole(self, ids: Tensor, attention: Tensor, answers: Tensor, positions: Tensor | None) -> None:
+        """Whether layers above the cut take nothing from those below but their hidden states."""
+        given: dict[str, Any] = {"input_ids": ids[:2], "attention_mask": attention[:2]}
+        if positions is not None:
+            given["position_ids"] = positions[:2]
+        try:
+            right = self._plain(**given).last_hidden_state
+            with self.replaying(self.recorder.prepare(ids[:2], attention[:2], answers[:2], given.get("position_ids"))):
+                found = self._masked(given, None).last_hidden_state
+        except FAILURES as error:
+            self.objection = f"the model does not run with its first layers replaced ({reason_of(error)})"
+            return
+        apart = ((found - right) * attention[:2].unsqueeze(-1)).abs().max()
+        if not bool(apart <= 1e-3 * right.abs().max()):
+            self.objection = "the model's later layers take more from the first ones than their hidden states"
+
+
+def places_of(answers_NS: Tensor) -> tuple[Tensor, Tensor]:
+    """The answer positions of each sequence, (N, T), padded with S; and which are real."""
+    counts_N, tokens = answers_NS.sum(1), answers_NS.shape[1]
+    most = int(counts_N.max())
+    places = torch.arange(tokens, device=answers_NS.device).expand_as(answers_NS)
+    places_NT = torch.where(answers_NS, places, tokens).sort(1).values[:, :most]
+    return places_NT, places_NT < tokens
+
+
+def scatter(hidden_NSH: Tensor, places_NT: Tensor, value_NTH: Tensor) -> Tensor:
+    """Hidden states with others at some places; a place beyond the last is nowhere."""
+    index = places_NT.unsqueeze(-1).expand_as(value_NTH)
+    return F.pad(hidden_NSH, (0, 0, 0, 1)).scatter(1, index, value_NTH)[:, :-1]

@@ -1,0 +1,243 @@
+"""Estimators whose queries shift inner activations of adapters instead of weights.
+
+Shape suffixes: N sequences, T answer tokens, M = valid answer positions, Q queries, D inner activations, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from zo_opt.directions import StepDirections
+from zo_opt.errors import ZOError
+from zo_opt.estimators.base import Estimate, Estimator
+from zo_opt.estimators.feedback import Feedback, spsa
+from zo_opt.queries.activations import Observed, Sites, sites_of
+from zo_opt.queries.modes import Evaluator
+from zo_opt.queries.perturbation import as_scalar
+
+AT_ONCE = 4  # queries in one forward: the same for any number of processes, so that they compute the same bits
+
+
+@dataclass(frozen=True)
+class Activations(Estimator):
+    """dL/dh of the adapters' inner activations h by SPSA, on to the parameters by the exact chain rule within each adapter.
+
+    Every answer position has directions of its own, so that a query splits the batch for nothing. The closure is run once at the
+    weights; if it returns a loss that torch can differentiate from the body's output on, a query is one shifted forward up to there
+    (one-sided: that output moves linearly in zo_eps to first order, and its even part cancels on average), and the rest is exact. If it
+    returns a number, or one a sequence (a reward), a query is two runs of the closure.
+
+    Source: node perturbation, Ren et al., arXiv 2210.03310, section 3; here with the loss's own end exact.
+    """
+
+    forwards_per_query: ClassVar[int] = 1
+    forwards_per_step: ClassVar[int] = 1
+    query_modes: ClassVar[tuple[str, ...] | None] = ("sequential", "distributed")
+    gives_gradient: ClassVar[bool] = True
+
+    def __call__(self, evaluate: Evaluator, queries: int, zo_eps: float) -> Estimate:
+        sites = sites_of(evaluate.module)
+        call = evaluate.closure if evaluate.batch is None else lambda: evaluate.closure(evaluate.batch)
+        seen = sites.observe(call)
+        valid_NT = seen.valid_NT
+        v_QNTD = self._directions(evaluate, queries, (*valid_NT.shape, sites.width)).to(seen.end_NTH.device)
+        e_MH: Tensor | None = None
+        s_QMH: Tensor | None = None
+        if seen.slope_NTH is not None:
+            s_QNTH = self._responses(evaluate, sites, call, seen, v_QNTD, zo_eps)
+            e_MH, s_QMH = seen.slope_NTH[valid_NT].float(), s_QNTH[:, valid_NT]
+            y_QM = torch.einsum("mh,qmh->qm", e_MH.double(), s_QMH)
+            forwards = queries + 1
+        else:
+            y_QM = self._differences(evaluate, sites, call, seen, v_QNTD, zo_eps)
+            forwards = 2 * queries + 1
+        # A number of the whole batch, or of a sequence with several positions, is no position's own.
+        own = s_QMH is not None or (_is_a_row_each(seen.loss, len(valid_NT)) and bool((valid_NT.sum(1) == 1).all()))
+        v_QMD = v_QNTD[:, valid_NT]
+        loss = as_scalar(seen.loss.float().mean() if isinstance(seen.loss, Tensor) else seen.loss)
+        finite = y_QM.isfinite().all(1) & torch.tensor(loss).isfinite()
+        slopes_Q = torch.where(finite, y_QM.sum(1), torch.nan)
+        gradient = None
+        if bool(finite.any()):
+            kept = v_QMD[finite], y_QM[finite], None if s_QMH is None else s_QMH[finite]
+            delta_NTD = torch.zeros(*valid_NT.shape, sites.width, dtype=torch.float64, device=valid_NT.device)
+            delta_NTD[valid_NT] = self.delta(evaluate.memory, *kept, e_MH, own=own).to(delta_NTD.device)
+            gradient = _on_axis(evaluate, sites, sites.gradients(seen, delta_NTD))
+        ones = torch.ones(queries, dtype=torch.float64)
+        tokens = forwards * int(valid_NT.sum())
+        return Estimate(loss, slopes_Q.cpu(), ones, forwards, gradient=gradient, tokens=tokens)
+
+    def delta(
+        self,
+        memory: dict[str, Tensor],
+        v_QMD: Tensor,
+        y_QM: Tensor,
+        s_QMH: Tensor | None,
+        e_MH: Tensor | None,
+        *,
+        own: bool,
+    ) -> Tensor:
+        """dL/dh, (M, D) float64.
+
+        Args:
+            memory: what the estimator keeps from step to step, by name.
+            v_QMD: directions.
+            y_QM: the loss's derivatives along them.
+            s_QMH: responses of the body's output; None where the loss is a number.
+            e_MH: dL/dz there.
+            own: whether y is each position's own.
+        """
+        return spsa(v_QMD, y_QM)
+
+    def _directions(self, evaluate: Evaluator, queries: int, shape: tuple[int, ...]) -> Tensor:
+        """v (Q, N, T, D): what the optimizer's directions are over an axis of these entries."""
+        of_weights = evaluate.perturbed.directions
+        kind, axis = of_weights.kind, torch.empty(shape)
+        step = StepDirections(kind, of_weights.seed, of_weights.step, [axis.flatten()])
+        return torch.stack([step.range(query, 0, axis.numel()).view(shape) for query in range(queries)])
+
+    def _responses(
+        self, evaluate: Evaluator, sites: Sites, call: Callable[[], Any], seen: Observed, v_QNTD: Tensor, zo_eps: float
+    ) -> Tensor:
+        """s (Q, N, T, H) float64: the difference quotient of the body's output along each direction."""
+        parts = v_QNTD.split(AT_ONCE)
+        width = AT_ONCE * seen.end_NTH.numel()
+
+        def run(first: int, last: int) -> Tensor:
+            found = [torch.empty(0, dtype=torch.float64)]
+            for v in parts[first:last]:
+                moved = (sites.ends(call, zo_eps * v).double() - seen.end_NTH.double()) / zo_eps
+                found.append(torch.nn.functional.pad(moved.flatten().cpu(), (0, width - moved.numel())))
+            return torch.cat(found)
+
+        found = (
+            run(0, len(parts))
+            if evaluate.ranks is None
+            else evaluate.ranks.losses(len(parts), evaluate.batch, run, width=width)
+        )
+        return found[: v_QNTD.shape[0] * seen.end_NTH.numel()].view(-1, *seen.end_NTH.shape).to(v_QNTD.device)
+
+    def _differences(
+        self, evaluate: Evaluator, sites: Sites, call: Callable[[], Any], seen: Observed, v_QNTD: Tensor, zo_eps: float
+    ) -> Tensor:
+        """y (Q, M) float64 from what the closure returns on both sides: one number, or one a sequence, the mean of which is the loss."""
+        sequences, tokens = seen.valid_NT.shape
+
+        def run(first: int, last: int) -> Tensor:
+            found = []
+            for v in v_QNTD[first:last]:
+                up, down = (_row_values(sites.loss(call, sign * zo_eps * v), sequences) for sign in (1, -1))
+                found.append((up - down) / (2 * zo_eps))
+            return torch.cat(found) if found else torch.empty(0, dtype=torch.float64)
+
+        count = len(v_QNTD)
+        y_QN = (
+            run(0, count)
+            if evaluate.ranks is None
+            else evaluate.ranks.losses(count, evaluate.batch, run, width=sequences)
+        )
+        y_QNT = y_QN.view(count, sequences, 1).expand(-1, -1, tokens).to(seen.valid_NT.device)
+        return y_QNT[:, seen.valid_NT]
+
+
+@dataclass(frozen=True)
+class LearnedFeedback(Activations):
+    """:class:`Activations` that remembers: the mean Jacobian from inner activations to the body's output, and how positions differ from it.
+
+    The equations stand in :mod:`zo_opt.estimators.feedback`. Where the closure returns a number without gradient there is no Jacobian to
+    learn, and the prior alone serves. What it remembers is part of the optimizer's state; a run cannot be replayed from
+    projected gradients alone.
+
+    Args:
+        forgetting: what measurements of the step before count.
+        ridge: of the regression, in measurements.
+        rate: of expectation maximisation; 0: the mean Jacobian alone.
+        noise: variance of a measurement, as a share of what the mean leaves open.
+        unbiased: the mean as a control variate, and SPSA of what it leaves open, in place of the prior.
+
+    Raises:
+        ZOError: impossible values.
+    """
+
+    forgetting: float = 0.98
+    ridge: float = 300.0
+    rate: float = 0.1
+    noise: float = 0.01
+    unbiased: bool = False
+
+    def __post_init__(self) -> None:
+        for name, most in (("forgetting", 1.0), ("rate", 1.0)):
+            if not 0 <= getattr(self, name) <= most:
+                raise ZOError(f"{name}={getattr(self, name)} is not possible; give a number from 0 to 1.")
+        for name in ("ridge", "noise"):
+            if not getattr(self, name) > 0:
+                raise ZOError(f"{name}={getattr(self, name)} is not possible; give a positive number.")
+
+    def delta(
+        self,
+        memory: dict[str, Tensor],
+        v_QMD: Tensor,
+        y_QM: Tensor,
+        s_QMH: Tensor | None,
+        e_MH: Tensor | None,
+        *,
+        own: bool,
+    ) -> Tensor:
+        if not own:
+            return spsa(v_QMD, y_QM)
+        v_QMD, y_QM = v_QMD.cpu(), y_QM.cpu()
+        width, hidden = v_QMD.shape[-1], 0 if s_QMH is None else s_QMH.shape[-1]
+        if not memory:
+            memory.update(vars(Feedback.fresh(width, hidden, self.ridge)))
+        feedback = Feedback(*(memory[name] for name in ("products_DD", "responses_DH", "spread_DD")))
+        if s_QMH is None or e_MH is None:
+            mean_MD = torch.zeros(v_QMD.shape[1:], dtype=torch.float64)
+            size_M = torch.ones(len(mean_MD), dtype=torch.float64)
+        else:
+            feedback.learn(v_QMD, s_QMH.cpu(), self.forgetting)
+            size_M = e_MH.double().norm(dim=1).cpu()
+            mean_MD = feedback.mean(e_MH.cpu())
+        if self.unbiased:
+            found = mean_MD + spsa(v_QMD, y_QM - torch.einsum("qmd,md->qm", v_QMD.double(), mean_MD))
+        elif self.rate == 0:
+            found = mean_MD
+        else:
+            there = size_M > 0
+            unit_M = torch.where(there, size_M, 1.0)
+            shares_M = size_M / size_M.sum().clamp(min=1e-300)
+            u_MD = feedback.posterior(mean_MD / unit_M[:, None], v_QMD, y_QM / unit_M, shares_M, self.rate, self.noise)
+            found = u_MD * unit_M[:, None] * there[:, None]
+        memory.update(vars(feedback))
+        return found
+
+
+def _on_axis(evaluate: Evaluator, sites: Sites, gradients: list[Tensor]) -> Tensor:
+    """Gradients of the sites' parameters along the optimizer's axis, float32.
+
+    Raises:
+        ZOError: the optimizer has parameters that the sites do not reach.
+    """
+    found = {id(p): g for p, g in zip(sites.parameters, gradients, strict=True)}
+    trainables = evaluate.perturbed.trainables.parameters
+    if missing := sum(id(p) not in found for p in trainables):
+        raise ZOError(
+            f"{missing} of the optimizer's parameters are not in the module given; pass the module that owns them."
+        )
+    return torch.cat([found[id(p)].float().flatten() for p in trainables])
+
+
+def _row_values(value: Any, sequences: int) -> Tensor:
+    """What a closure returned, as each sequence's share of the loss, (N,) float64; one number is that of the whole batch for each."""
+    if _is_a_row_each(value, sequences):
+        found: Tensor = value.detach().double().flatten().cpu() / sequences
+        return found
+    return torch.full((sequences,), as_scalar(value), dtype=torch.float64)
+
+
+def _is_a_row_each(value: Any, sequences: int) -> bool:
+    return isinstance(value, Tensor) and value.shape == (sequences,)
