@@ -310,6 +310,29 @@ def test_a_run_that_died_resumes_to_the_same_bits(
     same_run(broken, whole)
 
 
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_budget_of_forward_passes_is_a_run_of_as_many_steps_as_it_pays_for(
+    toy_options: Options,
+    uninterrupted: Callable[[dict[str, Any]], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    begun: bool,
+) -> None:
+    """Stopped and resumed, too, and begun anew; a step takes four of them, and the learning rate falls to zero at the last one."""
+    whole, broken = uninterrupted(EASY | {"lr_schedule": "linear"}), tmp_path / "broken"
+    stop_at(monkeypatch, 6 if begun else 0, killed)
+    line = toy_options(output_dir=broken, **EASY | {"lr_schedule": "linear", "steps": None, "budget_forwards": 51})
+    with pytest.raises(MemoryError):
+        run_main(line)
+    if not begun:
+        for name in ("checkpoint.safetensors", "metrics.jsonl"):
+            (broken / name).unlink()
+        journal = broken / "journal"
+        journal.write_bytes(journal.read_bytes().splitlines(keepends=True)[0])
+    assert run_main([*line, "--resume"]) == 0
+    same_run(broken, whole)
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_after_the_step_and_says_how_to_go_on(
     toy_options: Options,

@@ -364,6 +364,8 @@ CASES: dict[str, Case] = {
     "a tracker that is not installed": (lambda p: {"report_to": "tensorboard,aim"}, "'aim' needs a package"),
     "no time for ranks": (lambda p: {"rank_timeout": 0}, "rank_timeout=0"),
     "ranks that are never compared": (lambda p: {"rank_check_every": 0}, "rank_check_every=0"),
+    "steps and a budget of forward passes": (lambda p: {"steps": 7, "budget_forwards": 9}, "steps was given with budget_forwards.*leave one out"),
+    "a budget that pays for no step": (lambda p: {"steps": None, "budget_forwards": 3}, "does not pay for one step.*give more"),
     "no failed step at all": (lambda p: {"max_failed_steps": 0}, "max_failed_steps=0"),
     # the command line itself
     "unknown option": (lambda p: {"bogus": 3}, "bogus"),

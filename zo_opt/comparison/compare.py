@@ -9,11 +9,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from zo_opt.comparison import output
-from zo_opt.comparison.budget import steps_within
 from zo_opt.comparison.fitting import Sizes, fitting_batch, sizes_of
 from zo_opt.comparison.lr_search import best_lr, lr_grid, model_parameters
 from zo_opt.comparison.options import SECONDS_PROBE_STEPS, CompareConfig, own_methods, plain, recorded, run_config
@@ -27,7 +27,7 @@ from zo_opt.record.progress import Reporter
 from zo_opt.system.files import write_atomically
 from zo_opt.system.memory import parse_bytes
 from zo_opt.system.plain_json import read_object
-from zo_opt.tasks.metrics import LANGUAGE_MODELLING
+from zo_opt.training.budget import steps_of
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.evaluate_run import check_allowed
 from zo_opt.training.parsing import own_code
@@ -68,15 +68,12 @@ def compare(
         if base.prefix_cache == TrainConfig.prefix_cache and pick_device(base.device).type == "cpu":
             base = replace(base, prefix_cache="disk")  # computed once for all runs, read as fast as from memory
         examples = load_examples(base, reporter)
-        sizes, rows = None, len(examples.train)
-        if options.budget_memory is not None or examples.task.kind == LANGUAGE_MODELLING:
-            sizes = sizes_of(base, examples)
-            rows = sizes.rows
-        comparison = _Comparison(options, base, rows, sizes, directory, reporter)
+        sizes = sizes_of(base, examples) if options.budget_memory is not None else None
+        comparison = _Comparison(options, base, sizes, directory, reporter)
         configs = {method.name: replace(run_config(base, method), lr=options.lr) for method in methods}
-        for forwards in (options.forwards, options.lr_forwards):  # can every method make a step?
-            if forwards is not None:
-                comparison.with_steps(configs, forwards)
+        for config in configs.values():  # can every method make a step?
+            for forwards in (options.forwards, options.trial_forwards):
+                steps_of(replace(config, budget_forwards=forwards), len(examples.train))
         write_atomically(directory / RECORD_NAME, (json.dumps(record, indent=2) + "\n").encode())
         try:
             return comparison.run(configs, command), directory
@@ -125,22 +122,20 @@ class _Comparison:
 
     options: CompareConfig
     base: TrainConfig
-    rows: int
     sizes: Sizes | None
     directory: Path
     reporter: Reporter
     left_out: dict[str, Row] = field(default_factory=dict)
 
     def run(self, configs: dict[str, TrainConfig], command: str) -> list[Row]:
-        """Batches, learning rates, steps, runs, table."""
+        """Batches, learning rates, runs, table."""
         names = list(configs)
         configs = self._with_batches(configs)
         configs, trials = self._with_lrs(configs)
-        configs = (
-            self._within_seconds(configs)
-            if self.options.forwards is None
-            else self.with_steps(configs, self.options.forwards)
-        )
+        if (forwards := self.options.forwards) is None:
+            configs = self._within_seconds(configs)
+        else:
+            configs = {name: replace(config, budget_forwards=forwards) for name, config in configs.items()}
         runs = {
             name: [self._run("runs", name, f"seed-{s}", replace(config, seed=s)) for s in self.options.seed_list]
             for name, config in configs.items()
@@ -152,13 +147,6 @@ class _Comparison:
             output.write(self.directory, table, runs, command, self.base)
         shutil.rmtree(self._prefixes, ignore_errors=True)
         return table
-
-    def with_steps(self, configs: dict[str, TrainConfig], forwards: int) -> dict[str, TrainConfig]:
-        """Runs that end when so many forward passes are spent."""
-        return {
-            name: replace(config, steps=steps_within(config, forwards, -(-self.rows // config.batch_size)))
-            for name, config in configs.items()
-        }
 
     def _with_batches(self, configs: dict[str, TrainConfig]) -> dict[str, TrainConfig]:
         """The largest ones whose step fits in the memory budget."""
@@ -183,14 +171,14 @@ class _Comparison:
         """The learning rates that did best, each method's on its own grid; and the trials."""
         if not self.options.lr_trials:
             return configs, {}
-        forwards = self.options.lr_forwards or max((self.options.forwards or 0) // 5, 1)
         parameters = model_parameters(self.base)
+        changes: dict[str, Any] = {"validation": True, "budget_forwards": self.options.trial_forwards}
         trials = {
             name: [
-                self._run("lr", name, f"{lr:.3g}", replace(config, lr=lr, validation=True))
+                self._run("lr", name, f"{lr:.3g}", replace(config, lr=lr, **changes))
                 for lr in lr_grid(config, self.options.lr_trials, parameters)
             ]
-            for name, config in self.with_steps(configs, forwards).items()
+            for name, config in configs.items()
         }
         self._make([run for runs in trials.values() for run in runs], "trying learning rates")
         lrs = {name: best_lr(runs) for name, runs in trials.items()}
@@ -208,13 +196,12 @@ class _Comparison:
         self._make(list(probes.values()), "measuring seconds a step")
         found: dict[str, TrainConfig] = {}
         for name, config in configs.items():
-            curve = probes[name].steps_done()
-            a_step = float(np.median(step_seconds(curve))) if curve else seconds
-            forwards = round(seconds / max(a_step, 1e-4) * (curve[-1]["forwards"] / len(curve) if curve else 1))
-            try:
-                found |= self.with_steps({name: config}, forwards)
-            except ZOError:  # a step takes longer than that
-                found[name] = replace(config, steps=1)
+            if not (curve := probes[name].steps_done()):
+                found[name] = replace(config, steps=1)  # it will fail as its probe did
+                continue
+            steps = seconds / max(float(np.median(step_seconds(curve))), 1e-4)
+            forwards = round(steps * curve[-1]["forwards"] / len(curve))
+            found[name] = replace(config, budget_forwards=max(forwards, curve[0]["forwards"]))  # one step at least
         return found
 
     def _run(self, kind: str, method: str, name: str, config: TrainConfig) -> Run:

@@ -115,6 +115,11 @@ class CompareConfig:
         """The budget in forward passes; None where it is in seconds."""
         return 600 if self.budget_forwards is None and self.budget_seconds is None else self.budget_forwards
 
+    @property
+    def trial_forwards(self) -> int | None:
+        """The budget of a trial of a learning rate in forward passes; None where there are no trials."""
+        return (self.lr_forwards or max((self.forwards or 0) // 5, 1)) if self.lr_trials else None
+
 
 def own_methods(methods: Any) -> set[str]:
     """Those with code of the user's own: ``module:name`` besides the colon between optimizer and adapter.

@@ -52,13 +52,7 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
             ZOError: with a sentence on the first mistake.
         """
         typed(self.to_dict())
-        if self.prefix_cache_dir is not None and self.prefix_cache != "disk":
-            raise ZOError(
-                f"prefix_cache_dir was given with prefix_cache={self.prefix_cache!r}; add --prefix_cache disk, or leave it out."
-            )
-        for name in ("eval_file", "target_column"):
-            if getattr(self, name) is not None and self.train_file is None:
-                raise ZOError(f"{name} was given without train_file; give both, or neither for the built-in rows.")
+        self.check_heeded()
         if self.quantise is not None:
             check_kind(self.quantise)
         adapter = self.make_adapter()
@@ -91,6 +85,30 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
         if self.zeroth_order:
             self.make_choices()
         self.check_privacy()
+
+    def check_heeded(self) -> None:
+        """Whether something looks at every option that was given.
+
+        Raises:
+            ZOError: beside another option, nothing does.
+        """
+        no_rows = (self.train_file is None, "without train_file; give both, or neither for the built-in rows")
+        unheeded: dict[str, tuple[bool, str]] = {  # option -> whether it is, and what to say then
+            "steps": (
+                self.budget_forwards is not None and not self.resume,  # a run under way has both
+                "with budget_forwards, from which the steps follow; leave one out",
+            ),
+            "eval_file": no_rows,
+            "target_column": no_rows,
+            "prefix_cache_dir": (
+                self.prefix_cache != "disk",
+                f"with prefix_cache={self.prefix_cache!r}; add --prefix_cache disk, or leave it out",
+            ),
+        }
+        given = self.given()
+        for name, (is_so, why) in unheeded.items():
+            if is_so and name in given:
+                raise ZOError(f"{name} was given {why}.")
 
     def check_given_parts(self) -> None:
         """Whether each part that was given is one that the optimizer has.

@@ -35,6 +35,7 @@ from zo_opt.tasks.tasks import (
     placeholders,
 )
 from zo_opt.training.adapter_init import initialise
+from zo_opt.training.budget import steps_of
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.methods import WHOLE_MODEL
 from zo_opt.training.recipe import Recipe, resolve
@@ -61,7 +62,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Tools:
-    """A model ready to be tuned on prepared examples."""
+    """A model ready to be tuned on prepared examples, in so many steps."""
 
     model: AdapterModel
     train: Prepared
@@ -70,6 +71,7 @@ class Tools:
     precision: str
     device: torch.device
     recipe: Recipe
+    steps: int
 
     @property
     def placed_rows(self) -> int:
@@ -204,6 +206,8 @@ def build_tools(config: TrainConfig, examples: Examples, reporter: Reporter) -> 
         )
     if objective is not None:
         reporter.say(f"the run trains {objective.trained}, from values alone; what is shown as loss is that.")
+    if config.budget_forwards is not None and not config.resume:  # of running text the rows are blocks of tokens
+        config = replace(config, steps=steps_of(config, len(scorer.encode_all(examples.train))))
     recipe = resolve(config, base.model, scorer, examples.task, examples.train[0])
     model = get_adapter_model(base.model, recipe.adapter)
     model.to(device)
@@ -217,7 +221,7 @@ def build_tools(config: TrainConfig, examples: Examples, reporter: Reporter) -> 
                 f"{prepared.truncated} of {len(prepared)} {name} prompts were longer than {scorer.max_length} tokens; "
                 "their longest column was cut, template and label words are whole."
             )
-    return Tools(model, train, held_out, cache, base.precision, device, recipe)
+    return Tools(model, train, held_out, cache, base.precision, device, recipe, config.steps)
 
 
 def _make_cache(config: TrainConfig, model: AdapterModel, reporter: Reporter) -> PrefixCache | None:
