@@ -16,7 +16,15 @@ import numpy as np
 from zo_opt.comparison import output
 from zo_opt.comparison.fitting import Sizes, fitting_batch, sizes_of
 from zo_opt.comparison.lr_search import best_lr, lr_grid, model_parameters
-from zo_opt.comparison.options import SECONDS_PROBE_STEPS, CompareConfig, own_methods, plain, recorded, run_config
+from zo_opt.comparison.options import (
+    SECONDS_PROBE_STEPS,
+    CompareConfig,
+    check_heeded,
+    own_methods,
+    plain,
+    recorded,
+    run_config,
+)
 from zo_opt.comparison.results import Row, step_seconds, summarise, unlearned
 from zo_opt.comparison.runs import Run
 from zo_opt.comparison.supervisor import run_all
@@ -57,9 +65,10 @@ def compare(
     if options.resume:
         options, base, command = resumed_options(options, base, given)
     methods = options.check()
+    check_heeded(base, methods)
     for method in methods:
         try:
-            run_config(base, method).check()
+            run_config(base, method, validation=options.lr_trials > 0).check()
         except ZOError as error:
             raise ZOError(f"method {method.name}: {error}") from error
     directory = options.output_dir or Path("runs") / f"compare-{datetime.now():%Y%m%d-%H%M%S}"
@@ -190,7 +199,9 @@ class _Comparison:
         seconds = self.options.budget_seconds
         assert seconds is not None
         probes = {
-            name: self._run("speed", name, "probe", replace(config, steps=SECONDS_PROBE_STEPS, held_out=8))
+            name: self._run(
+                "speed", name, "probe", replace(config, steps=SECONDS_PROBE_STEPS, validation=True, held_out=8)
+            )
             for name, config in configs.items()
         }
         self._make(list(probes.values()), "measuring seconds a step")
@@ -206,6 +217,8 @@ class _Comparison:
 
     def _run(self, kind: str, method: str, name: str, config: TrainConfig) -> Run:
         directory = self.directory / kind / method.replace(":", "_") / name
+        if config.eval_file is not None and not config.validation:  # held_out is of the trials alone
+            config = replace(config, held_out=TrainConfig.held_out)
         return Run(method, replace(config, output_dir=directory))
 
     @property

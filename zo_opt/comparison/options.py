@@ -16,7 +16,7 @@ from zo_opt.optim import OPTIMIZERS
 from zo_opt.system.memory import parse_bytes
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.methods import Method, get_method
-from zo_opt.training.options import PARTS
+from zo_opt.training.options import PARTS, WHOLE_MODEL
 from zo_opt.training.parsing import typed
 from zo_opt.training.parts import fixed_options, own_options
 
@@ -82,6 +82,10 @@ class CompareConfig:
                 raise ZOError(f"{name}={value} is not possible; give a positive number.")
         if self.lr_trials < 0 or self.lr_trials == 1:
             raise ZOError(f"lr_trials={self.lr_trials} is not possible; give 0 for none, or at least 2.")
+        if self.lr_forwards is not None and not self.lr_trials:
+            raise ZOError(
+                "lr_forwards was given without lr_trials, whose forward passes they are; give both, or leave it out."
+            )
         if self.lr_trials and self.lr is not None:
             raise ZOError("lr and lr_trials were both given; leave one out.")
         if self.budget_memory is not None:
@@ -144,11 +148,29 @@ def run_config(base: TrainConfig, method: Method, **changes: Any) -> TrainConfig
         options = given.pop(part, {})
         kept = {k: v for k, v in options.items() if k in has[part]} if isinstance(options, Mapping) else {}
         chosen[part] = {"name": name} | (_with_rank(kept, method.adapter) if part == "adapter" else kept)  # type: ignore[assignment]
-    fixed = fixed_options(method.optimizer)
-    given = {name: value for name, value in given.items() if name not in fixed}
-    if given.get("adapter_init") in FEATURES and method.adapter != "tt":
-        given.pop("adapter_init")
+    without = _unheeded(base, method)
+    given = {name: value for name, value in given.items() if name not in without}
     return TrainConfig.from_dict(dict(method.options) | given | chosen | changes)
+
+
+def check_heeded(base: TrainConfig, methods: Sequence[Method]) -> None:
+    """Whether every option of a run that was given means something to a method.
+
+    Raises:
+        ZOError: one does to none.
+    """
+    for name in base.given():
+        if all(name in _unheeded(base, method) for method in methods):
+            raise ZOError(f"{name}={getattr(base, name)!r} is of no use to any of the methods compared; leave it out.")
+
+
+def _unheeded(base: TrainConfig, method: Method) -> frozenset[str]:
+    """Options of a run that mean nothing to a method, and may to others."""
+    of_adapter = {
+        "adapter_init": base.adapter_init in FEATURES and method.adapter != "tt",
+        "precision": base.precision == "mixed" and method.adapter in WHOLE_MODEL,
+    }
+    return fixed_options(method.optimizer) | {name for name, is_so in of_adapter.items() if is_so}
 
 
 def _with_rank(options: dict[str, Any], adapter: str) -> dict[str, Any]:

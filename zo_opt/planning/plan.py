@@ -28,7 +28,7 @@ from zo_opt.schedules import History
 from zo_opt.system.layers import layer_of
 from zo_opt.training.build_optimizer import make_optimizer
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.methods import WHOLE_MODEL
+from zo_opt.training.options import WHOLE_MODEL
 from zo_opt.training.recipe import may_place, placed_adapter
 
 FLOAT = 4  # bytes of a float32

@@ -22,6 +22,7 @@ from zo_opt.schedules import SCHEDULES, QuerySchedule, RunLength, for_run
 from zo_opt.schedules.adazeta import MAX_QUERIES
 from zo_opt.schedules.base import two_sided_cost
 from zo_opt.tasks import objectives
+from zo_opt.training.heeded import check_heeded
 from zo_opt.training.options import (
     BACKPROPAGATION,
     PARTS,
@@ -52,7 +53,7 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
             ZOError: with a sentence on the first mistake.
         """
         typed(self.to_dict())
-        self.check_heeded()
+        check_heeded(self)
         if self.quantise is not None:
             check_kind(self.quantise)
         adapter = self.make_adapter()
@@ -86,30 +87,6 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
             self.make_choices()
         self.check_privacy()
 
-    def check_heeded(self) -> None:
-        """Whether something looks at every option that was given.
-
-        Raises:
-            ZOError: beside another option, nothing does.
-        """
-        no_rows = (self.train_file is None, "without train_file; give both, or neither for the built-in rows")
-        unheeded: dict[str, tuple[bool, str]] = {  # option -> whether it is, and what to say then
-            "steps": (
-                self.budget_forwards is not None and not self.resume,  # a run under way has both
-                "with budget_forwards, from which the steps follow; leave one out",
-            ),
-            "eval_file": no_rows,
-            "target_column": no_rows,
-            "prefix_cache_dir": (
-                self.prefix_cache != "disk",
-                f"with prefix_cache={self.prefix_cache!r}; add --prefix_cache disk, or leave it out",
-            ),
-        }
-        given = self.given()
-        for name, (is_so, why) in unheeded.items():
-            if is_so and name in given:
-                raise ZOError(f"{name} was given {why}.")
-
     def check_given_parts(self) -> None:
         """Whether each part that was given is one that the optimizer has.
 
@@ -126,8 +103,6 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
             ZOError: with a sentence on the first that does not.
         """
         if not self.private:
-            if self.privacy_clip is not None:
-                raise ZOError("privacy_clip was given without privacy_epsilon or privacy_noise; add one of them.")
             return
         if self.privacy_epsilon is not None and self.privacy_noise is not None:
             raise ZOError(

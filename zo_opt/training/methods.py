@@ -10,7 +10,7 @@ from zo_opt.adapters import ADAPTERS
 from zo_opt.errors import ZOError
 from zo_opt.optim import OPTIMIZERS
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.options import BACKPROPAGATION
+from zo_opt.training.options import BACKPROPAGATION, WHOLE_MODEL
 
 RANDOM_START = {"adapter_init": "random"}
 
@@ -72,7 +72,6 @@ ADAPTER_SGD_LR = 2e-2
 # 1e-6 for a model of 10^10 parameters is MeZO's (arXiv 2305.17333).
 WHOLE_MODEL_SGD_LR_TIMES_PARAMETERS = 1e4
 WHOLE_MODEL_LR = 1e-4
-WHOLE_MODEL = ("full", "lisa")  # adapters that train the model's own weights
 
 
 def get_method(name: str) -> Method:

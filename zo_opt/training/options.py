@@ -16,6 +16,7 @@ else:
 
 BACKPROPAGATION = "adamw"
 DEFAULT_MODEL = "smollm2-135m-instruct"
+WHOLE_MODEL = ("full", "lisa")  # adapters that train the model's own weights
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,7 @@ from zo_opt.tasks.tasks import (
 from zo_opt.training.adapter_init import initialise
 from zo_opt.training.budget import steps_of
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.methods import WHOLE_MODEL
+from zo_opt.training.options import WHOLE_MODEL, FirstOptions
 from zo_opt.training.recipe import Recipe, resolve
 
 
@@ -259,6 +259,11 @@ def _task_for_file(config: TrainConfig, rows: Sequence[data.Row]) -> Task:
     named = (config.template, config.verbalizers, config.text_column, config.label_column)
     if named == (None, None, "text", "label") and set(task.required_columns()) <= columns:
         return task
+    if config.task != FirstOptions.task:
+        raise ZOError(
+            f"task={config.task!r} takes rows with the columns {', '.join(task.required_columns())} and has its own prompt and label words; "
+            "leave --task out for other rows, a template, verbalizers or columns of your own."
+        )
     labels = data.column_values(rows, config.label_column, str(config.train_file))
     if len(labels) > 100:
         raise ZOError(
@@ -271,7 +276,9 @@ def _task_for_file(config: TrainConfig, rows: Sequence[data.Row]) -> Task:
 
 
 def _check_kind(config: TrainConfig, task: Task) -> None:
-    """Options that this kind of task has no use for."""
+    """Options that this task has no use for."""
+    if config.text_column != TrainConfig.text_column and "text" not in task.shown():
+        raise ZOError("text_column was given, and the template shows no {text}; put it there, or leave the column out.")
     if task.kind == CLASSIFICATION:
         if config.max_new_tokens is not None:
             raise ZOError(
