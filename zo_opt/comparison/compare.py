@@ -64,13 +64,13 @@ def compare(
     """
     if options.resume:
         options, base, command = resumed_options(options, base, given)
-    methods = options.check()
-    check_heeded(base, methods)
-    for method in methods:
+    pairings = options.check()
+    check_heeded(base, pairings)
+    for pairing in pairings:
         try:
-            run_config(base, method, validation=options.lr_trials > 0).check()
+            run_config(base, pairing, validation=options.lr_trials > 0).check()
         except ZOError as error:
-            raise ZOError(f"method {method.name}: {error}") from error
+            raise ZOError(f"method {pairing.name}: {error}") from error
     directory = options.output_dir or Path("runs") / f"compare-{datetime.now():%Y%m%d-%H%M%S}"
     with output_directory(directory, resume=options.resume, unique=options.output_dir is None) as directory:
         record = {"command": command, "options": plain(options), "base": base.to_dict()}
@@ -79,7 +79,7 @@ def compare(
         examples = load_examples(base, reporter)
         sizes = sizes_of(base, examples) if options.budget_memory is not None else None
         comparison = _Comparison(options, base, sizes, directory, reporter)
-        configs = {method.name: replace(run_config(base, method), lr=options.lr) for method in methods}
+        configs = {pairing.name: replace(run_config(base, pairing), lr=options.lr) for pairing in pairings}
         for config in configs.values():  # can every method make a step?
             for forwards in (options.forwards, options.trial_forwards):
                 steps_of(replace(config, budget_forwards=forwards), len(examples.train))

@@ -17,8 +17,8 @@ from zo_opt.tasks.scoring import Scorer
 from zo_opt.tasks.tasks import Task
 from zo_opt.training.adapter_init import can_place
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.methods import default_lr
 from zo_opt.training.options import WHOLE_MODEL
+from zo_opt.training.pairings import default_lr
 
 # Placed adapters sit at this depth: classes are well separated there, and a third of the model is left to run.
 LAYER_SHARE = 2 / 3
