@@ -287,6 +287,8 @@ def test_help_shows_the_options_of_what_was_chosen(capsys: pytest.CaptureFixture
     ("line", "shown"),
     [
         ("", {"schedule.min_queries": "8", "schedule.max_queries": "15", "update_rule.beta2": "0.99"}),
+        ("", {"adapter.rank": "32 if placed, else 5"}),
+        ("--adapter lora", {"adapter.rank": "8", "adapter.seed": "the run's"}),
         ("--update_rule amsgrad", {"update_rule.beta2": "0.999"}),
         ("--optimizer adamw", {"optimizer.max_grad_norm": "1.0", "optimizer.beta2": "0.99"}),
         ("--optimizer fzoo", {"schedule.queries": "8"}),

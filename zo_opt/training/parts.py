@@ -14,7 +14,7 @@ from zo_opt.estimators import ESTIMATORS
 from zo_opt.optim import OPTIMIZERS, STEP_CONTROLS, UPDATE_RULES, method_of
 from zo_opt.schedules import SCHEDULES
 from zo_opt.schedules.adazeta import MAX_QUERIES
-from zo_opt.training.options import BACKPROPAGATION
+from zo_opt.training.options import BACKPROPAGATION, WHOLE_MODEL
 
 TABLES: Mapping[str, Table[Any]] = {
     table.part: table for table in (ADAPTERS, OPTIMIZERS, ESTIMATORS, DIRECTIONS, UPDATE_RULES, STEP_CONTROLS)
@@ -25,6 +25,12 @@ SHORT_RUN = {  # a run has few steps
     ("update_rule", "adam"): {"beta2": 0.99},
     ("optimizer", BACKPROPAGATION): {"beta2": 0.99, "max_grad_norm": 1.0},
 }
+# Of adapters (recipe.py): what follows from the model, the rows or the run is here in words.
+RUN_ADAPTER = {"layers": "the last quarter", "seed": "the run's", "total_steps": "the run's"}
+PLACED_ADAPTER = {
+    "rank": 32, "bottleneck": "one a label", "target_modules": ["residual"], "layers": "one at two thirds of the depth",
+    "trainable": "mixing", "output_rank": "labels - 1",
+}  # fmt: skip
 
 
 def fixed_options(optimizer: str) -> frozenset[str]:
@@ -56,8 +62,12 @@ def shown_defaults(part: str, kind: Any, names: Mapping[str, str | None]) -> dic
     """The options that a choice has of its own -> what a run takes for those that are not given; ``names``: of the parts that were named."""
     preset = _preset(part, names.get("optimizer") or "adazeta") if names.get(part) is None else None
     found = own_options(part, kind) | (vars(preset) if type(preset) is kind else {})
-    run = run_defaults(part, TABLES[part].name_of(kind))
-    return found | {name: value for name, value in run.items() if name in found}
+    name = TABLES[part].name_of(kind)
+    run = RUN_ADAPTER if part == "adapter" and name not in WHOLE_MODEL else run_defaults(part, name)
+    found |= {option: value for option, value in run.items() if option in found}
+    if name == "tt":
+        found |= {option: f"{value} if placed, else {found[option]}" for option, value in PLACED_ADAPTER.items()}
+    return found
 
 
 def run_defaults(part: str, choice: Choice) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from zo_opt.training.adapter_init import can_place
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.options import WHOLE_MODEL
 from zo_opt.training.pairings import default_lr
+from zo_opt.training.parts import PLACED_ADAPTER
 
 # Placed adapters sit at this depth: classes are well separated there, and a third of the model is left to run.
 LAYER_SHARE = 2 / 3
@@ -67,15 +68,9 @@ def resolve(config: TrainConfig, model: nn.Module, scorer: Scorer, task: Task, e
 
 def placed_adapter(config: TrainConfig, model: nn.Module, classes: int) -> AdapterConfig:
     """The tensor-train adapter that is placed by hidden states."""
-    return config.make_adapter(
-        rank=32,
-        bottleneck=classes,
-        target_modules=["residual"],
-        layers=[min(round(LAYER_SHARE * depth(model)), depth(model) - 1)],
-        trainable="mixing",
-        output_rank=classes - 1,
-        seed=config.seed,
-    )
+    layers = [min(round(LAYER_SHARE * depth(model)), depth(model) - 1)]
+    found = {"bottleneck": classes, "layers": layers, "output_rank": classes - 1, "seed": config.seed}
+    return config.make_adapter(**PLACED_ADAPTER | found)
 
 
 def own_lr(config: TrainConfig, *, placed: bool, parameters: int) -> float:
