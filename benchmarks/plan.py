@@ -22,7 +22,7 @@ from measure import machine
 from zo_opt.models.builtin import DEFAULT_MODEL
 from zo_opt.planning import Setting, make_skeleton, plan_method, read_config
 from zo_opt.system.memory import current_memory
-from zo_opt.training.methods import get_method
+from zo_opt.training.pairings import get_pairing
 from zo_opt.training.recipe import last_quarter
 
 # method -> the options of zo-opt train that make it
@@ -48,7 +48,7 @@ def main() -> None:
     for precision in arguments.precision.split(","):
         for name in arguments.methods.split(","):
             setting = Setting(ROWS, TOKENS, precision, "cpu", layers=last_quarter(skeleton))
-            found, run = plan_method(skeleton, get_method(name).config(), setting), measured(METHODS[name], precision)
+            found, run = plan_method(skeleton, get_pairing(name).config(), setting), measured(METHODS[name], precision)
             cell = {
                 "method": name, "precision": precision, "base": base, "step": found.peak, "process": found.process(base),
                 **run, "ratio": round(found.process(base) / run["peak_memory"], 3),

@@ -321,6 +321,15 @@ WRONG = {
     "a budget of no step": ({"budget_forwards": 2, "methods": "mezo-lora,lora"}, "does not pay for one step"),
     "one trial": ({"lr_trials": 1}, "at least 2"),
     "lr and trials": ({"lr": 0.1, "lr_trials": 2}, "leave one out"),
+    "forward passes of no trials": ({"lr_forwards": 9}, "lr_forwards was given without lr_trials"),
+    "an option of no method": (
+        {"methods": "lora,dora", "zo_eps": 0.1},
+        "zo_eps=0.1 is of no use to any of the methods",
+    ),
+    "a start of no method": (
+        {"methods": "lora", "adapter_init": "class_means"},
+        "adapter_init='class_means' is of no use",
+    ),
     "memory without unit": ({"budget_memory": "24"}, "unit"),
     "rank that cannot be": ({"methods": "lora", "adapter.rank": -1}, "method lora: "),
     "no rows": ({"train_file": "nowhere.jsonl"}, "nowhere.jsonl"),

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from zo_opt.comparison import output
-from zo_opt.comparison.budget import steps_within
 from zo_opt.comparison.lr_search import best_lr, lr_grid
 from zo_opt.comparison.results import Row, end_loss, interval, summarise
 from zo_opt.comparison.runs import Run
 from zo_opt.errors import ZOError
 from zo_opt.optim import OPTIMIZERS, ZerothOrderOptimizer
 from zo_opt.record.metrics import make_line
+from zo_opt.training.budget import steps_of
 from zo_opt.training.build_optimizer import make_optimizer
 from zo_opt.training.config import TrainConfig
 
@@ -44,8 +44,8 @@ def spent(config: TrainConfig, steps: int, steps_per_epoch: int) -> int:
 
 def test_every_optimizer_stays_within_its_budget() -> None:
     for name in (name for name in OPTIMIZERS if name != "adamw"):
-        config = TrainConfig(optimizer=name, adapter="lora", batch_size=4)
-        steps = steps_within(config, 19, 5)
+        config = TrainConfig(optimizer=name, adapter="lora", batch_size=4, budget_forwards=19)
+        steps = steps_of(config, 20)
         assert spent(config, steps, 5) <= 19 < spent(config, steps + 1, 5), name
 
 
@@ -61,22 +61,24 @@ def test_schedules_stay_within_their_budget(
         "constant": {"queries": most}, "adazeta": {"min_queries": 1, "max_queries": most}
     }.get(schedule, {"start": 1, "end": most})  # fmt: skip
     config = TrainConfig(
-        optimizer=optimizer, query_mode="sequential", schedule={"name": schedule} | options, batch_size=2
-    )
-    steps = steps_within(config, budget, per_epoch)
+        optimizer=optimizer, query_mode="sequential", schedule={"name": schedule} | options, batch_size=2,
+        budget_forwards=budget,
+    )  # fmt: skip
+    steps = steps_of(config, 2 * per_epoch)
     assert spent(config, steps, per_epoch) <= budget < spent(config, steps + 1, per_epoch)
 
 
 def test_backpropagation_costs_three_forwards() -> None:
-    assert steps_within(TrainConfig(optimizer="adamw"), 11, 1) == 3
+    assert steps_of(TrainConfig(optimizer="adamw", budget_forwards=11), 1) == 3
     for optimizer in ("adamw", "mezo"):
         with pytest.raises(ZOError, match="does not pay for one step"):
-            steps_within(TrainConfig(optimizer=optimizer), 1, 1)
+            steps_of(TrainConfig(optimizer=optimizer, budget_forwards=1), 1)
 
 
 def test_the_variance_schedule_is_taken_at_its_dearest() -> None:
-    config = TrainConfig(optimizer="mezo", query_mode="sequential", schedule={"name": "variance", "max_queries": 5})
-    assert steps_within(config, 100, 1) == 10
+    schedule = {"name": "variance", "max_queries": 5}
+    config = TrainConfig(optimizer="mezo", query_mode="sequential", schedule=schedule, budget_forwards=100)
+    assert steps_of(config, 1) == 10
 
 
 # --- learning rates ---------------------------------------------------------------------------------------------------

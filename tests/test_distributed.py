@@ -384,8 +384,8 @@ def test_a_run_of_several_processes_survives_death_and_resumes_with_other_number
                 runs.append(ForkedRun(["python", "-m", "zo_opt.cli.main", *line], stdout=stdout, env=env))
         return [run.wait() for run in runs], [log.read_text() for log in logs]
 
-    options = {"steps": 6, "save_steps": 4, "report_to": "none"}
-    line = toy_options(output_dir=tmp_path / "out", **options)
+    options = {"save_steps": 4, "report_to": "none"}
+    line = toy_options(output_dir=tmp_path / "out", budget_forwards=27, **options)  # of which a step takes four
     codes, logs = launch(2, line)
     assert codes == [1, -signal.SIGKILL], logs
     assert "zo-opt: training failed: rank 1 is gone at step 2: its process ended" in logs[0]
@@ -394,7 +394,7 @@ def test_a_run_of_several_processes_survives_death_and_resumes_with_other_number
     assert "stopped after step 5" in logs[0]
     assert logs[1:] == [""] * 2  # one rank talks
     assert run_main([*line, "--resume"]) == 0
-    assert run_main(toy_options(output_dir=tmp_path / "alone", **options)) == 0
+    assert run_main(toy_options(output_dir=tmp_path / "alone", steps=6, **options)) == 0
     adapters = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("out", "alone")]
     assert adapters[0] == adapters[1]
 

@@ -269,7 +269,8 @@ def test_the_command_lines_of_the_readme_run(
         if "--help" in line:
             continue
         if line[0] in own:
-            line = [a for a in line if a not in {"./my-model", "--model_name_or_path"}] + own[line[0]]
+            replaced = {"./my-model", "--model_name_or_path", "--task", "rte"}
+            line = [a for a in line if a not in replaced] + own[line[0]]
         assert main(line) == 0, command
 
 

@@ -281,3 +281,22 @@ def test_help_shows_the_options_of_what_was_chosen(capsys: pytest.CaptureFixture
     assert all(f"--{name} " in said for name in ("adapter.alpha", "optimizer.interval", "steps", "schedule.queries"))
     assert "--directions" not in said and "--adapter.bottleneck" not in said
     assert all(f"--{f.name} " in said for group in GROUPS for f in fields(group) if f.name not in PARTS)
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("", {"schedule.min_queries": "8", "schedule.max_queries": "15", "update_rule.beta2": "0.99"}),
+        ("", {"adapter.rank": "32 if placed, else 5"}),
+        ("--adapter lora", {"adapter.rank": "8", "adapter.seed": "the run's"}),
+        ("--update_rule amsgrad", {"update_rule.beta2": "0.999"}),
+        ("--optimizer adamw", {"optimizer.max_grad_norm": "1.0", "optimizer.beta2": "0.99"}),
+        ("--optimizer fzoo", {"schedule.queries": "8"}),
+        ("--optimizer fzoo --schedule constant", {"schedule.queries": "1"}),
+    ],
+)
+def test_help_shows_what_a_run_would_take(line: str, shown: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main(["train", *line.split(), "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for name, value in shown.items():
+        assert re.search(rf"--{name} [^-]*?default: {re.escape(value)}\)", said), name

@@ -19,7 +19,7 @@ from zo_opt.optim import OPTIMIZERS, ZerothOrderOptimizer
 from zo_opt.planning import Setting, make_skeleton, plan_method, read_config
 from zo_opt.system.memory import parse_bytes, peak_memory, reset_peak_memory, total_memory
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.methods import METHODS, get_method
+from zo_opt.training.pairings import PAIRINGS, get_pairing
 
 SMALL = Setting(batch_size=4, length=24, precision="fp32", device="cpu")
 CPU = torch.device("cpu")
@@ -64,17 +64,17 @@ def allocated(call):
 def test_a_step_takes_what_is_foretold(name, method):
     """Tensors of a real step, weights and optimizer state added: within 30 % (small things weigh more here than in a real model)."""
     skeleton, setting = wide(name), Setting(8, 64, "fp32", "cpu", logits="all", query_mode="sequential")
-    found = plan_method(skeleton, get_method(method).config(), setting)
+    found = plan_method(skeleton, get_pairing(method).config(), setting)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = get_adapter_model(
-            type(skeleton)(skeleton.config).eval(), TrainConfig(adapter=get_method(method).adapter).make_adapter()
+            type(skeleton)(skeleton.config).eval(), TrainConfig(adapter=get_pairing(method).adapter).make_adapter()
         )
         ids = torch.randint(3, 500, (8, 64))
     mask = torch.ones_like(ids)
     mask[0, 0] = 0
     batch, trained = {"input_ids": ids, "attention_mask": mask, "labels": ids}, trainable_parameters(model)
-    if get_method(method).config().zeroth_order:
+    if get_pairing(method).config().zeroth_order:
         optimizer = MeZO(trained, lr=1e-6)
     else:
         optimizer = torch.optim.AdamW(trained, lr=1e-6, foreach=False)
@@ -95,7 +95,7 @@ def test_a_step_takes_what_is_foretold(name, method):
 def test_all_logits_are_seen():
     skeleton, logits = skeleton_of("llama"), 4 * 24 * 300 * 4
     found = [
-        plan_method(skeleton, get_method("lora").config(), Setting(4, 24, "fp32", "cpu", logits=w))
+        plan_method(skeleton, get_pairing("lora").config(), Setting(4, 24, "fp32", "cpu", logits=w))
         for w in ("labels", "all")
     ]
     assert found[1].peak - found[0].peak >= 2 * logits  # logits and their gradient
@@ -105,7 +105,7 @@ def test_all_logits_are_seen():
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_every_adapter_is_planned(name, adapter):
     skeleton = skeleton_of(name)
-    first, zeroth = (plan_method(skeleton, get_method(f"{o}:{adapter}").config(), SMALL) for o in ("adamw", "mezo"))
+    first, zeroth = (plan_method(skeleton, get_pairing(f"{o}:{adapter}").config(), SMALL) for o in ("adamw", "mezo"))
     for found in (first, zeroth):
         assert found.trainable > 0
         assert found.weights < found.peak
@@ -118,12 +118,12 @@ def test_every_adapter_is_planned(name, adapter):
 @pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "adamw"])
 def test_every_optimizer_is_planned(optimizer):
     """Its state is what its update rule and the method itself keep: that of a real one."""
-    found = plan_method(skeleton_of("llama"), get_method(f"{optimizer}:lora").config(), SMALL)
+    found = plan_method(skeleton_of("llama"), get_pairing(f"{optimizer}:lora").config(), SMALL)
     assert found.gradients == 0
     assert found.activations > 0
     if optimizer == "zo-kalman":
         with pytest.raises(ZOError, match="Kalman"):
-            plan_method(skeleton_of("llama"), get_method("zo-kalman:full").config(), SMALL)
+            plan_method(skeleton_of("llama"), get_pairing("zo-kalman:full").config(), SMALL)
         return
     config = TrainConfig(optimizer=optimizer, adapter="lora")
     theta = torch.nn.Parameter(torch.ones(3))
@@ -134,16 +134,16 @@ def test_every_optimizer_is_planned(optimizer):
     assert found.optimizer * theta.nbytes == state * 4 * found.trainable
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", PAIRINGS)
 def test_every_method_is_planned(name):
-    found = plan_method(skeleton_of("llama"), get_method(name).config(), Setting(2, 16, "mixed", "cuda"))
+    found = plan_method(skeleton_of("llama"), get_pairing(name).config(), Setting(2, 16, "mixed", "cuda"))
     assert found.peak > found.weights > 0
 
 
 def test_precisions_and_quantised_bases():
     def weights(precision, quantise=None):
         setting = Setting(2, 16, precision, "cpu", quantise=quantise)
-        return plan_method(skeleton_of("llama"), get_method("lora").config(), setting).weights
+        return plan_method(skeleton_of("llama"), get_pairing("lora").config(), setting).weights
 
     assert weights("bf16") < weights("mixed") < weights("fp32")
     assert weights("mixed", "int4") < weights("mixed", "int8") < weights("mixed")
@@ -155,7 +155,7 @@ def test_more_costs_more():
 
     def peak(method="lora", **changes):
         setting = {"batch_size": 4, "length": 24, "precision": "fp32", "device": "cpu"} | changes
-        return plan_method(skeleton, get_method(method).config(), Setting(**setting)).peak
+        return plan_method(skeleton, get_pairing(method).config(), Setting(**setting)).peak
 
     assert peak() < peak(batch_size=8) < peak(batch_size=8, length=48)
     assert peak(layers=1) < peak()
@@ -166,13 +166,13 @@ def test_more_costs_more():
 @pytest.mark.parametrize("name", [n for n in CONFIGS if n not in (*MASKED, *SEQ2SEQ)])
 def test_architectures(name):
     for method in ("lora", "mezo"):
-        assert plan_method(skeleton_of(name), get_method(method).config(), SMALL).peak > 0
+        assert plan_method(skeleton_of(name), get_pairing(method).config(), SMALL).peak > 0
 
 
 def test_encoder_decoder():
     for name in SEQ2SEQ:
         skeleton = make_skeleton(CONFIGS[name](), "lm", name)
-        assert plan_method(skeleton, get_method("lora").config(), SMALL).activations > 0
+        assert plan_method(skeleton, get_pairing("lora").config(), SMALL).activations > 0
 
 
 def test_nothing_is_touched():
@@ -180,7 +180,7 @@ def test_nothing_is_touched():
     state, skeleton = torch.get_rng_state(), skeleton_of("llama")
     before = {n: (p.shape, p.dtype, p.requires_grad) for n, p in skeleton.named_parameters()}
     for method in ("lora", "mezo", "lamda"):
-        plan_method(skeleton, get_method(method).config(), Setting(2, 16, "mixed"))
+        plan_method(skeleton, get_pairing(method).config(), Setting(2, 16, "mixed"))
     assert {n: (p.shape, p.dtype, p.requires_grad) for n, p in skeleton.named_parameters()} == before
     assert all(p.is_meta for p in skeleton.parameters())
     assert torch.equal(torch.get_rng_state(), state)
@@ -198,17 +198,17 @@ def test_published_counts():
         vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
         architectures=["LlamaForCausalLM"],
     )  # fmt: skip
-    found = plan_method(make_skeleton(config, "lm", ""), get_method("lora").config(), Setting(1, 16))
+    found = plan_method(make_skeleton(config, "lm", ""), get_pairing("lora").config(), Setting(1, 16))
     assert found.trainable == 4_194_304
     assert found.adapter == 4 * found.trainable
     assert found.optimizer == 8 * found.trainable
 
 
 def test_a_process_takes_its_base_and_the_most_of_loading_a_step_and_saving():
-    whole = plan_method(skeleton_of("llama"), get_method("mezo").config(), Setting(1, 8, "fp32", "cpu"))
+    whole = plan_method(skeleton_of("llama"), get_pairing("mezo").config(), Setting(1, 8, "fp32", "cpu"))
     assert whole.saving == whole.weights + 3 * whole.adapter
     assert whole.process(1000) == 1000 + max(whole.saving, whole.peak)
-    found = plan_method(skeleton_of("llama"), get_method("mezo-lora").config(), Setting(1, 8, "mixed", "cpu"))
+    found = plan_method(skeleton_of("llama"), get_pairing("mezo-lora").config(), Setting(1, 8, "mixed", "cpu"))
     assert found.loading > found.weights  # the float32 checkpoint is mapped while bf16 weights are made of it
     assert found.process(1000) == 1000 + max(found.loading, found.peak, found.saving)
 

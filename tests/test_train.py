@@ -206,18 +206,21 @@ def test_the_saved_adapter_reproduces_the_reported_accuracy(
 # --- the same bits ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("head", ["lm", "classification"])
+HEADS: dict[str, dict[str, Any]] = {"lm": {}, "classification": {"head": "classification", "verbalizers": None}}
+
+
+@pytest.mark.parametrize("head", HEADS)
 def test_the_same_seed_gives_the_same_bits(toy_options: Options, tmp_path: Path, head: str) -> None:
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         torch.rand(1)  # the global random state is nobody's business
-        assert run_main(toy_options(output_dir=tmp_path / name, steps=5, seed=seed, head=head)) == 0
+        assert run_main(toy_options(output_dir=tmp_path / name, steps=5, seed=seed, **HEADS[head])) == 0
     assert adapter_bytes(tmp_path / "a") == adapter_bytes(tmp_path / "b")
     assert without_time(metrics(tmp_path / "a")) == without_time(metrics(tmp_path / "b"))
     assert results(tmp_path / "a")["before"] == results(tmp_path / "b")["before"]
     assert adapter_bytes(tmp_path / "a") != adapter_bytes(tmp_path / "c")
 
 
-@pytest.mark.parametrize("head", ["lm", "classification"])
+@pytest.mark.parametrize("head", HEADS)
 def test_a_run_leaves_the_process_as_it_was(toy_options: Options, tmp_path: Path, head: str) -> None:
     """Random state (promise 4), signal handlers, gradients, threads."""
 
@@ -226,7 +229,7 @@ def test_a_run_leaves_the_process_as_it_was(toy_options: Options, tmp_path: Path
         return (bytes(torch.get_rng_state()), handlers, torch.is_grad_enabled(), torch.get_num_threads())
 
     before = state()
-    assert run_main(toy_options(output_dir=tmp_path / "out", steps=2, head=head)) == 0
+    assert run_main(toy_options(output_dir=tmp_path / "out", steps=2, **HEADS[head])) == 0
     assert state() == before
 
 
@@ -245,7 +248,7 @@ EASY = {
     "step_control": "none",
     "batch_order": "shuffled",
 }
-HEAD = {"head": "classification", "steps": 9, "save_steps": 4, "query_mode": "split"}
+HEAD = {"head": "classification", "verbalizers": None, "steps": 9, "save_steps": 4, "query_mode": "split"}
 
 
 @pytest.fixture(scope="module")
@@ -307,6 +310,29 @@ def test_a_run_that_died_resumes_to_the_same_bits(
     assert not (broken / "adapter_model.safetensors").exists()
     assert (broken / "checkpoint.safetensors").exists()
     assert run_main(["train", "--output_dir", str(broken), "--resume"]) == 0
+    same_run(broken, whole)
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_budget_of_forward_passes_is_a_run_of_as_many_steps_as_it_pays_for(
+    toy_options: Options,
+    uninterrupted: Callable[[dict[str, Any]], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    begun: bool,
+) -> None:
+    """Stopped and resumed, too, and begun anew; a step takes four of them, and the learning rate falls to zero at the last one."""
+    whole, broken = uninterrupted(EASY | {"lr_schedule": "linear"}), tmp_path / "broken"
+    stop_at(monkeypatch, 6 if begun else 0, killed)
+    line = toy_options(output_dir=broken, **EASY | {"lr_schedule": "linear", "steps": None, "budget_forwards": 51})
+    with pytest.raises(MemoryError):
+        run_main(line)
+    if not begun:
+        for name in ("checkpoint.safetensors", "metrics.jsonl"):
+            (broken / name).unlink()
+        journal = broken / "journal"
+        journal.write_bytes(journal.read_bytes().splitlines(keepends=True)[0])
+    assert run_main([*line, "--resume"]) == 0
     same_run(broken, whole)
 
 
@@ -483,7 +509,12 @@ def test_a_classification_head_is_trained_and_saved(
 ) -> None:
     out = tmp_path / "out"
     options = toy_options(
-        output_dir=out, model_name_or_path=tiny_dir(architecture), head="classification", steps=6, lr=0.1
+        output_dir=out,
+        model_name_or_path=tiny_dir(architecture),
+        head="classification",
+        verbalizers=None,
+        steps=6,
+        lr=0.1,
     )
     assert run_main(options) == 0
     assert len(metrics(out)) == 6
@@ -525,6 +556,12 @@ def test_queries_follow_adazetas_schedule(toy_options: Options, tmp_path: Path) 
     assert queries == sorted(queries)
     assert queries[0] == 1
     assert queries[-1] > 2
+
+
+def test_a_constant_learning_rate_is_warmed_up(toy_options: Options, tmp_path: Path) -> None:
+    line = toy_options(output_dir=tmp_path / "out", steps=6, lr=0.3, lr_schedule="constant", warmup_steps=3)
+    assert run_main(line) == 0
+    assert [step["lr"] for step in metrics(tmp_path / "out")] == pytest.approx([0, 0.1, 0.2, 0.3, 0.3, 0.3])
 
 
 def test_options_from_a_yaml_file(toy_options: Options, tmp_path: Path) -> None:

@@ -183,6 +183,30 @@ CASES: dict[str, Case] = {
     "not UTF-8": (lambda p: {"train_file": p.file("a.csv", b"text,label\n\xe9,0\n")}, "UTF-8"),
     "not JSON": (lambda p: {"train_file": p.file("a.jsonl", '{"text": "a", "label": 0}\n{text\n')}, "line 2"),
     "one row": (lambda p: {"train_file": p.rows("a.jsonl", A), "eval_file": None}, "one"),
+    # options that another leaves nothing to do
+    "LoRA+ for embeddings alone": (
+        lambda p: {"adapter": "lora", "loraplus_lr_embedding": 1e-5}, "loraplus_lr_embedding was given without loraplus_lr_ratio",
+    ),
+    "a delta without privacy": (lambda p: {"privacy_delta": 1e-6}, "privacy_delta was given without privacy_epsilon or privacy_noise"),
+    "words for a new head": (lambda p: {"head": "classification"}, "verbalizers was given with head='classification'"),
+    "rows to hold out of none": (lambda p: {"held_out": 5}, "held_out was given with eval_file.*--validation"),
+    "a precision that is not taken": (
+        lambda p: {"adapter": "full", "precision": "mixed"}, "precision was given with adapter 'full'.*fp32",
+    ),
+    "a bound on a cache that is off": (
+        lambda p: {"prefix_cache": "off", "prefix_cache_mb": 7}, "prefix_cache_mb was given with prefix_cache='off'",
+    ),
+    "a label column of built-in rows": (
+        lambda p: {"label_column": "stars", "train_file": None, "eval_file": None}, "label_column was given without train_file",
+    ),
+    "a text column that is not shown": (
+        lambda p: {"text_column": "review", "template": "{label} It was"}, "text_column was given.*shows no {text}",
+    ),
+    "a task and a target": (lambda p: TARGET | {"task": "rte"}, "task was given with target_column"),
+    "a task and other rows": (
+        lambda p: {"task": "rte", "template": None, "verbalizers": None}, "task='rte' takes rows.*premise, hypothesis, label",
+    ),
+    "a task and another prompt": (lambda p: {"task": "rte"}, "task='rte' takes rows.*its own prompt"),
     "eval file alone": (lambda p: {"train_file": None}, "eval_file was given without train_file"),
     # columns and labels
     "missing text column": (lambda p: {"text_column": "review"}, "no column 'review'.*text, label"),
@@ -364,6 +388,8 @@ CASES: dict[str, Case] = {
     "a tracker that is not installed": (lambda p: {"report_to": "tensorboard,aim"}, "'aim' needs a package"),
     "no time for ranks": (lambda p: {"rank_timeout": 0}, "rank_timeout=0"),
     "ranks that are never compared": (lambda p: {"rank_check_every": 0}, "rank_check_every=0"),
+    "steps and a budget of forward passes": (lambda p: {"steps": 7, "budget_forwards": 9}, "steps was given with budget_forwards.*leave one out"),
+    "a budget that pays for no step": (lambda p: {"steps": None, "budget_forwards": 3}, "does not pay for one step.*give more"),
     "no failed step at all": (lambda p: {"max_failed_steps": 0}, "max_failed_steps=0"),
     # the command line itself
     "unknown option": (lambda p: {"bogus": 3}, "bogus"),

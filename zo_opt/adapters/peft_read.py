@@ -35,7 +35,7 @@ _OPTIONS = {
 }
 # Those that draw the factors alone. Others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) also change the base weights when PEFT loads a checkpoint.
 _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-Method = tuple[str, dict[str, Any]]  # a method of ours and its options
+Described = tuple[str, dict[str, Any]]  # an adapter of ours by name, and its options
 
 
 def from_peft(
@@ -83,7 +83,7 @@ def from_peft(
     return config, state | _whole(model, rest, saved)
 
 
-def _lora(values: Mapping[str, Any], paths: Sequence[str], state: dict[str, Tensor]) -> Method:
+def _lora(values: Mapping[str, Any], paths: Sequence[str], state: dict[str, Tensor]) -> Described:
     if values.get("init_lora_weights") not in _HARMLESS_INITS:
         raise ZOError(
             f"the checkpoint was started with init_lora_weights={values['init_lora_weights']!r}, which also changes the base "
@@ -121,7 +121,7 @@ def _alpha(values: Mapping[str, Any], path: str) -> float:
     return _number(values, "lora_alpha", 8)
 
 
-def _adalora(values: Mapping[str, Any], paths: Sequence[str], state: dict[str, Tensor]) -> Method:
+def _adalora(values: Mapping[str, Any], paths: Sequence[str], state: dict[str, Tensor]) -> Described:
     rank = int(_number(values, "init_r", 12))
     alpha = _number(values, "lora_alpha", 8)
     ranks = {path: _rank(state, path) for path in paths}
@@ -156,7 +156,7 @@ def _left(values: Mapping[str, Any], path: str, rank: int) -> int:
     return sum(marks)
 
 
-def _vera(values: Mapping[str, Any], paths: Sequence[str], state: dict[str, Tensor]) -> Method:
+def _vera(values: Mapping[str, Any], paths: Sequence[str], state: dict[str, Tensor]) -> Described:
     a = state[f"{paths[0]}.adapter.vera_A"]
     return "vera", {"rank": a.shape[0] if a.ndim else 0, "d_initial": _number(values, "d_initial", 0.1)}
 

@@ -22,7 +22,7 @@ from zo_opt.planning import Footprint, Setting, make_skeleton, plan_method, read
 from zo_opt.record.progress import Reporter
 from zo_opt.system.files import write_atomically
 from zo_opt.system.memory import current_memory, parse_bytes, readable, total_memory
-from zo_opt.training.methods import METHODS, get_method
+from zo_opt.training.pairings import PAIRINGS, get_pairing
 
 FORMATS = (".json", ".csv", ".md")
 ACCURACY = 0.4  # real processes took up to so much more (benchmarks/plan.py)
@@ -71,19 +71,19 @@ def run(options: Namespace, command: str) -> None:
     device = config.taken_device
     there = device.type == "cpu" or torch.cuda.is_available()
     memory = parse_bytes(config.memory) if config.memory is not None else total_memory(device) if there else None
-    names = config.methods.split(",") if config.methods is not None else METHODS
-    methods = [get_method(name.strip()) for name in dict.fromkeys(names)]
+    names = config.methods.split(",") if config.methods is not None else PAIRINGS
+    pairings = [get_pairing(name.strip()) for name in dict.fromkeys(names)]
     skeleton = make_skeleton(read_config(config.model_name_or_path), config.head, config.model_name_or_path)
     positions = getattr(skeleton.config, "max_position_embeddings", None)
     if positions is not None and config.length > positions:
         raise ZOError(f"length={config.length} is more than the model's {positions} positions; give at most that.")
     base = current_memory(device) if device.type == "cpu" else CONTEXT  # all that a run imports is imported by now
     rows, notes, reporter = [], {}, Reporter()
-    for method in methods:
+    for pairing in pairings:
         try:
-            rows.append(row(method.name, plan_method(skeleton, method.config(), config), base, memory))
+            rows.append(row(pairing.name, plan_method(skeleton, pairing.config(), config), base, memory))
         except ZOError as error:
-            notes[method.name] = " ".join(str(error).split())
+            notes[pairing.name] = " ".join(str(error).split())
     if not rows:
         name, reason = next(iter(notes.items()))
         raise ZOError(f"nothing could be planned; {name}: {reason.rstrip('.')}.")

@@ -9,14 +9,22 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from zo_opt.comparison import output
-from zo_opt.comparison.budget import steps_within
 from zo_opt.comparison.fitting import Sizes, fitting_batch, sizes_of
 from zo_opt.comparison.lr_search import best_lr, lr_grid, model_parameters
-from zo_opt.comparison.options import SECONDS_PROBE_STEPS, CompareConfig, own_methods, plain, recorded, run_config
+from zo_opt.comparison.options import (
+    SECONDS_PROBE_STEPS,
+    CompareConfig,
+    check_heeded,
+    own_methods,
+    plain,
+    recorded,
+    run_config,
+)
 from zo_opt.comparison.results import Row, step_seconds, summarise, unlearned
 from zo_opt.comparison.runs import Run
 from zo_opt.comparison.supervisor import run_all
@@ -27,7 +35,7 @@ from zo_opt.record.progress import Reporter
 from zo_opt.system.files import write_atomically
 from zo_opt.system.memory import parse_bytes
 from zo_opt.system.plain_json import read_object
-from zo_opt.tasks.metrics import LANGUAGE_MODELLING
+from zo_opt.training.budget import steps_of
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.evaluate_run import check_allowed
 from zo_opt.training.parsing import own_code
@@ -56,27 +64,25 @@ def compare(
     """
     if options.resume:
         options, base, command = resumed_options(options, base, given)
-    methods = options.check()
-    for method in methods:
+    pairings = options.check()
+    check_heeded(base, pairings)
+    for pairing in pairings:
         try:
-            run_config(base, method).check()
+            run_config(base, pairing, validation=options.lr_trials > 0).check()
         except ZOError as error:
-            raise ZOError(f"method {method.name}: {error}") from error
+            raise ZOError(f"method {pairing.name}: {error}") from error
     directory = options.output_dir or Path("runs") / f"compare-{datetime.now():%Y%m%d-%H%M%S}"
     with output_directory(directory, resume=options.resume, unique=options.output_dir is None) as directory:
         record = {"command": command, "options": plain(options), "base": base.to_dict()}
         if base.prompt_cache == TrainConfig.prompt_cache and pick_device(base.device).type == "cpu":
             base = replace(base, prompt_cache="disk")  # computed once for all runs, read as fast as from memory
         examples = load_examples(base, reporter)
-        sizes, rows = None, len(examples.train)
-        if options.budget_memory is not None or examples.task.kind == LANGUAGE_MODELLING:
-            sizes = sizes_of(base, examples)
-            rows = sizes.rows
-        comparison = _Comparison(options, base, rows, sizes, directory, reporter)
-        configs = {method.name: replace(run_config(base, method), lr=options.lr) for method in methods}
-        for forwards in (options.forwards, options.lr_forwards):  # can every method make a step?
-            if forwards is not None:
-                comparison.with_steps(configs, forwards)
+        sizes = sizes_of(base, examples) if options.budget_memory is not None else None
+        comparison = _Comparison(options, base, sizes, directory, reporter)
+        configs = {pairing.name: replace(run_config(base, pairing), lr=options.lr) for pairing in pairings}
+        for config in configs.values():  # can every method make a step?
+            for forwards in (options.forwards, options.trial_forwards):
+                steps_of(replace(config, budget_forwards=forwards), len(examples.train))
         write_atomically(directory / RECORD_NAME, (json.dumps(record, indent=2) + "\n").encode())
         try:
             return comparison.run(configs, command), directory
@@ -125,22 +131,20 @@ class _Comparison:
 
     options: CompareConfig
     base: TrainConfig
-    rows: int
     sizes: Sizes | None
     directory: Path
     reporter: Reporter
     left_out: dict[str, Row] = field(default_factory=dict)
 
     def run(self, configs: dict[str, TrainConfig], command: str) -> list[Row]:
-        """Batches, learning rates, steps, runs, table."""
+        """Batches, learning rates, runs, table."""
         names = list(configs)
         configs = self._with_batches(configs)
         configs, trials = self._with_lrs(configs)
-        configs = (
-            self._within_seconds(configs)
-            if self.options.forwards is None
-            else self.with_steps(configs, self.options.forwards)
-        )
+        if (forwards := self.options.forwards) is None:
+            configs = self._within_seconds(configs)
+        else:
+            configs = {name: replace(config, budget_forwards=forwards) for name, config in configs.items()}
         runs = {
             name: [self._run("runs", name, f"seed-{s}", replace(config, seed=s)) for s in self.options.seed_list]
             for name, config in configs.items()
@@ -152,13 +156,6 @@ class _Comparison:
             output.write(self.directory, table, runs, command, self.base)
         shutil.rmtree(self._prefixes, ignore_errors=True)
         return table
-
-    def with_steps(self, configs: dict[str, TrainConfig], forwards: int) -> dict[str, TrainConfig]:
-        """Runs that end when so many forward passes are spent."""
-        return {
-            name: replace(config, steps=steps_within(config, forwards, -(-self.rows // config.batch_size)))
-            for name, config in configs.items()
-        }
 
     def _with_batches(self, configs: dict[str, TrainConfig]) -> dict[str, TrainConfig]:
         """The largest ones whose step fits in the memory budget."""
@@ -183,14 +180,14 @@ class _Comparison:
         """The learning rates that did best, each method's on its own grid; and the trials."""
         if not self.options.lr_trials:
             return configs, {}
-        forwards = self.options.lr_forwards or max((self.options.forwards or 0) // 5, 1)
         parameters = model_parameters(self.base)
+        changes: dict[str, Any] = {"validation": True, "budget_forwards": self.options.trial_forwards}
         trials = {
             name: [
-                self._run("lr", name, f"{lr:.3g}", replace(config, lr=lr, validation=True))
+                self._run("lr", name, f"{lr:.3g}", replace(config, lr=lr, **changes))
                 for lr in lr_grid(config, self.options.lr_trials, parameters)
             ]
-            for name, config in self.with_steps(configs, forwards).items()
+            for name, config in configs.items()
         }
         self._make([run for runs in trials.values() for run in runs], "trying learning rates")
         lrs = {name: best_lr(runs) for name, runs in trials.items()}
@@ -202,23 +199,26 @@ class _Comparison:
         seconds = self.options.budget_seconds
         assert seconds is not None
         probes = {
-            name: self._run("speed", name, "probe", replace(config, steps=SECONDS_PROBE_STEPS, held_out=8))
+            name: self._run(
+                "speed", name, "probe", replace(config, steps=SECONDS_PROBE_STEPS, validation=True, held_out=8)
+            )
             for name, config in configs.items()
         }
         self._make(list(probes.values()), "measuring seconds a step")
         found: dict[str, TrainConfig] = {}
         for name, config in configs.items():
-            curve = probes[name].steps_done()
-            a_step = float(np.median(step_seconds(curve))) if curve else seconds
-            forwards = round(seconds / max(a_step, 1e-4) * (curve[-1]["forwards"] / len(curve) if curve else 1))
-            try:
-                found |= self.with_steps({name: config}, forwards)
-            except ZOError:  # a step takes longer than that
-                found[name] = replace(config, steps=1)
+            if not (curve := probes[name].steps_done()):
+                found[name] = replace(config, steps=1)  # it will fail as its probe did
+                continue
+            steps = seconds / max(float(np.median(step_seconds(curve))), 1e-4)
+            forwards = round(steps * curve[-1]["forwards"] / len(curve))
+            found[name] = replace(config, budget_forwards=max(forwards, curve[0]["forwards"]))  # one step at least
         return found
 
     def _run(self, kind: str, method: str, name: str, config: TrainConfig) -> Run:
         directory = self.directory / kind / method.replace(":", "_") / name
+        if config.eval_file is not None and not config.validation:  # held_out is of the trials alone
+            config = replace(config, held_out=TrainConfig.held_out)
         return Run(method, replace(config, output_dir=directory))
 
     @property

@@ -22,7 +22,7 @@ from zo_opt.training.setup import Examples
 
 @dataclass(frozen=True)
 class Sizes:
-    """What memory and steps depend on of a model and the rows to learn.
+    """What a step's memory depends on of a model and the rows to learn.
 
     Attributes:
         skeleton: the model on the meta device.

@@ -14,8 +14,8 @@ from zo_opt.errors import ZOError
 from zo_opt.optim import OPTIMIZERS
 from zo_opt.system.memory import parse_bytes
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.methods import Method, get_method
-from zo_opt.training.options import PARTS
+from zo_opt.training.options import PARTS, WHOLE_MODEL
+from zo_opt.training.pairings import Pairing, get_pairing
 from zo_opt.training.parsing import typed
 from zo_opt.training.parts import fixed_options, own_options
 
@@ -61,7 +61,7 @@ class CompareConfig:
     output_dir: Path | None = None
     resume: bool = False
 
-    def check(self) -> list[Method]:
+    def check(self) -> list[Pairing]:
         """Everything that can be wrong before anything is run; returns the methods.
 
         Raises:
@@ -81,6 +81,10 @@ class CompareConfig:
                 raise ZOError(f"{name}={value} is not possible; give a positive number.")
         if self.lr_trials < 0 or self.lr_trials == 1:
             raise ZOError(f"lr_trials={self.lr_trials} is not possible; give 0 for none, or at least 2.")
+        if self.lr_forwards is not None and not self.lr_trials:
+            raise ZOError(
+                "lr_forwards was given without lr_trials, whose forward passes they are; give both, or leave it out."
+            )
         if self.lr_trials and self.lr is not None:
             raise ZOError("lr and lr_trials were both given; leave one out.")
         if self.budget_memory is not None:
@@ -89,13 +93,13 @@ class CompareConfig:
             raise ZOError("lr_trials with budget_seconds needs lr_forwards, the forward passes of each trial.")
         return methods
 
-    def check_methods(self) -> list[Method]:
+    def check_methods(self) -> list[Pairing]:
         """The methods.
 
         Raises:
             ZOError: one is not known.
         """
-        return [get_method(name) for name in _listed(self.methods)]
+        return [get_pairing(name) for name in _listed(self.methods)]
 
     @property
     def seed_list(self) -> list[int]:
@@ -114,6 +118,11 @@ class CompareConfig:
         """The budget in forward passes; None where it is in seconds."""
         return 600 if self.budget_forwards is None and self.budget_seconds is None else self.budget_forwards
 
+    @property
+    def trial_forwards(self) -> int | None:
+        """The budget of a trial of a learning rate in forward passes; None where there are no trials."""
+        return (self.lr_forwards or max((self.forwards or 0) // 5, 1)) if self.lr_trials else None
+
 
 def own_methods(methods: Any) -> set[str]:
     """Those with code of the user's own: ``module:name`` besides the colon between optimizer and adapter.
@@ -128,20 +137,37 @@ def _listed(value: Any) -> list[Any]:
     return [part.strip() for part in str(value).split(",")] if not isinstance(value, list) else value
 
 
-def run_config(base: TrainConfig, method: Method, **changes: Any) -> TrainConfig:
+def run_config(base: TrainConfig, pairing: Pairing, **changes: Any) -> TrainConfig:
     """The options of one run of a method: the user's, as far as they mean something to it, under its own."""
     given = base.given()
-    adapter, optimizer = ADAPTERS.find(method.adapter), OPTIMIZERS.find(method.optimizer)
+    adapter, optimizer = ADAPTERS.find(pairing.adapter), OPTIMIZERS.find(pairing.optimizer)
     has = {"adapter": option_names(adapter), "optimizer": own_options("optimizer", optimizer)}
-    chosen = {"adapter": method.adapter, "optimizer": method.optimizer}
+    chosen = {"adapter": pairing.adapter, "optimizer": pairing.optimizer}
     for part, name in chosen.items():
         options = given.pop(part, {})
         kept = {k: v for k, v in options.items() if k in has[part]} if isinstance(options, Mapping) else {}
-        own = method.adapter_options if part == "adapter" else {}
-        chosen[part] = {"name": name} | dict(own) | (_with_rank(kept, method.adapter) if part == "adapter" else kept)  # type: ignore[assignment]
-    fixed = fixed_options(method.optimizer)
-    given = {name: value for name, value in given.items() if name not in fixed}
-    return TrainConfig.from_dict(dict(method.options) | given | chosen | changes)
+        own = pairing.adapter_options if part == "adapter" else {}
+        chosen[part] = {"name": name} | dict(own) | (_with_rank(kept, pairing.adapter) if part == "adapter" else kept)  # type: ignore[assignment]
+    without = _unheeded(base, pairing)
+    given = {name: value for name, value in given.items() if name not in without}
+    return TrainConfig.from_dict(dict(pairing.options) | given | chosen | changes)
+
+
+def check_heeded(base: TrainConfig, pairings: Sequence[Pairing]) -> None:
+    """Whether every option of a run that was given means something to a method.
+
+    Raises:
+        ZOError: one does to none.
+    """
+    for name in base.given():
+        if all(name in _unheeded(base, pairing) for pairing in pairings):
+            raise ZOError(f"{name}={getattr(base, name)!r} is of no use to any of the methods compared; leave it out.")
+
+
+def _unheeded(base: TrainConfig, pairing: Pairing) -> frozenset[str]:
+    """Options of a run that mean nothing to a method, and may to others."""
+    narrow = base.precision == "mixed" and pairing.adapter in WHOLE_MODEL
+    return fixed_options(pairing.optimizer) | ({"precision"} if narrow else set())
 
 
 def _with_rank(options: dict[str, Any], adapter: str) -> dict[str, Any]:
@@ -156,11 +182,11 @@ def _with_rank(options: dict[str, Any], adapter: str) -> dict[str, Any]:
     return options
 
 
-def unions(methods: Sequence[Method]) -> dict[str, list[Any]]:
+def unions(pairings: Sequence[Pairing]) -> dict[str, list[Any]]:
     """The parts whose options are those of any of the methods."""
     return {
-        "adapter": [ADAPTERS.find(method.adapter) for method in methods],
-        "optimizer": [OPTIMIZERS.find(method.optimizer) for method in methods],
+        "adapter": [ADAPTERS.find(pairing.adapter) for pairing in pairings],
+        "optimizer": [OPTIMIZERS.find(pairing.optimizer) for pairing in pairings],
     }
 
 

@@ -19,7 +19,7 @@ from zo_opt.system.files import write_atomically
 from zo_opt.system.memory import readable
 from zo_opt.tasks.metrics import METRICS
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.methods import get_method
+from zo_opt.training.pairings import get_pairing
 
 NAME = "compare"
 _NOTHING = "-"
@@ -41,7 +41,7 @@ def parts(rows: Sequence[Row]) -> dict[str, dict[str, list[str]]]:
     metric = METRICS[next((row.metric for row in rows if row.score is not None), "accuracy")]
     columns: dict[str, dict[str, Callable[[Row], str]]] = {
         "size": {
-            "kind": lambda r: "forward" if get_method(r.method).config().zeroth_order else "backward",
+            "kind": lambda r: "forward" if get_pairing(r.method).config().zeroth_order else "backward",
             "trainable": lambda r: _shown(r.trainable, ","),
             "at end": lambda r: _shown(r.trainable_end if r.trainable_end != r.trainable else None, ","),
             "adapter": lambda r: _shown(r.adapter_bytes, readable),

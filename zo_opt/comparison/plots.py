@@ -13,7 +13,7 @@ from zo_opt.comparison.results import Row
 from zo_opt.comparison.runs import Run
 from zo_opt.record.report import save_picture, smooth
 from zo_opt.tasks.metrics import METRICS
-from zo_opt.training.methods import get_method
+from zo_opt.training.pairings import get_pairing
 
 _MARKERS = "osD^vPX*<>hp8d"
 
@@ -31,7 +31,7 @@ def draw(rows: Sequence[Row], runs: Mapping[str, Sequence[Run]], path: Path) -> 
     handles: list[Line2D] = []
     lowest, highest = math.inf, -math.inf
     for i, row in enumerate(shown):
-        zeroth, colour = get_method(row.method).config().zeroth_order, colours[i % len(colours)]
+        zeroth, colour = get_pairing(row.method).config().zeroth_order, colours[i % len(colours)]
         point: dict[str, Any] = {
             "marker": _MARKERS[i % len(_MARKERS)], "color": colour, "markerfacecolor": colour if zeroth else "white",
         }  # fmt: skip

@@ -103,13 +103,13 @@ class _Course:
             self._begin_anew()
         if new := self._tail.read():
             self._steps += len(new)
-            self._loss = new[-1]["loss"]
+            self._loss, self._forwards = new[-1]["loss"], new[-1]["forwards"]
         where = f"{self.run.method} {self.run.directory.name}"
         if not self._steps:
             return f"{where}: starting"
-        return f"{where}: {self._steps}/{self.run.config.steps} steps, loss {self._loss:.3f}"
+        return f"{where}: {self._steps} steps, {self._forwards} forward passes, loss {self._loss:.3f}"
 
     def _begin_anew(self) -> None:
         self._tail = Tail(self.run.directory)
-        self._steps = 0
+        self._steps, self._forwards = 0, 0
         self._loss = math.nan

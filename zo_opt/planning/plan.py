@@ -28,7 +28,7 @@ from zo_opt.schedules import History
 from zo_opt.system.layers import layer_of
 from zo_opt.training.build_optimizer import make_optimizer
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.methods import WHOLE_MODEL
+from zo_opt.training.options import WHOLE_MODEL
 from zo_opt.training.recipe import answer_adapter
 
 FLOAT = 4  # bytes of a float32
@@ -117,10 +117,10 @@ def plan_method(skeleton: nn.Module, config: TrainConfig, setting: Setting) -> F
     Raises:
         ZOError: the method does not fit the model or the setting.
 
-    >>> from zo_opt.training.methods import get_method
+    >>> from zo_opt.training.pairings import get_pairing
     >>> from zo_opt.planning.skeleton import make_skeleton, read_config
     >>> skeleton = make_skeleton(read_config("smollm2-135m-instruct"), "lm", "")
-    >>> found = plan_method(skeleton, get_method("mezo:tt-lora").config(), Setting(batch_size=2, length=32, precision="fp32"))
+    >>> found = plan_method(skeleton, get_pairing("mezo:tt-lora").config(), Setting(batch_size=2, length=32, precision="fp32"))
     >>> found.weights - found.adapter  # four bytes for each of 134,515,008 parameters, and sixty-four frequencies
     538060288
     """

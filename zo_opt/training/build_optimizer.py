@@ -12,8 +12,7 @@ from zo_opt.distributed import world_size
 from zo_opt.optim import OPTIMIZERS, CountingOptimizer
 from zo_opt.privacy import GaussianPrivacy
 from zo_opt.training.config import TrainConfig
-
-SHORT_RUN = {"beta2": 0.99, "max_grad_norm": 1.0}  # of backpropagation where nothing else is said: a run has few steps
+from zo_opt.training.parts import run_defaults
 
 
 def make_optimizer(
@@ -39,7 +38,7 @@ def make_optimizer(
     setting: dict[str, Any] = {"steps_per_epoch": steps_per_epoch, "max_failed_steps": config.max_failed_steps}
     if not config.zeroth_order:
         backpropagation: CountingOptimizer = kind(
-            params, lr=lr, weight_decay=config.weight_decay, **setting, **(SHORT_RUN | own)
+            params, lr=lr, weight_decay=config.weight_decay, **setting, **(run_defaults("optimizer", name) | own)
         )
         return backpropagation
     together = world_size() > 1 or config.query_mode == "distributed"

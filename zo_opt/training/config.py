@@ -18,9 +18,9 @@ from zo_opt.optim import OPTIMIZERS, STEP_CONTROLS, UPDATE_RULES, Method, Update
 from zo_opt.privacy import check_delta, check_epsilon
 from zo_opt.record.trackers import check_trackers
 from zo_opt.schedules import SCHEDULES, QuerySchedule, RunLength, for_run
-from zo_opt.schedules.adazeta import MAX_QUERIES
 from zo_opt.schedules.base import two_sided_cost
 from zo_opt.tasks import objectives
+from zo_opt.training.heeded import check_heeded
 from zo_opt.training.options import (
     BACKPROPAGATION,
     PARTS,
@@ -31,9 +31,7 @@ from zo_opt.training.options import (
     RunOptions,
 )
 from zo_opt.training.parsing import typed
-from zo_opt.training.parts import fixed_options
-
-MIN_QUERIES = 8  # of AdaZeta's schedule in split mode, where queries are free
+from zo_opt.training.parts import fixed_options, run_defaults
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +49,7 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
             ZOError: with a sentence on the first mistake.
         """
         typed(self.to_dict())
-        if self.prompt_cache_dir is not None and self.prompt_cache != "disk":
-            raise ZOError(
-                f"prompt_cache_dir was given with prompt_cache={self.prompt_cache!r}; add --prompt_cache disk, or leave it out."
-            )
-        for name in ("eval_file", "target_column"):
-            if getattr(self, name) is not None and self.train_file is None:
-                raise ZOError(f"{name} was given without train_file; give both, or neither for the built-in rows.")
+        check_heeded(self)
         if self.quantise is not None:
             check_kind(self.quantise)
         adapter = self.make_adapter()
@@ -107,8 +99,6 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
             ZOError: with a sentence on the first that does not.
         """
         if not self.private:
-            if self.privacy_clip is not None:
-                raise ZOError("privacy_clip was given without privacy_epsilon or privacy_noise; add one of them.")
             return
         if self.privacy_epsilon is not None and self.privacy_noise is not None:
             raise ZOError(
@@ -244,11 +234,8 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
             if self.optimizer_name != "adazeta":
                 return None
             choice = "constant" if self.private else "adazeta"  # more queries need more noise
-        name, options = split("schedule", choice)
-        most = options.get("max_queries", options.get("end", MIN_QUERIES))
-        defaults = {"min_queries": min(MIN_QUERIES, most), "start": min(MIN_QUERIES, most), "max_queries": MAX_QUERIES}
         length = RunLength(self.steps, steps_per_epoch, *self.cost)
-        return for_run(SCHEDULES.make({"name": name} | options, **defaults), length)
+        return for_run(SCHEDULES.make(choice, **run_defaults("schedule", choice)), length)
 
     @property
     def cost(self) -> tuple[int, int]:
@@ -289,10 +276,7 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
     def make_update_rule(self) -> UpdateRule | None:
         """The update rule asked for (adam for adazeta); None stands for the optimizer's own."""
         choice = self.update_rule or ("adam" if self.optimizer_name == "adazeta" else None)
-        if choice is None:
-            return None
-        short = {"beta2": 0.99} if split("update_rule", choice)[0] == "adam" else {}  # a run has few steps
-        return UPDATE_RULES.make(choice, **short)
+        return None if choice is None else UPDATE_RULES.make(choice, **run_defaults("update_rule", choice))
 
     def _step_control(self) -> list[Any]:
         if self.on_activations and self.step_control is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -62,7 +63,7 @@ def follow(config: TrainConfig, given: Collection[str] | None = None) -> None:
     with StopSignals() as stop:
         try:
             tools = build_tools(config, load_examples(config, reporter), reporter)
-            _follow(config, tools, stop, config.output_dir, reporter)
+            _follow(replace(config, steps=tools.steps), tools, stop, config.output_dir, reporter)
         except KeyboardInterrupt as request:
             raise InterruptedRunError(config.output_dir, getattr(request, "signum", signal.SIGINT)) from None
 

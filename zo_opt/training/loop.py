@@ -64,6 +64,7 @@ def train(
         try:
             examples = load_examples(config, reporter)
             tools = build_tools(config, examples, reporter)
+            config = replace(config, steps=tools.steps)
             stepper = Stepper(config, tools, make_privacy(config, tools.train, reporter.say))
             reporter.say(f"{tools.model.trainable_summary()}, frozen base in {tools.precision} on {tools.device.type}")
             if record is None:

@@ -16,6 +16,7 @@ else:
 
 BACKPROPAGATION = "adamw"
 DEFAULT_MODEL = "smollm2-135m-instruct"
+WHOLE_MODEL = ("full", "lisa")  # adapters that train the model's own weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,8 @@ class FirstOptions:
         template: prompt with columns in braces, such as "{text} It was".
         verbalizers: label words, as "label=word,label=word" or in the labels' sorted order "word,word".
         steps: optimizer steps.
+        budget_forwards: in place of steps: the run ends before the step that would take more forward passes than this in all, a
+            backward pass counted as two.
         lr: learning rate (see docs/optimizers.md; with adam 0.1 for placed adapters, 0.01 for random ones).
         output_dir: where everything goes; runs/<task>-<optimizer>-<time> if not given. Must be empty unless resuming.
         resume: continue the run in output_dir, with its options; save_steps, max_failed_steps, report_to, share, rank_timeout,
@@ -45,6 +48,7 @@ class FirstOptions:
     template: str | None = None
     verbalizers: str | None = None
     steps: PositiveInt = 400
+    budget_forwards: PositiveInt | None = None
     lr: NonNegativeFloat | None = None
     output_dir: Path | None = None
     resume: bool = False
@@ -198,7 +202,7 @@ class RunOptions:
 GROUPS = (FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOptions)
 # Options of a run that a comparison sets itself. Privacy is of one run: the epsilons of several add up.
 COMPARISONS_OWN = frozenset(
-    ("lr", "loraplus_lr_ratio", "loraplus_lr_embedding", "steps", "seed", "output_dir", "save_steps", "resume", "validation",
+    ("lr", "loraplus_lr_ratio", "loraplus_lr_embedding", "steps", "budget_forwards", "seed", "output_dir", "save_steps", "resume", "validation",
      "privacy_epsilon", "privacy_delta", "privacy_noise", "privacy_clip")
 )  # fmt: skip
 # Options that are chosen by name and have options of their own.

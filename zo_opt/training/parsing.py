@@ -134,7 +134,7 @@ def add_parts(
     Raises:
         ZOError: a name is not known.
     """
-    from zo_opt.training.parts import TABLES, default_name, own_options  # what they are is heavy
+    from zo_opt.training.parts import TABLES, default_name, own_options, shown_defaults  # what they are is heavy
 
     fixed = without_options(names["optimizer"])
     parser.parts = parts
@@ -152,11 +152,13 @@ def add_parts(
         added: set[str] = set()
         for kind in kinds:
             hints, helps = option_types(kind), _helps(kind)
-            for name, default in own_options(part, kind).items():
+            defaults = shown_defaults(part, kind, names) if parts is PARTS else own_options(part, kind)
+            for name, default in defaults.items():
                 if name not in added:
                     added.add(name)
-                    help_ = f"{helps.get(name, '')} (default: {default})".strip()
-                    group.add_argument(f"--{part}.{name}", type=hints.get(name, Any), default=default, help=help_)
+                    group.add_argument(
+                        f"--{part}.{name}", type=hints.get(name, Any), default=default, help=helps.get(name)
+                    )
 
 
 def read_options_file(path: Path) -> dict[str, Any]:

@@ -13,10 +13,11 @@ from zo_opt.choices import split
 from zo_opt.models.models import classification_heads
 from zo_opt.tasks.scoring import Scorer
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.methods import WHOLE_MODEL, default_lr
+from zo_opt.training.options import WHOLE_MODEL
+from zo_opt.training.pairings import default_lr
+from zo_opt.training.parts import ON_ANSWERS
 
 FROM_LAYER = 0.4  # adapters on answers sit from this share of the depth on: what is below is frozen, and run once
-ON_ANSWERS: dict[str, Any] = {"positions": "answer", "trainable": "input", "rank": 8, "alpha": 8.0, "tt_rank": 16}
 FEEDBACK_LR = 1e-2
 
 

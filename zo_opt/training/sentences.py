@@ -21,7 +21,7 @@ _ELSEWHERE = {
     "model": "model_name_or_path", "quantize": "quantise", "load_in_8bit": "quantise", "bf16": "precision", "fp16": "precision",
     "optim": "optimizer", "dataset": "train_file", "validation_file": "eval_file",
     "clip": "step_control.factor", "alpha": "schedule.alpha", "beta": "schedule.beta", "queries": "schedule.queries",
-    "max_queries": "schedule.max_queries", "min_queries": "schedule.min_queries", "budget_forwards": "schedule.forwards",
+    "max_queries": "schedule.max_queries", "min_queries": "schedule.min_queries",
     "milestones": "schedule.milestones", "beta1": "update_rule.beta1", "beta2": "update_rule.beta2",
     "rank": "adapter.rank", "lora_r": "adapter.rank", "lora_alpha": "adapter.alpha", "tt_rank": "adapter.tt_rank",
     "layers": "adapter.layers", "target_modules": "adapter.target_modules", "bottleneck": "adapter.bottleneck",

@@ -36,8 +36,9 @@ from zo_opt.tasks.tasks import (
     parse_verbalizers,
     placeholders,
 )
+from zo_opt.training.budget import steps_of
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.methods import WHOLE_MODEL
+from zo_opt.training.options import WHOLE_MODEL, FirstOptions
 from zo_opt.training.recipe import Recipe, resolve
 
 
@@ -62,7 +63,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Tools:
-    """A model ready to be tuned on prepared examples."""
+    """A model ready to be tuned on prepared examples, in so many steps."""
 
     model: AdapterModel
     train: Prepared
@@ -71,6 +72,7 @@ class Tools:
     precision: str
     device: torch.device
     recipe: Recipe
+    steps: int
 
     def record_prompts(self, config: TrainConfig, output_dir: Path, reporter: Reporter) -> None:
         """Have what is frozen of all rows' forwards kept, as far as the bound allows.
@@ -200,6 +202,8 @@ def build_tools(config: TrainConfig, examples: Examples, reporter: Reporter) -> 
         )
     if objective is not None:
         reporter.say(f"the run trains {objective.trained}, from values alone; what is shown as loss is that.")
+    if config.budget_forwards is not None and not config.resume:  # of running text the rows are blocks of tokens
+        config = replace(config, steps=steps_of(config, len(scorer.encode_all(examples.train))))
     recipe = resolve(config, base.model, scorer)
     model = get_adapter_model(base.model, recipe.adapter)
     model.to(device)
@@ -213,7 +217,7 @@ def build_tools(config: TrainConfig, examples: Examples, reporter: Reporter) -> 
                 f"{prepared.truncated} of {len(prepared)} {name} prompts were longer than {scorer.max_length} tokens; "
                 "their longest column was cut, template and label words are whole."
             )
-    return Tools(model, train, held_out, prompts, base.precision, device, recipe)
+    return Tools(model, train, held_out, prompts, base.precision, device, recipe, config.steps)
 
 
 def _task_for_file(config: TrainConfig, rows: Sequence[data.Row]) -> Task:
@@ -235,6 +239,11 @@ def _task_for_file(config: TrainConfig, rows: Sequence[data.Row]) -> Task:
     named = (config.template, config.verbalizers, config.text_column, config.label_column)
     if named == (None, None, "text", "label") and set(task.required_columns()) <= columns:
         return task
+    if config.task != FirstOptions.task:
+        raise ZOError(
+            f"task={config.task!r} takes rows with the columns {', '.join(task.required_columns())} and has its own prompt and label words; "
+            "leave --task out for other rows, a template, verbalizers or columns of your own."
+        )
     labels = data.column_values(rows, config.label_column, str(config.train_file))
     if len(labels) > 100:
         raise ZOError(
@@ -247,7 +256,9 @@ def _task_for_file(config: TrainConfig, rows: Sequence[data.Row]) -> Task:
 
 
 def _check_kind(config: TrainConfig, task: Task) -> None:
-    """Options that this kind of task has no use for."""
+    """Options that this task has no use for."""
+    if config.text_column != TrainConfig.text_column and "text" not in task.shown():
+        raise ZOError("text_column was given, and the template shows no {text}; put it there, or leave the column out.")
     if task.kind == CLASSIFICATION:
         if config.max_new_tokens is not None:
             raise ZOError(

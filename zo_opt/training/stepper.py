@@ -45,7 +45,8 @@ class Stepper:
             config, tools.model, make_param_groups(config, tools.model, tools.recipe.lr), tools.recipe.lr,
             self._order.steps_per_epoch, privacy,
         )  # fmt: skip
-        self.lr_scheduler = get_scheduler(config.lr_schedule, self.optimizer, config.warmup_steps, config.steps)
+        schedule = "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule
+        self.lr_scheduler = get_scheduler(schedule, self.optimizer, config.warmup_steps, config.steps)
         self.journal: Journal | None = None
         self._ranks = None if not isinstance(self.optimizer, ZerothOrderOptimizer) else self.optimizer.ranks
 

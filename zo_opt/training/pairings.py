@@ -1,4 +1,4 @@
-"""Names of methods as their papers call them: an adapter, what moves it, and at which learning rate."""
+"""An adapter and what moves it, by the name of their paper, and at which learning rate: what users compare as methods."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from zo_opt.adapters import ADAPTERS
 from zo_opt.errors import ZOError
 from zo_opt.optim import OPTIMIZERS
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.options import BACKPROPAGATION
+from zo_opt.training.options import BACKPROPAGATION, WHOLE_MODEL
 
 OF_WEIGHTS = {"estimator": "two-sided"}
 
 
 @dataclass(frozen=True)
-class Method:
-    """One row of a comparison.
+class Pairing:
+    """An optimizer and an adapter: one row of a comparison.
 
     Attributes:
         name: the name asked for.
         optimizer: "adamw" (backpropagation) or a name of :data:`~zo_opt.optim.OPTIMIZERS`.
         adapter: a name of :data:`~zo_opt.adapters.ADAPTERS`.
-        options: other options of ``zo-opt train`` that make the method.
-        adapter_options: options of the adapter that make it.
+        options: other options of ``zo-opt train`` that go with them.
+        adapter_options: options of the adapter that do.
     """
 
     name: str
@@ -45,29 +45,29 @@ class Method:
         )
 
 
-METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (
+PAIRINGS: dict[str, Pairing] = {
+    pairing.name: pairing
+    for pairing in (
         *(
-            Method(name, BACKPROPAGATION, name)
+            Pairing(name, BACKPROPAGATION, name)
             for name in (
                 *("full", "bitfit", "lora", "dora", "adalora", "lora-fa", "vera", "aflora", "lisa", "lamda", "lamda++"),
                 *("adapter", "spectral"),
             )
         ),
-        Method("lora+", BACKPROPAGATION, "lora", {"loraplus_lr_ratio": 16.0}),
-        Method("loretta", BACKPROPAGATION, "tt"),
+        Pairing("lora+", BACKPROPAGATION, "lora", {"loraplus_lr_ratio": 16.0}),
+        Pairing("loretta", BACKPROPAGATION, "tt"),
         # MeZO as published but for the learning rate's schedule: one Gaussian query a step, the same for all examples, plain SGD.
         *(
-            Method(name, optimizer, adapter, {"query_mode": "auto", "directions": "gaussian", "step_control": "none"})
+            Pairing(name, optimizer, adapter, {"query_mode": "auto", "directions": "gaussian", "step_control": "none"})
             for name, optimizer, adapter in (("mezo", "mezo", "full"), ("mezo-lora", "mezo", "lora"))
         ),
-        Method("sparse-mezo", "sparse-mezo", "full", {"query_mode": "auto"}),
+        Pairing("sparse-mezo", "sparse-mezo", "full", {"query_mode": "auto"}),
         # The paper's own start and schedule; its queries split over the batch, which makes them free.
-        Method("adazeta", "adazeta", "tt"),
+        Pairing("adazeta", "adazeta", "tt"),
         # The defaults of zo-opt train: queries on activations with learned feedback (docs/recipe.md), and the same adapters by backpropagation.
-        Method("adazeta-feedback", "adazeta", "tt-lora"),
-        Method("tt-lora-answers", BACKPROPAGATION, "tt-lora", adapter_options={"positions": "answer"}),
+        Pairing("adazeta-feedback", "adazeta", "tt-lora"),
+        Pairing("tt-lora-answers", BACKPROPAGATION, "tt-lora", adapter_options={"positions": "answer"}),
     )
 }
 
@@ -82,32 +82,31 @@ ADAPTER_SGD_LR = 2e-2
 # 1e-6 for a model of 10^10 parameters is MeZO's (arXiv 2305.17333).
 WHOLE_MODEL_SGD_LR_TIMES_PARAMETERS = 1e4
 WHOLE_MODEL_LR = 1e-4
-WHOLE_MODEL = ("full", "lisa")  # adapters that train the model's own weights
 
 
-def get_method(name: str) -> Method:
-    """The method of that name, or ``optimizer:adapter`` for any two.
+def get_pairing(name: str) -> Pairing:
+    """The pairing of that name, or ``optimizer:adapter`` for any two.
 
     Raises:
         ZOError: it is not known.
 
-    >>> get_method("lora+").optimizer, get_method("fzoo:tt-lora").adapter
+    >>> get_pairing("lora+").optimizer, get_pairing("fzoo:tt-lora").adapter
     ('adamw', 'tt-lora')
     """
-    if name in METHODS:
-        return METHODS[name]
+    if name in PAIRINGS:
+        return PAIRINGS[name]
     parts = name.split(":")
     for i in range(1, len(parts)):  # either may be the user's own, with a colon in its name
         optimizer, adapter = ":".join(parts[:i]), ":".join(parts[i:])
         if (optimizer in OPTIMIZERS or ":" in optimizer) and (adapter in ADAPTERS or ":" in adapter):
             OPTIMIZERS.find(optimizer)
             ADAPTERS.find(adapter)
-            return Method(
+            return Pairing(
                 name, optimizer, adapter, OF_WEIGHTS if (optimizer, adapter) == ("adazeta", "tt-lora") else {}
             )
     if len(parts) == 2:
         (ADAPTERS if parts[0] in OPTIMIZERS else OPTIMIZERS).find(parts[1] if parts[0] in OPTIMIZERS else parts[0])
-    raise ZOError(f"method {name!r} is not known; choose of {', '.join(METHODS)}, or give optimizer:adapter.")
+    raise ZOError(f"method {name!r} is not known; choose of {', '.join(PAIRINGS)}, or give optimizer:adapter.")
 
 
 def default_lr(optimizer: str, adapter: str, *, adam: bool, parameters: int) -> float:

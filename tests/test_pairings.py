@@ -11,7 +11,7 @@ from zo_opt.comparison.options import CompareConfig, run_config
 from zo_opt.errors import ZOError
 from zo_opt.optim import OPTIMIZERS
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.methods import METHODS, get_method
+from zo_opt.training.pairings import PAIRINGS, get_pairing
 
 NAMED = [
     "full",
@@ -48,32 +48,32 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def test_the_names_of_the_issue_are_there() -> None:
-    assert set(NAMED) <= set(METHODS)
+    assert set(NAMED) <= set(PAIRINGS)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("name", [*METHODS, *COMBINED])
+@pytest.mark.parametrize("name", [*PAIRINGS, *COMBINED])
 def test_a_run_passes_its_checks(name: str, options: str) -> None:
-    method = get_method(name)
-    config = run_config(TrainConfig(**OPTIONS[options]), method)
+    pairing = get_pairing(name)
+    config = run_config(TrainConfig(**OPTIONS[options]), pairing)
     config.check()
-    assert (config.optimizer_name, config.adapter_name) == (method.optimizer, method.adapter)
+    assert (config.optimizer_name, config.adapter_name) == (pairing.optimizer, pairing.adapter)
     assert TrainConfig.from_dict(config.given()) == config
 
 
 def test_what_the_user_gave_wins_over_the_methods_own() -> None:
-    assert run_config(TrainConfig(query_mode="split"), get_method("mezo-lora")).query_mode == "split"
-    assert run_config(TrainConfig(), get_method("mezo-lora")).query_mode == "auto"
-    assert run_config(TrainConfig(adapter={"rank": 3}), get_method("lora")).make_adapter().rank == 3
-    assert run_config(TrainConfig(adapter={"tt_rank": 3}), get_method("lora")).adapter == {"name": "lora"}
-    assert run_config(TrainConfig(adapter_init="class_means"), get_method("adazeta")).adapter_init == "class_means"
-    assert run_config(TrainConfig(adapter_init="class_means"), get_method("lora")).adapter_init == "auto"
+    assert run_config(TrainConfig(query_mode="split"), get_pairing("mezo-lora")).query_mode == "split"
+    assert run_config(TrainConfig(), get_pairing("mezo-lora")).query_mode == "auto"
+    assert run_config(TrainConfig(adapter={"rank": 3}), get_pairing("lora")).make_adapter().rank == 3
+    assert run_config(TrainConfig(adapter={"tt_rank": 3}), get_pairing("lora")).adapter == {"name": "lora"}
+    assert run_config(TrainConfig(adapter_init="class_means"), get_pairing("adazeta")).adapter_init == "class_means"
+    assert run_config(TrainConfig(adapter_init="class_means"), get_pairing("lora")).adapter_init == "auto"
 
 
 @pytest.mark.parametrize("name", ["", "loar", "lora:mezo", "mezo:", ":lora"])
 def test_names_that_are_not_known(name: str) -> None:
     with pytest.raises(ZOError, match="not known"):
-        get_method(name)
+        get_pairing(name)
 
 
 def test_methods_as_a_list_or_a_word() -> None:
@@ -83,6 +83,6 @@ def test_methods_as_a_list_or_a_word() -> None:
 
 
 def test_one_rank_for_all_is_where_adalora_ends() -> None:
-    adapter = run_config(TrainConfig(adapter={"rank": 4}), get_method("adalora")).make_adapter()
+    adapter = run_config(TrainConfig(adapter={"rank": 4}), get_pairing("adalora")).make_adapter()
     assert vars(adapter)["target_rank"] == 4
     assert vars(adapter)["rank"] == 6
