@@ -55,6 +55,23 @@ class TTLinear(nn.Module):
         for core in self.cores:
             core.copy_(torch.randn(core.shape, generator=generator) * std)
 
+    @torch.no_grad()
+    def start_at_zero(self, generator: torch.Generator) -> None:
+        """The zero matrix: the largest core is zero, cores before it have orthonormal columns and cores behind it orthonormal rows.
+
+        [choice] So the first step can go in as many directions as one core has entries, and its entries are coordinates of the matrix: one
+        lr fits all sizes. With a small core at zero, a rank's worth of random features is all that can be learned at first.
+        """
+        largest = max(range(len(self.cores)), key=lambda i: self.cores[i].numel())
+        for i, core in enumerate(self.cores):
+            drawn = torch.randn(core.shape, generator=generator, dtype=torch.float64)
+            if i == largest:
+                core.zero_()
+            elif i < largest:
+                core.copy_(torch.linalg.qr(drawn.flatten(0, 1))[0].view(core.shape))
+            else:
+                core.copy_(torch.linalg.qr(drawn.flatten(1).T)[0].T.reshape(core.shape))
+
     def forward(self, x: Tensor) -> Tensor:
         if self.pair is not None:
             y_TN = self.pair(x.reshape(-1, x.shape[-1]))

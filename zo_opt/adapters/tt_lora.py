@@ -68,10 +68,13 @@ class TTLoRA(Delta):
             self.up.requires_grad_(False)
         if target.device.type != "meta":
             generator = torch.Generator().manual_seed(config.seed_of(number))
+            if self._only_input:
+                self.down.start_at_zero(generator)
+                return
             self.down.reset(generator)
             self.up.reset(generator)
             with torch.no_grad():
-                (self.down if self._only_input else self.up).cores[-1].zero_()
+                self.up.cores[-1].zero_()
 
     @torch.no_grad()
     def start_from(self, layer: nn.Module) -> None:

@@ -20,6 +20,7 @@ from zo_opt.queries.activations import Observed, Sites, sites_of
 from zo_opt.queries.modes import Evaluator
 from zo_opt.queries.perturbation import as_scalar
 
+TRIES = 3  # of the scale of shifts, before the first step
 AT_ONCE = 4  # queries in one forward: the same for any number of processes, so that they compute the same bits
 
 
@@ -31,6 +32,9 @@ class Activations(Estimator):
     weights; if it returns a loss that torch can differentiate from the body's output on, a query is one shifted forward up to there
     (one-sided: that output moves linearly in zo_eps to first order, and its even part cancels on average), and the rest is exact. If it
     returns a number, or one a sequence (a reward), a query is two runs of the closure.
+
+    ``zo_eps`` is how far a query moves the body's output, as a share of it (root mean squares over all answer positions): the shift that
+    does so is found before the first step, for it hangs on the model, its sizes and its sites. In bf16 it must stand out of the noise.
 
     Source: node perturbation, Ren et al., arXiv 2210.03310, section 3; here with the loss's own end exact.
     """
@@ -52,10 +56,10 @@ class Activations(Estimator):
             s_QNTH = self._responses(evaluate, sites, call, seen, v_QNTD, zo_eps)
             e_MH, s_QMH = seen.slope_NTH[valid_NT].float(), s_QNTH[:, valid_NT]
             y_QM = torch.einsum("mh,qmh->qm", e_MH.double(), s_QMH)
-            forwards = queries + 1
+            forwards = queries + 1 + tries
         else:
-            y_QM = self._differences(evaluate, sites, call, seen, v_QNTD, zo_eps)
-            forwards = 2 * queries + 1
+            y_QM = self._differences(evaluate, sites, call, seen, v_QNTD, shift)
+            forwards = 2 * queries + 1 + tries
         # A number of the whole batch, or of a sequence with several positions, is no position's own.
         own = s_QMH is not None or (_is_a_row_each(seen.loss, len(valid_NT)) and bool((valid_NT.sum(1) == 1).all()))
         v_QMD = v_QNTD[:, valid_NT]
@@ -102,7 +106,7 @@ class Activations(Estimator):
         return torch.stack([step.range(query, 0, axis.numel()).view(shape) for query in range(queries)])
 
     def _responses(
-        self, evaluate: Evaluator, sites: Sites, call: Callable[[], Any], seen: Observed, v_QNTD: Tensor, zo_eps: float
+        self, evaluate: Evaluator, sites: Sites, call: Callable[[], Any], seen: Observed, v_QNTD: Tensor, shift: float
     ) -> Tensor:
         """s (Q, N, T, H) float64: the difference quotient of the body's output along each direction."""
         parts = v_QNTD.split(AT_ONCE)
@@ -111,7 +115,7 @@ class Activations(Estimator):
         def run(first: int, last: int) -> Tensor:
             found = [torch.empty(0, dtype=torch.float64)]
             for v in parts[first:last]:
-                moved = (sites.ends(call, zo_eps * v).double() - seen.end_NTH.double()) / zo_eps
+                moved = (sites.ends(call, shift * v).double() - seen.end_NTH.double()) / shift
                 found.append(torch.nn.functional.pad(moved.flatten().cpu(), (0, width - moved.numel())))
             return torch.cat(found)
 
@@ -123,7 +127,7 @@ class Activations(Estimator):
         return found[: v_QNTD.shape[0] * seen.end_NTH.numel()].view(-1, *seen.end_NTH.shape).to(v_QNTD.device)
 
     def _differences(
-        self, evaluate: Evaluator, sites: Sites, call: Callable[[], Any], seen: Observed, v_QNTD: Tensor, zo_eps: float
+        self, evaluate: Evaluator, sites: Sites, call: Callable[[], Any], seen: Observed, v_QNTD: Tensor, shift: float
     ) -> Tensor:
         """y (Q, M) float64 from what the closure returns on both sides: one number, or one a sequence, the mean of which is the loss."""
         sequences, tokens = seen.valid_NT.shape
@@ -131,8 +135,8 @@ class Activations(Estimator):
         def run(first: int, last: int) -> Tensor:
             found = []
             for v in v_QNTD[first:last]:
-                up, down = (_row_values(sites.loss(call, sign * zo_eps * v), sequences) for sign in (1, -1))
-                found.append((up - down) / (2 * zo_eps))
+                up, down = (_row_values(sites.loss(call, sign * shift * v), sequences) for sign in (1, -1))
+                found.append((up - down) / (2 * shift))
             return torch.cat(found) if found else torch.empty(0, dtype=torch.float64)
 
         count = len(v_QNTD)
@@ -192,7 +196,7 @@ class LearnedFeedback(Activations):
             return spsa(v_QMD, y_QM)
         v_QMD, y_QM = v_QMD.cpu(), y_QM.cpu()
         width, hidden = v_QMD.shape[-1], 0 if s_QMH is None else s_QMH.shape[-1]
-        if not memory:
+        if "products_DD" not in memory:
             memory.update(vars(Feedback.fresh(width, hidden, self.ridge)))
         feedback = Feedback(*(memory[name] for name in ("products_DD", "responses_DH", "spread_DD")))
         if s_QMH is None or e_MH is None:
@@ -214,6 +218,25 @@ class LearnedFeedback(Activations):
             found = u_MD * unit_M[:, None] * there[:, None]
         memory.update(vars(feedback))
         return found
+
+
+def _shift(sites: Sites, call: Callable[[], Any], seen: Observed, v_CNTD: Tensor, share: float) -> Tensor:
+    """The scale of shifts that moves the body's output by this share of itself; float64.
+
+    Raises:
+        ZOError: no shift moves it.
+    """
+    shift, valid = share, seen.valid_NT
+    for _ in range(TRIES):
+        moved = (sites.ends(call, shift * v_CNTD)[0] - seen.end_NTH)[valid].double()
+        ratio = float(moved.norm() / seen.end_NTH[valid].double().norm())
+        if not 0 < ratio < float("inf"):
+            raise ZOError(
+                "shifting the adapters' inner activations does not move the model's output; adapt other modules."
+            )
+        # Far from the linear range a step to it must not be trusted; noise of a narrow dtype looks like a response.
+        shift *= min(max(share / ratio, 0.1), 10.0)
+    return torch.tensor(shift, dtype=torch.float64)
 
 
 def _on_axis(evaluate: Evaluator, sites: Sites, gradients: list[Tensor]) -> Tensor:

@@ -271,6 +271,8 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
         """The perturbation scale asked for; else the objective's."""
         if self.zo_eps is not None:
             return self.zo_eps
+        if self.on_activations:
+            return 3e-2  # of the body's output
         return 1e-2 if self.objective == objectives.LOSS else objectives.ZO_EPS
 
     def make_update_rule(self) -> UpdateRule | None:

@@ -139,7 +139,8 @@ class LearningOptions:
         line_search: lengths of a step that are tried before it is taken, such as '[0, 1]'.
         query_mode: sequential, batched, split or auto; split if not given, sequential for forward-gradient, for objectives f1,
             exact_match and rewards, and where processes share the data. "distributed" is sequential in each of several processes.
-        zo_eps: perturbation scale (0.01; 0.1 for objectives that move in steps).
+        zo_eps: perturbation scale (0.01; 0.1 for objectives that move in steps); of queries on activations how far one moves the body's output,
+            as a share of it (0.03).
         weight_decay: decoupled.
         lr_schedule: linear (to zero), cosine or constant.
         warmup_steps: steps over which the learning rate rises from zero.
