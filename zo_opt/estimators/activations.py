@@ -50,10 +50,14 @@ class Activations(Estimator):
         seen = sites.observe(call)
         valid_NT = seen.valid_NT
         v_QNTD = self._directions(evaluate, queries, (*valid_NT.shape, sites.width)).to(seen.end_NTH.device)
+        tries = 0
+        if "shift" not in evaluate.memory:
+            evaluate.memory["shift"], tries = _shift(sites, call, seen, v_QNTD[:1], zo_eps), TRIES
+        shift = float(evaluate.memory["shift"])
         e_MH: Tensor | None = None
         s_QMH: Tensor | None = None
         if seen.slope_NTH is not None:
-            s_QNTH = self._responses(evaluate, sites, call, seen, v_QNTD, zo_eps)
+            s_QNTH = self._responses(evaluate, sites, call, seen, v_QNTD, shift)
             e_MH, s_QMH = seen.slope_NTH[valid_NT].float(), s_QNTH[:, valid_NT]
             y_QM = torch.einsum("mh,qmh->qm", e_MH.double(), s_QMH)
             forwards = queries + 1 + tries
