@@ -74,6 +74,10 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.positions == "answer" and type(self).in_place is not AdapterConfig.in_place:
+            raise ZOError(
+                f"adapter {self.adapter_type!r} trains the model's own weights, which act on every token; leave positions out."
+            )
 
     @property
     def adapter_type(self) -> str:
@@ -86,15 +90,23 @@ class AdapterConfig:
         Raises:
             ZOError: there is a nonlinearity in between, or the layer acts on some tokens alone.
         """
-        if self.positions == "answer":
-            raise ZOError(
-                "these adapters act from the answer on, and a weight acts on every token: merged, they would change the prompt's states; "
-                "keep them attached (load_adapter_model), or train with positions='all'."
-            )
+        self.check_everywhere()
         if not self.mergeable:
             raise ZOError(
                 f"adapters of type {self.adapter_type!r} are serial with a nonlinearity and cannot be merged into "
                 "the weights; keep them attached (load_adapter_model), or call unload() to remove them."
+            )
+
+    def check_everywhere(self) -> None:
+        """Whether the adapters act on every token, as a weight does.
+
+        Raises:
+            ZOError: they act on answers.
+        """
+        if self.positions == "answer":
+            raise ZOError(
+                "these adapters act from the answer on, and a weight acts on every token: merged, they would change the prompt's states; "
+                "keep them attached (load_adapter_model), or train with positions='all'."
             )
 
     def check_ranks(self, names: Sequence[str]) -> None:
@@ -144,10 +156,6 @@ class AdapterConfig:
         )
         if self.positions == "all":
             return found
-        if type(self).in_place is not AdapterConfig.in_place:
-            raise ZOError(
-                f"adapter {self.adapter_type!r} trains the model's own weights, which act on every token; leave positions out."
-            )
         return on_answers(model, found)
 
     def resolve(self, targets: Sequence[Target]) -> AdapterConfig:

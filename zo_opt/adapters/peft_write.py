@@ -68,6 +68,7 @@ def to_peft(model: AdapterModel) -> Form:
         model.adapter_config,
         model.adapter_state(),
     )
+    config.check_everywhere()
     if not adapted:
         raise ZOError(
             f"adapter {config.adapter_type!r} trains the model's own weights and cannot be exported as an adapter of PEFT's; "

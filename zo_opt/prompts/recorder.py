@@ -82,6 +82,9 @@ class Recorder:
         self._width = 0  # W
         self._extra_outputs: int | None = None  # of a layer that returns a tuple: its length beyond the hidden states
         self._frozen = {n: t for n, t in [*model.named_parameters(), *model.named_buffers()] if not t.requires_grad}
+        # New adapters are in training mode, and take no part.
+        named = [(name.split("."), module) for name, module in body.named_modules()]
+        self._base = [m for parts, m in named if "adapter" not in parts and not hasattr(m, "base_layer")]
         self._marks = self._current_marks()
 
     @torch.no_grad()
@@ -173,7 +176,7 @@ class Recorder:
 
     def _found(self, spans: Sequence[Span]) -> dict[bytes, tuple[Tensor, Tensor]]:
         """What is kept of these sequences."""
-        if any(module.training for module in self._body.modules()):
+        if any(module.training for module in self._base):
             return {}
         if (marks := self._current_marks()) != self._marks:
             self._marks, self.store = marks, None
