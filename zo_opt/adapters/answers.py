@@ -60,7 +60,7 @@ class AnswerForward:
             self.objection = "nothing is frozen below the first adapter, or adapters sit in several places"
         self.copies, self.layout = 1, Layout("rows", 1, 0)
         self.state: PromptState | None = None
-        self.trying = False
+        self.trying = self._grad = False
         self.ended: Callable[[Tensor], Tensor] | None = None
         self._axis: Axis | None = None
         self._tried = False
@@ -146,6 +146,7 @@ class AnswerForward:
 
     def _watched(self) -> AbstractContextManager[Any]:
         """Whoever takes the body's output wants no gradient of what is before it."""
+        self._grad = torch.is_grad_enabled()
         return nullcontext() if self.ended is None else torch.no_grad()
 
     def _run(self, state: PromptState, axis: Axis, copies: int, *, spoiled: bool = False) -> Any:
@@ -214,8 +215,8 @@ class AnswerForward:
     def _end_layer(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         if self.trying:
             return None
-        with torch.set_grad_enabled(True):
-            hidden = self._end(output[0] if isinstance(output, tuple) else output)
+        torch.set_grad_enabled(self._grad)  # until the body returns: a pooler's gradient is wanted
+        hidden = self._end(output[0] if isinstance(output, tuple) else output)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def _end(self, hidden: Tensor) -> Tensor:

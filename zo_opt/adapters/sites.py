@@ -5,6 +5,7 @@ Shape suffixes: N sequences, T answer tokens, C copies, D inner activations of a
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,7 +101,11 @@ class ActivationSites:
 
             return probe
 
-        with torch.enable_grad(), self._probed([seeing(site) for site in range(len(self._adapters))], end):
+        probes = [seeing(site) for site in range(len(self._adapters))]
+        with torch.enable_grad(), warnings.catch_warnings(), self._probed(probes, end):
+            warnings.filterwarnings(
+                "ignore", "Converting a tensor with requires_grad"
+            )  # a closure that returns a float
             loss = call()
             total = loss.sum() if isinstance(loss, Tensor) else None
         if len(ends) != 1:

@@ -49,6 +49,8 @@ class Activations(Estimator):
         call = evaluate.closure if evaluate.batch is None else lambda: evaluate.closure(evaluate.batch)
         seen = sites.observe(call)
         valid_NT = seen.valid_NT
+        if seen.slope_NTH is not None:  # the answer's last token says nothing of the loss
+            valid_NT = valid_NT & (seen.slope_NTH != 0).any(-1)
         v_QNTD = self._directions(evaluate, queries, (*valid_NT.shape, sites.width)).to(seen.end_NTH.device)
         tries = 0
         if "shift" not in evaluate.memory:
@@ -77,7 +79,7 @@ class Activations(Estimator):
             delta_NTD[valid_NT] = self.delta(evaluate.memory, *kept, e_MH, own=own).to(delta_NTD.device)
             gradient = _on_axis(evaluate, sites, sites.gradients(seen, delta_NTD))
         ones = torch.ones(queries, dtype=torch.float64)
-        tokens = forwards * int(valid_NT.sum())
+        tokens = forwards * int(seen.valid_NT.sum())
         return Estimate(loss, slopes_Q.cpu(), ones, forwards, gradient=gradient, tokens=tokens)
 
     def delta(
