@@ -16,7 +16,7 @@ from zo_opt.system.plain_json import is_number
 
 NAME = "metrics.jsonl"
 _CHECKSUM = b', "checksum": "'  # of all before it; seconds come after, so that equal runs have equal checksums
-_COUNTS, _NUMBERS = ("step", "epoch", "queries", "dropped", "forwards"), ("loss", "lr", "seconds")
+_COUNTS, _NUMBERS = ("step", "epoch", "queries", "dropped", "forwards", "tokens"), ("loss", "lr", "seconds")
 
 
 class MetricsWriter:
@@ -67,6 +67,7 @@ def step_values(record: StepRecord, lr: float, history: History, seconds: float)
         "queries": record.queries,
         "dropped": record.dropped,
         "forwards": history.forwards,
+        "tokens": history.tokens,
         "seconds": round(seconds, 3),
         "projected_grads": list(record.projected_grads),
     }

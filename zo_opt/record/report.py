@@ -41,10 +41,12 @@ def markdown(s: Summary) -> str:
             if name != s.metric
         },
         "loss before, after": f"{before.loss:.3f}, {after.loss:.3f}",
+        "logistic regression": _regression(s),
         "rows": f"{s.train_rows:,} training, {after.rows:,} held out",
         "trainables": s.adapter,
         "steps, queries": f"{s.steps:,}, {s.queries:,}{dropped}",
         "forward passes": _cost(s),
+        "token evaluations": f"{s.tokens:,}" if s.tokens else "",
         "time": f"{s.train_seconds:.0f} s training, {s.other_seconds:.0f} s caching and evaluation",
         "peak memory": f"{readable(s.peak_memory)} on {s.device} ({readable(s.train_peak_memory)} in training), {_cache_share(s)}",
         "frozen base": s.precision,
@@ -60,21 +62,29 @@ def markdown(s: Summary) -> str:
     )
 
 
+def _regression(s: Summary) -> str:
+    """What it reaches on the frozen model's hidden states."""
+    if s.regression is None:
+        return ""
+    better = ", better than the tuned model" if s.regression > s.after.accuracy else ""
+    return f"{s.regression:.1%} on the frozen model's hidden states{better}"
+
+
 def _cost(s: Summary) -> str:
     whole = s.forwards * s.forward_depth + s.prepared_rows / s.batch_size
     cost = f"{s.forwards:,} in training ({s.forwards / s.steps:.3g} a step, batches of {s.batch_size})"
     if not s.queries:
         cost += ", a backward pass counted as two"
     if s.forward_depth < 1:
-        cost += f", each through {s.forward_depth:.0%} of the layers, above the cached prefix"
-    return f"{cost}; {whole:,.0f} whole passes in all, with one over {s.prepared_rows:,} rows to cache and place"
+        cost += f", each through {s.forward_depth:.0%} of the layers, those above the first adapter"
+    return f"{cost}; {whole:,.0f} whole passes in all, with one over {s.prepared_rows:,} rows whose prompts were kept"
 
 
 def _cache_share(s: Summary) -> str:
     elsewhere = {"disk": "on disk", "cpu": "in CPU memory"}.get(s.cache_place)
     if elsewhere is None or (s.cache_place == "cpu" and s.device == "cpu"):
-        return f"of which {readable(s.cache_bytes)} cached hidden states"
-    return f"and {readable(s.cache_bytes)} of cached hidden states {elsewhere}"
+        return f"of which {readable(s.cache_bytes)} kept prompts"
+    return f"and {readable(s.cache_bytes)} of kept prompts {elsewhere}"
 
 
 def draw(metrics: list[dict[str, Any]], s: Summary, path: Path) -> None:

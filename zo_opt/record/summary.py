@@ -21,6 +21,7 @@ class Progress:
     loss: float | None = None  # running mean, for the progress bar
     peak_memory: int = 0  # of everything before training
     train_peak_memory: int = 0
+    regression: float | None = None  # accuracy of logistic regression on hidden states
 
     def smooth(self, loss: float) -> float:
         """Update the running mean of the loss with one step's (non-finite ones are skipped)."""
@@ -65,6 +66,8 @@ class Summary:
     batch_size: int
     versions: dict[str, str]
     privacy: str = ""  # the guarantee of a private run
+    tokens: int = 0  # token evaluations
+    regression: float | None = None  # accuracy of logistic regression on the frozen model's hidden states
 
     @property
     def how(self) -> str:

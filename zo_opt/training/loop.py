@@ -30,6 +30,7 @@ from zo_opt.system.memory import current_memory, peak_memory, readable, reset_pe
 from zo_opt.tasks.evaluation import Evaluation, evaluate
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.private import make_privacy
+from zo_opt.training.regression import regression_accuracy
 from zo_opt.training.resume import keeps_journal, resume, resumed_config
 from zo_opt.training.setup import Tools, build_tools, load_examples
 from zo_opt.training.stepper import Stepper
@@ -107,6 +108,7 @@ class _Run:
             self.tools.compile_model(self.reporter)
         if not self.config.resume:
             self.progress.before = self._evaluate("zero-shot evaluation").to_dict()
+            self._regress()
             self._write_record()
             if keeps_journal(self.optimizer, self.tools.model):
                 assert isinstance(self.optimizer, ZerothOrderOptimizer)
@@ -141,6 +143,11 @@ class _Run:
         self.tools.close_cache(self.config, self.reporter)
         self.tools.model.save_pretrained(self.output_dir)
         self.progress.other_seconds += time.monotonic() - start
+        beaten = self.progress.regression
+        if beaten is not None and beaten > after.accuracy:
+            self.reporter.say(
+                f"logistic regression on the frozen model's hidden states is better on these rows: accuracy {beaten:.1%}."
+            )
         summary = summarise(self.config, self.record["command"], self.tools, self.optimizer, self.progress, after)
         report.write(self.output_dir, summary)
         checkpoint.remove(self.output_dir)
@@ -172,6 +179,18 @@ class _Run:
             result = evaluate(self.tools.model, self.tools.held_out, self.config.eval_batch_size, tracker.advance)
         self.reporter.say(f"{what}: {result.describe()}")
         return result
+
+    def _regress(self) -> None:
+        """What is to be beaten: adapters start without effect, so that the model is its frozen base here."""
+        tools, config = self.tools, self.config
+        if not config.private:
+            self.progress.regression = regression_accuracy(
+                tools.model, tools.train, tools.held_out, config.eval_batch_size
+            )
+        if self.progress.regression is not None:
+            self.reporter.say(
+                f"logistic regression on the frozen model's hidden states: accuracy {self.progress.regression:.1%}"
+            )
 
     def _train(self, trackers: Trackers) -> None:
         config, optimizer, stepper = self.config, self.optimizer, self.stepper

@@ -63,4 +63,6 @@ def summarise(
         batch_size=config.batch_size,
         versions=versions(),
         privacy=spent(config, optimizer),
+        tokens=optimizer.history.tokens,
+        regression=progress.regression,
     )
