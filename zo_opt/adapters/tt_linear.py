@@ -57,10 +57,11 @@ class TTLinear(nn.Module):
 
     @torch.no_grad()
     def start_at_zero(self, generator: torch.Generator) -> None:
-        """The zero matrix: the largest core is zero, cores before it have orthonormal columns and cores behind it orthonormal rows.
+        """The zero matrix: the largest core is zero, cores before it have orthogonal columns and cores behind it orthogonal rows, of norm 2.
 
         [choice] So the first step can go in as many directions as one core has entries, and its entries are coordinates of the matrix: one
-        lr fits all sizes. With a small core at zero, a rank's worth of random features is all that can be learned at first.
+        lr fits all sizes. With a small core at zero, a rank's worth of random features is all that can be learned at first. The norm
+        makes the other cores' entries large beside Adam's steps, which turn them slowly.
         """
         largest = max(range(len(self.cores)), key=lambda i: self.cores[i].numel())
         for i, core in enumerate(self.cores):
@@ -68,9 +69,9 @@ class TTLinear(nn.Module):
             if i == largest:
                 core.zero_()
             elif i < largest:
-                core.copy_(torch.linalg.qr(drawn.flatten(0, 1))[0].view(core.shape))
+                core.copy_(2 * torch.linalg.qr(drawn.flatten(0, 1))[0].view(core.shape))
             else:
-                core.copy_(torch.linalg.qr(drawn.flatten(1).T)[0].T.reshape(core.shape))
+                core.copy_(2 * torch.linalg.qr(drawn.flatten(1).T)[0].T.reshape(core.shape))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pair is not None:

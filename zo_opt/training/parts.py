@@ -28,7 +28,7 @@ SHORT_RUN = {  # a run has few steps
 # Of adapters (recipe.py): what follows from the model, the rows or the run is here in words.
 RUN_ADAPTER = {"layers": "the last quarter", "seed": "the run's", "total_steps": "the run's"}
 # Of an adapter that acts on answers, for queries on activations.
-ON_ANSWERS: dict[str, Any] = {"positions": "answer", "trainable": "input", "rank": 8, "alpha": 8.0, "tt_rank": 16}
+ON_ANSWERS: dict[str, Any] = {"positions": "answer", "trainable": "input", "rank": 8, "alpha": 8.0, "tt_rank": 64}
 
 
 def fixed_options(optimizer: str) -> frozenset[str]:

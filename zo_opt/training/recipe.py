@@ -18,7 +18,7 @@ from zo_opt.training.pairings import default_lr
 from zo_opt.training.parts import ON_ANSWERS
 
 FROM_LAYER = 0.4  # adapters on answers sit from this share of the depth on: what is below is frozen, and run once
-FEEDBACK_LR = 1e-2
+FEEDBACK_LR = 3e-3
 
 
 @dataclass(frozen=True)
