@@ -85,13 +85,14 @@ class Line:
     values: dict[str, Any]
     end: int
 
-    def record(self, forwards_before: int) -> StepRecord:
-        """What the optimizer had measured; ``forwards_before``: all forwards up to the step."""
+    def record(self, before: History) -> StepRecord:
+        """What the optimizer had measured; ``before``: all that was spent up to the step."""
         v = self.values
         grads = tuple(math.nan if g is None else float(g) for g in v["projected_grads"])
         return StepRecord(
-            v["step"], v["epoch"], v["loss"], v["queries"], v["dropped"], v["forwards"] - forwards_before, grads
-        )
+            v["step"], v["epoch"], v["loss"], v["queries"], v["dropped"], v["forwards"] - before.forwards, grads,
+            v["tokens"] - before.tokens,
+        )  # fmt: skip
 
 
 class Tail:

@@ -187,7 +187,7 @@ def _redo(
             if update.step + 1 == contents.steps:
                 break  # killed between the two records
             return done, f"metrics.jsonl has no whole line of step {update.step}"
-        redo(optimizer, update, line.record(optimizer.history.forwards))
+        redo(optimizer, update, line.record(optimizer.history))
         lr_scheduler.step()
         done.append(line.values)
         if contents.differs(optimizer.step_count, tuned_names(optimizer, model)):
