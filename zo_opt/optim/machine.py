@@ -117,15 +117,9 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
                 self.ranks.begin_step(self.step_count, self._in_words(), trainables, batch)
         perturbed = Perturbed(trainables, self.directions_of(self.step_count), self.transform())
         evaluator = Evaluator(
-            perturbed,
-            closure,
-            batch,
-            self.mode,
-            self.setting.module,
-            self.ranks,
-            limits=self._limits,
-            memory=self.estimator_memory,
-        )
+            perturbed, closure, batch, self.mode, self.setting.module, self.ranks,
+            limits=self._limits, memory=self.estimator_memory,
+        )  # fmt: skip
         with self._evaluation_mode():
             estimate = self.estimate_from(evaluator, self._queries)
         self.pending.append((estimate, evaluator))
