@@ -56,12 +56,18 @@ def _optional(hint: Any) -> bool:
     return NoneType in get_args(hint)
 
 
+# Adapters that refuse an option, and with which words.
+REFUSED = {
+    ("lisa", "target_modules"): "whole layers",
+    ("lisa", "positions"): "trains the model's own weights",
+    ("full", "positions"): "trains the model's own weights",
+}
 OWN = [
     (part, name, option)
     for part, table in TABLES.items()
     for name in table
     for option in own_options(part, table[name])
-    if (name, option) != ("lisa", "target_modules")  # which refuses it: whole layers are trained
+    if (name, option) not in REFUSED
 ]
 
 
@@ -87,6 +93,13 @@ def test_every_option_of_a_part_is_heeded(part: str, name: str, option: str) -> 
     values = {"optimizer": "mezo", "query_mode": "sequential"} if part not in ("optimizer", "adapter") else {}
     with_one, with_other = (built(values | {part: {"name": name, option: value}}) for value in (one, other))
     assert with_one != with_other
+
+
+@pytest.mark.parametrize(("name", "option"), REFUSED)
+def test_an_adapter_refuses_what_it_has_no_use_for(name: str, option: str) -> None:
+    _, other = two_values(option, option_types(TABLES["adapter"][name])[option])
+    with pytest.raises(ZOError, match=REFUSED[name, option]):
+        built({"adapter": {"name": name, option: other}})
 
 
 # Plain options that make an optimizer, at two values that are no defaults.
@@ -162,7 +175,7 @@ def test_every_plain_option_is_read_somewhere() -> None:
 WRONG: dict[str, tuple[str, str]] = {
     # not an option of what was chosen
     "another adapter's": ("--adapter lora --adapter.bottleneck 3", "adapter 'lora' has no option 'bottleneck'; it has .*rank"),
-    "the default adapter's": ("--adapter.alpha 3", "adapter 'tt' has no option 'alpha'"),
+    "the default adapter's": ("--adapter.bottleneck 3", "adapter 'tt-lora' has no option 'bottleneck'"),
     "a misspelt one": ("--adapter lora --adapter.rnak 3", r"has no option 'rnak'.*Did you mean rank\?"),
     "another optimizer's": ("--optimizer mezo --optimizer.smoothing 1e-5", "optimizer 'mezo' has no option 'smoothing'; it has none"),
     "a schedule's": ("--optimizer mezo --schedule.alpha .5", "schedule 'constant' has no option 'alpha'; it has queries"),
@@ -287,7 +300,9 @@ def test_help_shows_the_options_of_what_was_chosen(capsys: pytest.CaptureFixture
     ("line", "shown"),
     [
         ("", {"schedule.min_queries": "8", "schedule.max_queries": "15", "update_rule.beta2": "0.99"}),
-        ("", {"adapter.rank": "32 if placed, else 5"}),
+        ("", {"adapter.rank": "8", "adapter.positions": "answer", "adapter.layers": "from two fifths of the depth on"}),
+        ("--adapter tt", {"adapter.rank": "5", "adapter.positions": "all", "adapter.layers": "the last quarter"}),
+        ("--optimizer mezo", {"adapter.positions": "all", "adapter.layers": "the last quarter"}),
         ("--adapter lora", {"adapter.rank": "8", "adapter.seed": "the run's"}),
         ("--update_rule amsgrad", {"update_rule.beta2": "0.999"}),
         ("--optimizer adamw", {"optimizer.max_grad_norm": "1.0", "optimizer.beta2": "0.99"}),
@@ -299,4 +314,4 @@ def test_help_shows_what_a_run_would_take(line: str, shown: dict[str, str], caps
     assert run_main(["train", *line.split(), "--help"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     for name, value in shown.items():
-        assert re.search(rf"--{name} [^-]*?default: {re.escape(value)}\)", said), name
+        assert re.search(rf"--{name} (?:(?! --).)*?default: {re.escape(value)}\)", said), name
