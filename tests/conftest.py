@@ -215,7 +215,7 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, sentiment_files: Se
 # AdaZeta's serial adapters, queries on their weights; an adapter of None is the default one, with queries on its activations.
 QUICK = {
     "device": "cpu", "precision": "fp32", "adapter": "tt", "query_mode": "sequential", "query_schedule": "constant", "queries": 2,
-    "lr": 0.1, "lr_schedule": "constant",
+    "lr": 0.03, "lr_schedule": "constant",
 }  # fmt: skip
 # Options of parts, under the short names that tests use.
 NESTED = {

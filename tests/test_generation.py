@@ -17,7 +17,7 @@ from torch import Tensor
 
 from zo_opt import MeZO, trainable_parameters
 from zo_opt.errors import ZOError
-from zo_opt.prompts.prompt_cache import PrefixCache
+from zo_opt.prompts.store import MemoryStore
 from zo_opt.queries.nesting import map_tensors
 from zo_opt.schedules import constant_queries
 from zo_opt.tasks.evaluation import Prepared, evaluate
@@ -122,15 +122,22 @@ def test_the_checkpoints_way_of_generating_is_left_aside() -> None:
     assert model.wrapped.generation_config is own
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "opt"])
-def test_a_cached_prefix_changes_nothing(architecture: str) -> None:
-    model, scorer = adapted(architecture), scorer_for(architecture)
-    cache = PrefixCache(model, 1 << 23)
-    assert cache.objection is None
-    cached, plain = Prepared(EXAMPLES, scorer, CPU, cache), Prepared(EXAMPLES, scorer, CPU, None)
+@pytest.mark.parametrize("positions", ["all", "answer"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+def test_what_is_kept_of_prompts_changes_nothing(architecture: str, positions: str) -> None:
+    """The layers below the first adapter, or whole prompts; what is written is written from the prompt on anyway."""
+    model, scorer = adapted(architecture, positions=positions), scorer_for(architecture)
+    prompts = model.prompt_forward()
+    prompts.recorder.store = MemoryStore(1 << 23, CPU)
+    cached, plain = Prepared(EXAMPLES, scorer, CPU, prompts), Prepared(EXAMPLES, scorer, CPU, None)
     cached.record(2, lambda _: None)
-    assert "prefix" in cached.batch([0, 3])
-    found, expected = evaluate(model, cached, 3), evaluate(model, plain, 3)
+    assert prompts.objection is None
+    assert "prompt.hidden_NTH" in cached.batch([0, 3])
+    assert prompts.recorder.recorded == len(EXAMPLES)
+    found = evaluate(model, cached, 3)
+    assert prompts.recorder.recorded == len(EXAMPLES)
+    prompts.objection = "for comparison"
+    expected = evaluate(model, plain, 3)
     assert found.loss == pytest.approx(expected.loss, rel=1e-5)
     assert (found.metrics, found.row_scores) == (expected.metrics, expected.row_scores)
 
@@ -144,7 +151,7 @@ def test_query_modes_agree(architecture: str) -> None:
         prepared = Prepared(EXAMPLES, scorer, CPU, None)
         optimizer = MeZO(
             trainable_parameters(model), lr=0.0, zo_eps=1e-2, query_mode=mode, module=model, seed=3,
-            query_schedule=constant_queries(4), directions="rademacher", share_prefix=True,
+            query_schedule=constant_queries(4), directions="rademacher",
         )  # fmt: skip
         closure = lambda b, p=prepared, m=model: p.loss(m, b)  # noqa: E731
         batch = prepared.batch([0, 1, 2, 3])
@@ -249,7 +256,7 @@ def test_a_run_learns_to_answer(
         "template": "{text} It was",
     }
     line = command(
-        **own, max_new_tokens=3, optimizer="adamw", adapter="tt", adapter_init="random", lr=0.01,
+        **own, max_new_tokens=3, optimizer="adamw", adapter="tt", lr=0.01,
         **{"adapter.rank": 8, "adapter.bottleneck": 32, "adapter.layers": 4},
         steps=80, held_out=16, output_dir=tmp_path / "out",
     )  # fmt: skip

@@ -19,9 +19,9 @@ from zo_opt.record.metrics import MetricsWriter
 CPU = torch.device("cpu")
 
 
-def adapted(architecture: str) -> AdapterModel:
+def adapted(architecture: str, **options: Any) -> AdapterModel:
     """A tiny model whose adapters, in the last two layers, do something."""
-    model = get_adapter_model(make_model(architecture), TTConfig(rank=2, bottleneck=8, layers=2))
+    model = get_adapter_model(make_model(architecture), TTConfig(rank=2, bottleneck=8, layers=2, **options))
     generator = torch.Generator().manual_seed(0)
     for tensor in model.trainable_state().values():
         tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.5)
