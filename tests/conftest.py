@@ -232,7 +232,7 @@ def toy_options(tiny_model_dir: Path, sentiment_files: Sentiment) -> Callable[..
     def options(**changes: Any) -> list[str]:
         values = {
             "model_name_or_path": tiny_model_dir, "train_file": sentiment_files.train, "eval_file": sentiment_files.eval,
-            "template": "{text} It was", "verbalizers": "terrible,great", **QUICK, **changes,
+            "template": "{text} It was", "verbalizers": "terrible,great", "adapter": "tt", **QUICK, **changes,
         }  # fmt: skip
         if values["query_schedule"] != "constant" and "queries" not in changes:
             values["queries"] = None

@@ -24,7 +24,7 @@ STEPS = 12
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 KINDS: dict[str, dict[str, Any]] = {
     "placed": {"update_rule": "adam", "lr_schedule": "linear", "clip": 1.0, "query_mode": "split", "queries": 4},
-    "random": {"adapter_init": "random", "optimizer": "mezo", "update_rule": "sgd", "directions": "gaussian"},
+    "random": {"optimizer": "mezo", "update_rule": "sgd", "directions": "gaussian"},
     "head": {"head": "classification", "verbalizers": None, "weight_decay": 0.1},
     "mixed": {"precision": "mixed"},
 }

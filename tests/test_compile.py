@@ -15,7 +15,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from zo_opt import MeZO, TTConfig, get_adapter_model, trainable_parameters
 from zo_opt.adapters import AdapterModel
 from zo_opt.models.compilation import compile_layers, running_layers, undo
-from zo_opt.prompts.prompt_cache import PrefixCache
 from zo_opt.tasks.evaluation import Prepared
 from zo_opt.tasks.rows import Example
 from zo_opt.tasks.scoring import make_scorer
@@ -43,12 +42,12 @@ def setting(architecture: str, cached: bool) -> tuple[AdapterModel, Prepared, in
     generator = torch.Generator().manual_seed(0)
     for tensor in adapted.trainable_state().values():
         tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.1)
-    cache = PrefixCache(adapted, 1 << 20) if cached else None
+    kept = adapted.prompt_forward() if cached else None
     prepared = Prepared(
-        [Example({"text": text}, i % 2) for i, text in enumerate(TEXTS)], scorer, torch.device("cpu"), cache
+        [Example({"text": text}, i % 2) for i, text in enumerate(TEXTS)], scorer, torch.device("cpu"), kept
     )
     prepared.record(4, lambda count: None)
-    return adapted, prepared, cache.cut if cache is not None else 0
+    return adapted, prepared, kept.recorder.cut if kept is not None else 0
 
 
 def steps(model: AdapterModel, prepared: Prepared) -> tuple[list[float], list[float]]:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from zo_opt import MeZO, trainable_parameters
 from zo_opt.errors import ZOError
-from zo_opt.prompts.prompt_cache import PrefixCache
 from zo_opt.queries.nesting import map_tensors
 from zo_opt.schedules import constant_queries
 from zo_opt.tasks.evaluation import Prepared, evaluate
@@ -123,13 +122,13 @@ def test_the_checkpoints_way_of_generating_is_left_aside() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "opt"])
-def test_a_cached_prefix_changes_nothing(architecture: str) -> None:
+def test_kept_layers_change_nothing(architecture: str) -> None:
     model, scorer = adapted(architecture), scorer_for(architecture)
-    cache = PrefixCache(model, 1 << 23)
-    assert cache.objection is None
-    cached, plain = Prepared(EXAMPLES, scorer, CPU, cache), Prepared(EXAMPLES, scorer, CPU, None)
+    kept = model.prompt_forward()
+    cached, plain = Prepared(EXAMPLES, scorer, CPU, kept), Prepared(EXAMPLES, scorer, CPU, None)
     cached.record(2, lambda _: None)
-    assert "prefix" in cached.batch([0, 3])
+    assert kept.objection is None
+    assert "prompt.hidden_NTH" in cached.batch([0, 3])
     found, expected = evaluate(model, cached, 3), evaluate(model, plain, 3)
     assert found.loss == pytest.approx(expected.loss, rel=1e-5)
     assert (found.metrics, found.row_scores) == (expected.metrics, expected.row_scores)
@@ -144,7 +143,7 @@ def test_query_modes_agree(architecture: str) -> None:
         prepared = Prepared(EXAMPLES, scorer, CPU, None)
         optimizer = MeZO(
             trainable_parameters(model), lr=0.0, zo_eps=1e-2, query_mode=mode, module=model, seed=3,
-            query_schedule=constant_queries(4), directions="rademacher", share_prefix=True,
+            query_schedule=constant_queries(4), directions="rademacher",
         )  # fmt: skip
         closure = lambda b, p=prepared, m=model: p.loss(m, b)  # noqa: E731
         batch = prepared.batch([0, 1, 2, 3])
@@ -249,7 +248,7 @@ def test_a_run_learns_to_answer(
         "template": "{text} It was",
     }
     line = command(
-        **own, max_new_tokens=3, optimizer="adamw", adapter="tt", adapter_init="random", lr=0.01,
+        **own, max_new_tokens=3, optimizer="adamw", adapter="tt", lr=0.01,
         **{"adapter.rank": 8, "adapter.bottleneck": 32, "adapter.layers": 4},
         steps=80, held_out=16, output_dir=tmp_path / "out",
     )  # fmt: skip

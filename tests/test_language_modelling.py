@@ -17,7 +17,6 @@ from text_tasks import CPU, adapted, assert_resumes_to_the_same_bits, command, r
 
 from zo_opt import MeZO, trainable_parameters
 from zo_opt.errors import ZOError
-from zo_opt.prompts.prompt_cache import PrefixCache
 from zo_opt.schedules import constant_queries
 from zo_opt.tasks.builtin import get_task
 from zo_opt.tasks.evaluation import Prepared, evaluate
@@ -81,15 +80,12 @@ def test_perplexity_is_exp_of_the_mean_loss_of_a_token(architecture: str) -> Non
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_a_cached_prefix_changes_nothing(architecture: str) -> None:
+def test_kept_layers_change_nothing(architecture: str) -> None:
     model = adapted(architecture)
-    scorer, cache = (
-        make_scorer(model.wrapped, tokenizer_for(architecture), get_task("lm"), 9),
-        PrefixCache(model, 1 << 23),
-    )
-    cached, plain = Prepared(EXAMPLES, scorer, CPU, cache), Prepared(EXAMPLES, scorer, CPU, None)
+    scorer = make_scorer(model.wrapped, tokenizer_for(architecture), get_task("lm"), 9)
+    cached, plain = Prepared(EXAMPLES, scorer, CPU, model.prompt_forward()), Prepared(EXAMPLES, scorer, CPU, None)
     cached.record(2, lambda _: None)
-    assert "prefix" in cached.batch([0, len(cached) - 1])
+    assert "prompt.hidden_NTH" in cached.batch([0, len(cached) - 1])
     assert evaluate(model, cached, 3).row_scores == pytest.approx(evaluate(model, plain, 3).row_scores, rel=1e-5)
 
 

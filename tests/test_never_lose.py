@@ -91,7 +91,7 @@ def copied(killed: Path, tmp_path: Path) -> Path:
 
 def test_kill_9_at_random_instants(toy_options: Options, tmp_path: Path) -> None:
     """A few of the kills of benchmarks/kills.py."""
-    options = {"steps": 20, "save_steps": 7, "optimizer": "adazeta", "adapter_init": "random", "query_mode": "split"}
+    options = {"steps": 20, "save_steps": 7, "optimizer": "adazeta", "query_mode": "split"}
     out, plain, tally = tmp_path / "run" / "out", tmp_path / "plain" / "out", Tally()
     for directory in (out, plain):
         directory.parent.mkdir()
@@ -287,7 +287,7 @@ def test_two_runs_on_one_directory(toy_options: Options, copied: Path, capsys: p
 
 
 PHASES = {  # where a signal comes -> whether a checkpoint is there by then
-    "zo_opt.training.setup.Tools.record_prefixes": False,
+    "zo_opt.training.setup.Tools.record_prompts": False,
     "zo_opt.training.loop.evaluate": False,
     "zo_opt.training.loop._Run._write_record": False,
     "zo_opt.training.loop.report.write": True,

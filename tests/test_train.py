@@ -24,7 +24,6 @@ from conftest import QUICK, Sentiment, run_main
 from safetensors.torch import load_file
 
 from zo_opt import load_adapter_model, trainable_parameters
-from zo_opt.adapters.tt_init import FEATURES
 from zo_opt.cli.main import main
 from zo_opt.directions import DIRECTIONS
 from zo_opt.models.precision import PRECISIONS
@@ -240,7 +239,6 @@ HARD = {  # as much state as there is: moments, a falling rate with warmup, clip
     "query_mode": "split", "queries": 4, "weight_decay": 0.1, "seed": 7,
 }  # fmt: skip
 EASY = {
-    "adapter_init": "random",
     "steps": 12,
     "save_steps": 5,
     "update_rule": "sgd",
@@ -458,8 +456,9 @@ CHOICES = [
     *[{"batch_order": name} for name in ORDERS],
     {"query_schedule": "adazeta"},
     {"prompt_cache_mb": 0},
-    *[{"adapter_init": name} for name in ("random", *FEATURES)],
-    {"adapter_init": "random", "rank": 2, "bottleneck": 8, "layers": 2},
+    {"adapter": "tt-lora", "query_mode": None},
+    {"adapter": "tt-lora", "query_mode": None, "estimator": "activations", "step_control": None},
+    {"rank": 2, "bottleneck": 8, "layers": 2},
     {"bottleneck": 16, "max_train_rows": 9},
     {"layers": 1},
     {"layers": "[0,2]"},

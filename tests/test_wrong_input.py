@@ -194,7 +194,7 @@ CASES: dict[str, Case] = {
         lambda p: {"adapter": "full", "precision": "mixed"}, "precision was given with adapter 'full'.*fp32",
     ),
     "a bound on a cache that is off": (
-        lambda p: {"prefix_cache": "off", "prefix_cache_mb": 7}, "prefix_cache_mb was given with prefix_cache='off'",
+        lambda p: {"prompt_cache": "off", "prompt_cache_mb": 7}, "prompt_cache_mb was given with prompt_cache='off'",
     ),
     "a label column of built-in rows": (
         lambda p: {"label_column": "stars", "train_file": None, "eval_file": None}, "label_column was given without train_file",
@@ -250,7 +250,6 @@ CASES: dict[str, Case] = {
     "compiled layers for generation": (
         lambda p: TARGET | {"compile": "true", "query_mode": "sequential"}, "leave --compile out",
     ),
-    "class means of a generation task": (lambda p: TARGET | {"adapter_init": "class_means"}, "--adapter_init random"),
     "plain text without labels": (lambda p: {"train_file": p.file("a.txt", "a\nb\n")}, r"a\.txt is plain text.*--task lm"),
     "plain text to evaluate labels on": (lambda p: {"eval_file": p.file("a.txt", "a\nb\n")}, r"a\.txt is plain text.*--task lm"),
     "plain text as a generation task": (
@@ -323,15 +322,10 @@ CASES: dict[str, Case] = {
     "adapter options in a text": (lambda p: {"adapter_options": "blue"}, "--adapter_options is not known"),
     "alpha of LoRA 0": (lambda p: {"adapter": "tt-lora", "lora_alpha": 0}, "alpha=0"),
     "inner ranks of 0": (lambda p: {"adapter": "tt-lora", "tt_rank": 0}, "tt_rank=0"),
-    "a start of another method": (lambda p: {"adapter_init": "svd"}, "'svd'.*class_means"),
-    "a placed start of another method": (lambda p: {"adapter": "tt-lora", "adapter_init": "class_means"}, "'class_means' places.*leave it out"),
     "a start that there is not": (lambda p: {"adapter": "lamda", "adapter.init": "qr"}, "'qr'.*svd or zero"),
     "a rank for no module": (lambda p: {"adapter": "tt-lora", "rank_pattern": '{"o_proj": 3}'}, "'o_proj'.*no adapted module"),
     "a rank of 0 for a module": (lambda p: {"adapter": "tt-lora", "rank_pattern": '{"q_proj": 0}'}, "rank_pattern"),
     "a train in place of nothing": (lambda p: {"modules_to_tensorize": "[pooler]"}, "'pooler' matches nothing"),
-    "a placed start with a train in place of a layer": (
-        lambda p: {"adapter_init": "class_means", "modules_to_tensorize": "[lm_head]"}, "no modules_to_tensorize",
-    ),
     # numbers out of range
     **{
         f"{name} {value}": ((lambda p, n=name, v=value: {"query_schedule": "adazeta", n: v}), name)

@@ -43,7 +43,9 @@ def regression_accuracy(model: AdapterModel, train: Prepared, held_out: Prepared
     for layer in range(2):
         fit = make_pipeline(
             StandardScaler(),
-            LogisticRegressionCV(Cs=STRENGTHS, cv=FOLDS, max_iter=300, l1_ratios=(0,), use_legacy_attributes=False),
+            LogisticRegressionCV(
+                Cs=STRENGTHS, cv=FOLDS, max_iter=300, l1_ratios=(0,), use_legacy_attributes=False, scoring="accuracy"
+            ),
         )
         fit.fit(states[0][layer], train.labels)
         inner: Any = fit[-1]
