@@ -104,7 +104,7 @@ def _inputs(place: Path) -> list[str]:
     (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = {
         "model_name_or_path": place / "model", "train_file": place / "rows.jsonl", "template": "{text} It was",
-        "verbalizers": "terrible,great", "device": "cpu", "precision": "fp32", "adapter_init": "random", "batch_size": 8,
+        "verbalizers": "terrible,great", "device": "cpu", "precision": "fp32", "batch_size": 8,
         "held_out": 8, "steps": STEPS, "save_steps": 7,
     }  # fmt: skip
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]

@@ -55,7 +55,7 @@ def eps() -> None:
     config = TrainConfig(objective="accuracy", **ROWS)
     reporter = Reporter()
     tools = build_tools(config, load_examples(config, reporter), reporter)
-    tools.record_prefixes(config, Path(), reporter)
+    tools.record_prompts(config, Path(), reporter)
     tools.place_adapters(config, reporter)
     batches = [tools.train.batch(range(first, first + 16)) for first in range(0, 128, 16)]
     turned = {}

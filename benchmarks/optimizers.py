@@ -95,12 +95,12 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace, adapter: dict[str, Any]) -> None:
         self.arguments = arguments
         self.config = TrainConfig(
-            train_file=arguments.train_file, eval_file=arguments.eval_file, adapter_init="random", **nested(adapter)
+            train_file=arguments.train_file, eval_file=arguments.eval_file, **nested(adapter)
         )
         reporter = Reporter(Console(quiet=True))
         examples = load_examples(self.config, reporter)
         self.tools = build_tools(self.config, examples, reporter)
-        self.tools.record_prefixes(self.config, Path(), reporter)
+        self.tools.record_prompts(self.config, Path(), reporter)
         order = torch.randperm(len(examples.train), generator=torch.Generator().manual_seed(0)).tolist()
         self.fit, self.select = order[256:], order[:256]
         self.start = {n: p.detach().clone() for n, p in self.tools.model.trainable_state().items()}

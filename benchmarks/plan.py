@@ -29,10 +29,10 @@ from zo_opt.training.recipe import last_quarter
 METHODS = {
     "full": ["--optimizer", "adamw", "--adapter", "full"],
     "lora": ["--optimizer", "adamw", "--adapter", "lora"],
-    "loretta": ["--optimizer", "adamw", "--adapter", "tt", "--adapter_init", "random"],
+    "loretta": ["--optimizer", "adamw", "--adapter", "tt"],
     "mezo": ["--optimizer", "mezo", "--adapter", "full", "--query_mode", "auto"],
     "mezo-lora": ["--optimizer", "mezo", "--adapter", "lora", "--query_mode", "auto"],
-    "adazeta": ["--optimizer", "adazeta", "--adapter", "tt", "--adapter_init", "random"],
+    "adazeta": ["--optimizer", "adazeta", "--adapter", "tt"],
 }
 TOKENS, ROWS = 64, 8
 

@@ -52,7 +52,7 @@ def measure(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
     """Ratios of medians, the largest difference of a loss, and what recording cost."""
     rows = (arguments.steps + 1) * arguments.batch_size
     config = TrainConfig(
-        adapter_init="random", adapter={"name": "tt", "layers": 8}, precision="fp32", device=arguments.device, max_train_rows=rows, held_out=2,
+        adapter={"name": "tt", "layers": 8}, precision="fp32", device=arguments.device, max_train_rows=rows, held_out=2,
         prompt_cache="off",
     )  # fmt: skip
     reporter = Reporter(Console(quiet=True))

@@ -26,7 +26,7 @@ from rich.console import Console
 from zo_opt.record.progress import Reporter
 from zo_opt.training import TrainConfig, train
 
-RANDOM = {"adapter_init": "random", "layers": 8}
+RANDOM = {"layers": 8}
 PLACED: dict[str, Any] = {}
 COMPONENTS = {"adapter_init": "components", "layers": [26], "bottleneck": 16, "lr": 0.05, "steps": 400}
 

@@ -93,7 +93,7 @@ TRAIN: dict[str, Options] = {
     "cli/default": TOY,
     "cli/components": TOY | {"adapter_init": "components", "feature_components": 8, "output_scale": 0.5},
     "cli/random start": TOY | {
-        "adapter_init": "random", "adapter.rank": 2, "adapter.bottleneck": 8, "adapter.activation": "gelu", "adapter.layers": [1, 3],
+        "adapter.rank": 2, "adapter.bottleneck": 8, "adapter.activation": "gelu", "adapter.layers": [1, 3],
     },
     "cli/adazeta": TOY | {
         "query_mode": "sequential", "schedule.max_queries": 3, "schedule.min_queries": 1, "schedule.alpha": 0.9, "schedule.beta": 0.8,
@@ -128,7 +128,7 @@ TRAIN: dict[str, Options] = {
     },
     "cli/classification head": LORA | {"head": "classification", "template": None, "verbalizers": None},
     "cli/masked model": TOY | {"model_name_or_path": "bert", "template": "{text} It was {mask}"},
-    "cli/seq2seq model": TOY | {"model_name_or_path": "t5", "adapter_init": "random"},
+    "cli/seq2seq model": TOY | {"model_name_or_path": "t5", },
     "cli/accuracy": TOY | {"objective": "accuracy"},
     "cli/f1": LORA | MEZO | {"objective": "f1", "lr": 0.1},
     "cli/exact match": TEXTS | {"objective": "exact_match", "target_column": "guess", "max_new_tokens": 1},

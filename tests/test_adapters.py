@@ -134,20 +134,6 @@ def test_residual_adapters_start_as_identities(name):
     assert not torch.equal(logits(model, batch), before)
 
 
-@pytest.mark.parametrize("name", ["llama", "bert"])
-def test_mixing_cores_alone(name):
-    """Only up's input-dims cores are trained, without biases; the start is an exact identity, the cores still matter."""
-    base, batch = build(name), padded_batch(name)
-    before = logits(base, batch)
-    model = get_adapter_model(base, config(bottleneck=16, trainable="mixing", output_rank=1))
-    trained = [n for n, p in model.named_parameters() if p.requires_grad]
-    assert len(trained) == ADAPTERS[name]  # a bottleneck of one dim: one mixing core an adapter
-    assert all(".adapter.up.cores.0" in n for n in trained)
-    assert torch.equal(logits(model, batch), before)
-    perturb(trainable_parameters(model))
-    assert not torch.equal(logits(model, batch), before)
-
-
 def test_modules_to_save_in_a_bfloat16_model():
     """A head trained whole is float32 like all trainables, and the model still runs with the same outputs to rounding."""
     base, batch = build("bert", dtype=torch.bfloat16), padded_batch("bert")
@@ -236,7 +222,7 @@ def test_a_module_to_save_that_matches_nothing_leaves_the_model_as_it_was():
 
 
 @pytest.mark.parametrize(
-    "options", [{"rank": 0}, {"bottleneck": -1}, {"activation": "cube"}, {"trainable": "some"}, {"output_rank": 0}]
+    "options", [{"rank": 0}, {"bottleneck": -1}, {"activation": "cube"}, {"positions": "some"}, {"answer_token": -1}]
 )
 def test_impossible_configurations(options):
     with pytest.raises(ZOError, match=next(iter(options))):
@@ -336,7 +322,7 @@ def saved(directory, name="llama", **options):
     [
         ("llama", {}),
         ("bert", {"modules_to_save": ["classifier"], "rank": 3, "activation": "gelu", "bias": False}),
-        ("opt", {"trainable": "mixing", "output_rank": 1, "bottleneck": 16}),
+        ("opt", {"positions": "answer", "bottleneck": 16}),
         ("llama", {"target_modules": ["residual"]}),
         ("gpt2", {"layers": [0], "target_modules": ("mlp.c_proj",), "seed": 9}),
     ],
@@ -446,7 +432,7 @@ def test_saving_twice_keeps_the_last(tmp_path):
 
 def test_adapters_inside_an_adapted_layer_are_saved_whole(tmp_path):
     """A layer on the residual stream and a module within it: the inner adapter's frozen cores belong to the file too."""
-    options = {"rank": 2, "bottleneck": 2, "output_rank": 1, "trainable": "mixing", "layers": [1]}
+    options = {"rank": 2, "bottleneck": 2, "layers": [1]}
     config = TTConfig(**options, target_modules=["residual", "down_proj"])
     torch.manual_seed(0)
     base = transformers.LlamaForCausalLM(CONFIGS["llama"]())

@@ -23,21 +23,17 @@ from zo_opt.adapters import ADAPTERS
 Options = Callable[..., list[str]]
 RUNS: dict[str, dict[str, Any]] = {
     "tt": {},
-    "tt-lora": {"rank": 4, "tt_rank": 2, "lora_alpha": 3.5, "rank_pattern": '{"v_proj": 2}', "layers": 2},
-    "tt-lora head": {"head": "classification", "template": None, "verbalizers": None},
+    "tt-lora": {"estimator": "two-sided", "rank": 4, "tt_rank": 2, "lora_alpha": 3.5, "rank_pattern": '{"v_proj": 2}', "layers": 2},
+    "tt-lora head": {"estimator": "two-sided", "head": "classification", "template": None, "verbalizers": None},
+    "tt-lora answers": {},  # the defaults
     "tt-lora tensorised head": {
-        "head": "classification", "template": None, "verbalizers": None, "modules_to_tensorize": "[score]",
+        "estimator": "two-sided", "head": "classification", "template": None, "verbalizers": None, "modules_to_tensorize": "[score]",
         "tensorize_rank": 2, "query_mode": "split", "queries": 4,
     },
 }  # fmt: skip
 RUNS |= {name: {} for name in ADAPTERS if name not in RUNS}
-CHANGING = (
-    "adalora",
-    "aflora",
-    "lamda",
-    "lamda++",
-    "lisa",
-)  # as training goes on: no journal tells all that happens to them
+# As training goes on, or by gradients: no journal tells all that happens to them.
+CHANGING = ("adalora", "aflora", "lamda", "lamda++", "lisa", "tt-lora answers")
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -174,6 +170,8 @@ def _damage(run: Path) -> None:
 
 
 WRONG: dict[str, tuple[str, list[str], str]] = {
+    "adapters that act on answers": ("tt-lora answers", ["--to", "to"], "act from the answer on.*positions='all'"),
+    "the same as LoRA": ("tt-lora answers", ["--to", "to", "--as", "lora"], "act from the answer on.*positions='all'"),
     "serial adapters": ("tt", ["--to", "to"], "nonlinearity.*cannot be merged"),
     "new biases": ("bitfit", ["--to", "to"], "no bias to merge into"),
     "a delta as LoRA": ("lamda", ["--to", "to", "--as", "lora"], "'lamda'.*cannot be exported as LoRA"),

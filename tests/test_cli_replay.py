@@ -23,8 +23,8 @@ Options = Callable[..., list[str]]
 STEPS = 12
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 KINDS: dict[str, dict[str, Any]] = {
-    "placed": {"update_rule": "adam", "lr_schedule": "linear", "clip": 1.0, "query_mode": "split", "queries": 4},
-    "random": {"adapter_init": "random", "optimizer": "mezo", "update_rule": "sgd", "directions": "gaussian"},
+    "adam": {"update_rule": "adam", "lr_schedule": "linear", "clip": 1.0, "query_mode": "split", "queries": 4},
+    "mezo": {"optimizer": "mezo", "update_rule": "sgd", "directions": "gaussian"},
     "head": {"head": "classification", "verbalizers": None, "weight_decay": 0.1},
     "mixed": {"precision": "mixed"},
 }
@@ -47,7 +47,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, toy_options: Options) -> 
 @pytest.fixture
 def copied(finished: Callable[[str], Path], tmp_path: Path) -> Path:
     """A copy of a finished run, to be damaged."""
-    return Path(shutil.copytree(finished("placed"), tmp_path / "run"))
+    return Path(shutil.copytree(finished("adam"), tmp_path / "run"))
 
 
 def same_adapter(one: Path, other: Path) -> None:
@@ -69,7 +69,7 @@ def test_the_adapter_is_rebuilt_to_the_bit(finished: Callable[[str], Path], tmp_
 def test_by_the_journals_own_name(
     finished: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = finished("placed")
+    run = finished("adam")
     assert run_main(["replay", str(run / "journal"), "--to", str(tmp_path / "deep" / "to"), "--device", "cpu"]) == 0
     same_adapter(tmp_path / "deep" / "to", run)
     assert f"step 12 of 12, rebuilt on cpu, is in {tmp_path / 'deep' / 'to'}" in capsys.readouterr().out
@@ -87,11 +87,11 @@ def test_training_rows_are_not_needed(
 
 def test_the_adapter_after_fewer_steps(toy_options: Options, finished: Callable[[str], Path], tmp_path: Path) -> None:
     """Is that of a shorter run (whose lr does not depend on its length)."""
-    assert run_main(toy_options(output_dir=tmp_path / "short", steps=7, **KINDS["random"])) == 0
-    assert run_main(["replay", str(finished("random")), "--to", str(tmp_path / "to"), "--steps", "7"]) == 0
+    assert run_main(toy_options(output_dir=tmp_path / "short", steps=7, **KINDS["mezo"])) == 0
+    assert run_main(["replay", str(finished("mezo")), "--to", str(tmp_path / "to"), "--steps", "7"]) == 0
     same_adapter(tmp_path / "to", tmp_path / "short")
-    assert run_main(["replay", str(finished("random")), "--to", str(tmp_path / "zero"), "--steps", "0"]) == 0
-    same_adapter(tmp_path / "zero", finished("random") / "start")
+    assert run_main(["replay", str(finished("mezo")), "--to", str(tmp_path / "zero"), "--steps", "0"]) == 0
+    same_adapter(tmp_path / "zero", finished("mezo") / "start")
 
 
 @pytest.mark.parametrize("step", [0, 4, 8])
@@ -111,16 +111,16 @@ def test_a_resumed_runs_journal_is_that_of_a_whole_run(
 
     monkeypatch.setattr(MetricsWriter, "write", write)
     with pytest.raises(MemoryError):
-        run_main(toy_options(output_dir=broken, steps=STEPS, save_steps=5, **KINDS["placed"]))
+        run_main(toy_options(output_dir=broken, steps=STEPS, save_steps=5, **KINDS["adam"]))
     monkeypatch.undo()
     assert read_journal(broken / "journal").steps == step + 1
     assert run_main(["replay", str(broken), "--to", str(tmp_path / "half")]) == 0  # an unfinished run as well
     with (broken / "journal").open("ab") as file:
         file.write(b"[5,[0.1")  # torn
     assert run_main(["train", "--output_dir", str(broken), "--resume", "--save_steps", "5"]) == 0
-    assert (broken / "journal").read_bytes() == (finished("placed") / "journal").read_bytes()
+    assert (broken / "journal").read_bytes() == (finished("adam") / "journal").read_bytes()
     assert run_main(["replay", str(broken), "--to", str(tmp_path / "to")]) == 0
-    same_adapter(tmp_path / "to", finished("placed"))
+    same_adapter(tmp_path / "to", finished("adam"))
 
 
 def test_a_run_without_a_journal_still_resumes(
@@ -138,7 +138,7 @@ def test_a_run_without_a_journal_still_resumes(
 @pytest.mark.slow
 def test_kill_9(toy_options: Options, tmp_path: Path) -> None:
     """What a killed run has on record can be replayed, and is what an uninterrupted run has."""
-    broken, options = tmp_path / "broken", KINDS["random"] | {"steps": 400, "save_steps": 50}
+    broken, options = tmp_path / "broken", KINDS["mezo"] | {"steps": 400, "save_steps": 50}
     process = start(toy_options(output_dir=broken, **options), tmp_path / "log")
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline:

@@ -326,10 +326,6 @@ WRONG = {
         {"methods": "lora,dora", "zo_eps": 0.1},
         "zo_eps=0.1 is of no use to any of the methods",
     ),
-    "a start of no method": (
-        {"methods": "lora", "adapter_init": "class_means"},
-        "adapter_init='class_means' is of no use",
-    ),
     "memory without unit": ({"budget_memory": "24"}, "unit"),
     "rank that cannot be": ({"methods": "lora", "adapter.rank": -1}, "method lora: "),
     "no rows": ({"train_file": "nowhere.jsonl"}, "nowhere.jsonl"),

@@ -23,7 +23,7 @@ QUIET = Reporter(Console(quiet=True))
 @pytest.fixture
 def config(tiny_dir: Callable[[str], Path], sentiment_files: object) -> TrainConfig:
     return TrainConfig(
-        model_name_or_path=str(tiny_dir("llama")), train_file=sentiment_files.train, adapter_init="random",  # type: ignore[attr-defined]
+        model_name_or_path=str(tiny_dir("llama")), train_file=sentiment_files.train,  # type: ignore[attr-defined]
         adapter={"name": "tt", "layers": 1, "rank": 2, "bottleneck": 4}, batch_size=4,
     )  # fmt: skip
 

@@ -91,7 +91,7 @@ def copied(killed: Path, tmp_path: Path) -> Path:
 
 def test_kill_9_at_random_instants(toy_options: Options, tmp_path: Path) -> None:
     """A few of the kills of benchmarks/kills.py."""
-    options = {"steps": 20, "save_steps": 7, "optimizer": "adazeta", "adapter_init": "random", "query_mode": "split"}
+    options = {"steps": 20, "save_steps": 7, "optimizer": "adazeta", "query_mode": "split"}
     out, plain, tally = tmp_path / "run" / "out", tmp_path / "plain" / "out", Tally()
     for directory in (out, plain):
         directory.parent.mkdir()
@@ -128,7 +128,7 @@ def test_a_redone_step_leaves_what_the_step_left(tmp_path: Path, name: str) -> N
             assert one.last_update is not None
             metrics.write(one.last_record, 0.1, one.history, 0.0)
             line = read_lines(tmp_path)[-1]
-            redo(other, one.last_update, line.record(other.history.forwards))
+            redo(other, one.last_update, line.record(other.history))
     for _ in range(3):
         assert repr(one.state_dict()) == repr(other.state_dict())
         assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
@@ -140,7 +140,8 @@ def test_recorded_steps_take_no_forward_pass(copied: Path, whole: Path, monkeypa
     calls, original = [], stepper.training_loss
     monkeypatch.setattr(stepper, "training_loss", lambda *a: calls.append(1) or original(*a))
     assert resume(copied) == 0
-    assert len(calls) == read_lines(copied)[-1].record(read_lines(copied)[-2].values["forwards"]).forwards
+    before, last = read_lines(copied)[-2:]
+    assert len(calls) == last.values["forwards"] - before.values["forwards"]
     assert differences(copied, whole, journal=True) == []
 
 
@@ -287,7 +288,7 @@ def test_two_runs_on_one_directory(toy_options: Options, copied: Path, capsys: p
 
 
 PHASES = {  # where a signal comes -> whether a checkpoint is there by then
-    "zo_opt.training.setup.Tools.record_prefixes": False,
+    "zo_opt.training.setup.Tools.record_prompts": False,
     "zo_opt.training.loop.evaluate": False,
     "zo_opt.training.loop._Run._write_record": False,
     "zo_opt.training.loop.report.write": True,

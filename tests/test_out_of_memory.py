@@ -162,34 +162,6 @@ def test_a_run_with_little_room_is_the_run(mode):
     assert runs[1][2] == runs[0][2]
 
 
-def test_a_shared_prefix_with_little_room():
-    """Half-remembered states of a forward that failed are not used."""
-
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first = nn.Linear(3, 3, bias=False).double().requires_grad_(False)
-            self.layers = nn.ModuleList([nn.Tanh(), self.first, Narrow(2)])
-
-        def forward(self, batch):
-            x = batch["x"]
-            for layer in self.layers[:2]:
-                x = layer(x)
-            return self.layers[2]({"x": x, "y": batch["y"]})
-
-    losses = []
-    for share in (False, True):
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = Model()
-        optimizer = MeZO(
-            model.layers[2].parameters(), lr=0.1, module=model, query_mode="batched", share_prefix=share,
-            query_schedule=constant_queries(4),
-        )  # fmt: skip
-        losses.append([float(optimizer.step(model, net_batch())) for _ in range(3)])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-9)
-
-
 @pytest.mark.parametrize("room", [1, 100])
 def test_split_refuses_more_queries_than_examples(room):
     net = Narrow(room)

@@ -40,7 +40,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "adapters": {
         "adapter": {"rank": 4, "alpha": 8.0, "bottleneck": 16, "scale": 2.0, "tt_rank": 3, "activation": "gelu"}
     },
-    "placement": {"adapter_init": "class_means"},
     "modules": {"adapter": {"layers": 2, "tensorize_rank": 3, "rank_pattern": {"q_proj": 2}}},
     "zeroth order": {"query_mode": "sequential", "schedule": {"name": "linear", "end": 9}},
     "directions and update rule": {"directions": "gaussian", "update_rule": "adam"},
@@ -66,8 +65,9 @@ def test_what_the_user_gave_wins_over_the_methods_own() -> None:
     assert run_config(TrainConfig(), get_pairing("mezo-lora")).query_mode == "auto"
     assert run_config(TrainConfig(adapter={"rank": 3}), get_pairing("lora")).make_adapter().rank == 3
     assert run_config(TrainConfig(adapter={"tt_rank": 3}), get_pairing("lora")).adapter == {"name": "lora"}
-    assert run_config(TrainConfig(adapter_init="class_means"), get_pairing("adazeta")).adapter_init == "class_means"
-    assert run_config(TrainConfig(adapter_init="class_means"), get_pairing("lora")).adapter_init == "auto"
+    assert run_config(TrainConfig(), get_pairing("tt-lora-answers")).on_answers
+    assert run_config(TrainConfig(), get_pairing("adazeta-feedback")).on_activations
+    assert not run_config(TrainConfig(), get_pairing("adazeta")).on_activations
 
 
 @pytest.mark.parametrize("name", ["", "loar", "lora:mezo", "mezo:", ":lora"])

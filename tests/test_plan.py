@@ -240,7 +240,7 @@ def test_command(model_dir, tmp_path, capsys):
 
 def test_the_table_is_whole_in_80_columns(model_dir, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    methods = "adazeta-placed,full,zo-conservative:tt-lora"
+    methods = "adazeta-feedback,full,zo-conservative:tt-lora"
     assert run_main(["plan", "--model_name_or_path", str(model_dir), "--methods", methods, "--length", "64"]) == 0
     table = capsys.readouterr().out.partition("Estimates")[0].splitlines()[1:]
     assert max(map(len, table)) <= 80

@@ -347,11 +347,10 @@ def test_epsilon_decides_the_noise(toy_options: Options, tmp_path: Path) -> None
         ({"batch_size": 65}, "batch_size=65 of 64"),
         ({"optimizer": "adamw"}, "optimizer='adamw' uses the rows otherwise"),
         ({"optimizer": "mezo-svrg"}, "optimizer='mezo-svrg' uses the rows otherwise"),
-        ({"adapter_init": "class_means"}, "places adapters by what the rows look like"),
         ({"query_mode": "split"}, "query_mode='split' cannot be used with privacy"),
         ({"query_schedule": "variance"}, "queries depend on what was measured"),
         ({"objective": "accuracy"}, "objective='accuracy' cannot be used with privacy"),
-        ({"batch_order": "shuffled"}, "batch_order='shuffled'"),
+        ({"batch_order": "balanced"}, "batch_order='balanced'"),
         ({"task": "lm", "template": None, "verbalizers": None}, "running text"),
     ],
 )

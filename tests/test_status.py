@@ -25,7 +25,6 @@ JOB: dict[str, Any] = {
     "save_steps": 2,
     "optimizer": "mezo",
     "query_mode": "split",
-    "adapter_init": "random",
 }
 
 

@@ -202,6 +202,49 @@ def test_the_saved_adapter_reproduces_the_reported_accuracy(
     assert again.loss == pytest.approx(reported["loss"], rel=1e-5)
 
 
+# --- the defaults: queries on activations ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def with_feedback(tmp_path_factory: pytest.TempPathFactory, toy_options: Options) -> Path:
+    """Directory of a finished run with the default adapter, estimator and query mode."""
+    directory = tmp_path_factory.mktemp("feedback") / "out"
+    line = toy_options(output_dir=directory, steps=STEPS, adapter=None, query_mode=None, lr=3e-3)
+    assert run_main(line) == 0
+    return directory
+
+
+def test_queries_on_activations_learn_the_toy_task(with_feedback: Path) -> None:
+    losses = [line["loss"] for line in metrics(with_feedback)]
+    assert sum(losses[-10:]) < 0.75 * sum(losses[:10])
+    out = results(with_feedback)
+    assert out["before"]["accuracy"] < 0.7
+    assert out["after"]["accuracy"] >= out["before"]["accuracy"] + 0.25
+    assert out["after"]["loss"] < 0.75 * out["before"]["loss"]
+    saved = json.loads((with_feedback / "adapter_config.json").read_text())
+    assert (saved["adapter_type"], saved["positions"], saved["trainable"]) == ("tt-lora", "answer", "input")
+    assert saved["layers"] == [2, 3]  # of four: from two fifths of the depth on
+
+
+def test_what_queries_on_activations_cost(with_feedback: Path) -> None:
+    """A step is the loss and a forward a query, of answers alone: one token of each row. Three more find the length of shifts."""
+    lines = metrics(with_feedback)
+    assert [line["forwards"] for line in lines] == [3 + 3 * k for k in range(1, STEPS + 1)]
+    assert [line["tokens"] for line in lines] == [16 * line["forwards"] for line in lines]
+    out = results(with_feedback)
+    assert (out["queries"], out["forwards"], out["tokens"]) == (2 * STEPS, 3 * STEPS + 3, lines[-1]["tokens"])
+
+
+def test_a_run_with_queries_on_activations_keeps_no_journal(
+    with_feedback: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {path.name for path in with_feedback.iterdir()}
+    assert names.isdisjoint({"journal", "start"})
+    assert {"adapter_model.safetensors", "metrics.jsonl", "results.json", "run.json"} <= names
+    assert run_main(["replay", str(with_feedback), "--to", str(tmp_path / "to")]) == 2
+    assert "has no journal; runs keep one" in capsys.readouterr().err
+
+
 # --- the same bits ---------------------------------------------------------------------------------------------------
 
 
@@ -247,6 +290,11 @@ EASY = {
     "batch_order": "shuffled",
 }
 HEAD = {"head": "classification", "verbalizers": None, "steps": 9, "save_steps": 4, "query_mode": "split"}
+# The defaults: what the estimator has learned is state, and there is no journal.
+FEEDBACK = {
+    "adapter": None, "query_mode": None, "step_control": None, "lr": 3e-3, "lr_schedule": "linear", "warmup_steps": 3,
+    "query_schedule": "adazeta", "steps": 12, "save_steps": 5, "seed": 7,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -289,8 +337,8 @@ def same_run(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "step"), [(HARD, 0), (HARD, 4), (HARD, 7), (EASY, 4), (EASY, 7), (HEAD, 5)],
-    ids=["hard-0", "hard-4", "hard-7", "easy-4", "easy-7", "head-5"],
+    ("options", "step"), [(HARD, 0), (HARD, 4), (HARD, 7), (EASY, 4), (EASY, 7), (HEAD, 5), (FEEDBACK, 0), (FEEDBACK, 7)],
+    ids=["hard-0", "hard-4", "hard-7", "easy-4", "easy-7", "head-5", "feedback-0", "feedback-7"],
 )  # fmt: skip
 def test_a_run_that_died_resumes_to_the_same_bits(
     toy_options: Options,
@@ -456,6 +504,12 @@ CHOICES = [
     *[{"batch_order": name} for name in ORDERS],
     {"query_schedule": "adazeta"},
     {"prompt_cache_mb": 0},
+    {"adapter": "tt-lora", "query_mode": None},
+    {"adapter": "tt-lora", "query_mode": None, "estimator": "activations", "step_control": None},
+    {"adapter": "tt-lora", "query_mode": None, "head": "classification", "verbalizers": None},
+    {"adapter": "tt-lora", "adapter.positions": "all"},
+    {"adapter": "tt-lora", "estimator": "two-sided"},
+    {"adapter.positions": "answer"},
     {"rank": 2, "bottleneck": 8, "layers": 2},
     {"bottleneck": 16, "max_train_rows": 9},
     {"layers": 1},

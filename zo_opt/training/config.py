@@ -184,6 +184,7 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
         """The first option given that only queries on weights have."""
         own = split("adapter", self.adapter)[1]
         given = {
+            "objective": self.objective != objectives.LOSS,
             "adapter.positions": own.get("positions") == "all",
             "adapter.trainable": own.get("trainable") == "all",
             "query_mode": self.query_mode in ("batched", "split", "auto"),

@@ -44,7 +44,7 @@ def regression_accuracy(model: AdapterModel, train: Prepared, held_out: Prepared
         fit = make_pipeline(
             StandardScaler(),
             LogisticRegressionCV(
-                Cs=STRENGTHS, cv=FOLDS, max_iter=300, l1_ratios=(0,), scoring="accuracy", use_legacy_attributes=False
+                Cs=STRENGTHS, cv=FOLDS, max_iter=300, l1_ratios=(0,), use_legacy_attributes=False, scoring="accuracy"
             ),
         )
         fit.fit(states[0][layer], train.labels)

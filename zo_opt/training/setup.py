@@ -204,6 +204,9 @@ def build_tools(config: TrainConfig, examples: Examples, reporter: Reporter) -> 
         reporter.say(f"the run trains {objective.trained}, from values alone; what is shown as loss is that.")
     if config.budget_forwards is not None and not config.resume:  # of running text the rows are blocks of tokens
         config = replace(config, steps=steps_of(config, len(scorer.encode_all(examples.train))))
+    learns = (config.optimizer_name, config.adapter_name, config.estimator) == ("adazeta", "tt-lora", None)
+    if learns and config.of_weights is not None:
+        reporter.say(f"queries are on weights and not on activations, which learn faster: {config.of_weights} asks for it.")
     recipe = resolve(config, base.model, scorer)
     model = get_adapter_model(base.model, recipe.adapter)
     model.to(device)
