@@ -23,9 +23,11 @@ def run(options: Namespace, command: str) -> None:
     run_dir = path.parent
     if not path.exists() and (run_dir / RUN_NAME).is_file() and not (run_dir / START_NAME).exists():
         made = read_config(run_dir, trust_remote_code=options.trust_remote_code)
+        queries = ", queries on activations" if made.on_activations else ""
         raise ZOError(
-            f"the run in {run_dir} has no journal; runs keep one where forward passes alone move the weights and the adapter does not "
-            f"change on its own (this run: optimizer {made.optimizer_name}, adapter {made.adapter_name}). Its adapter is in {run_dir} itself."
+            f"the run in {run_dir} has no journal; runs keep one where queries on weights are all that moves them and the adapter does not "
+            f"change on its own (this run: optimizer {made.optimizer_name}, adapter {made.adapter_name}{queries}). Its adapter is in "
+            f"{run_dir} itself."
         )
     contents = read_journal(path, options.steps)  # whatever is wrong with it is said before the model is loaded
     if not (run_dir / RUN_NAME).is_file():
