@@ -2,8 +2,8 @@
 
     python benchmarks/compiled.py --threads 1 --out benchmarks/results/compiled.json
 
-``zo-opt train``'s defaults (SmolLM2-135M on SST-2, the adapter placed at two thirds of the depth, hidden states below it cached) but for
-``query_mode="sequential"``, one query. The same batches, each padded to its longest sequence and to a multiple of 16 tokens, run with
+SmolLM2-135M on SST-2, tensor-train adapters in the last quarter of the layers, hidden states below them kept; ``query_mode="sequential"``,
+one query. The same batches, each padded to its longest sequence and to a multiple of 16 tokens, run with
 plain and with compiled layers, interleaved in one process; medians of a whole step. One compilation serves all lengths (dynamic
 shapes); "compiled_static" compiles for each padded length alone and is timed on batches padded to 64.
 """
@@ -59,14 +59,13 @@ def measure(arguments: argparse.Namespace, precision: str) -> dict[str, Any]:
     torch._dynamo.reset()
     rows = arguments.batches * arguments.batch_size
     config = TrainConfig(
-        max_train_rows=max(rows, 128), held_out=2, query_mode="sequential", precision=precision, device=arguments.device
+        adapter="tt", max_train_rows=max(rows, 128), held_out=2, query_mode="sequential", precision=precision, device=arguments.device
     )
     reporter = Reporter(Console(quiet=True))
     tools = build_tools(config, load_examples(config, reporter), reporter)
-    tools.train.record(config.eval_batch_size, lambda count: None)
-    tools.place_adapters(config, reporter)
-    assert tools.cache is not None
-    layers = running_layers(tools.model, tools.cache.cut)
+    tools.record_prompts(config, Path(), reporter)
+    assert tools.prompts is not None
+    layers = running_layers(tools.model, tools.prompts.recorder.cut)
     optimizer = MeZO(trainable_parameters(tools.model), lr=0.0, zo_eps=config.eps, module=tools.model)
 
     def step(batch: Batch) -> tuple[float, float]:
@@ -140,7 +139,7 @@ def padded(batch: Batch, to: int) -> Batch:
     """A batch (padded on the left) with more padding there."""
     more = to - length(batch)
     changes = {name: F.pad(batch[name], (more, 0)) for name in ("input_ids", "attention_mask")}
-    return batch | changes | {"prefix": F.pad(batch["prefix"], (0, 0, more, 0))}
+    return batch | changes | {"prompt.places_NT": batch["prompt.places_NT"] + more}
 
 
 def length(batch: Batch) -> int:

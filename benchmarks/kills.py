@@ -41,7 +41,7 @@ from zo_opt.training.config import TrainConfig
 
 STEPS = 60
 JOBS: dict[str, dict[str, Any]] = {
-    "adazeta, adam, split": {"optimizer": "adazeta", "query_mode": "split", "warmup_steps": 5, "schedule.max_queries": 4, "schedule.min_queries": 2},
+    "adazeta, adam, split": {"optimizer": "adazeta", "adapter": "tt", "query_mode": "split", "warmup_steps": 5, "schedule.max_queries": 4, "schedule.min_queries": 2},
     "mezo": {"optimizer": "mezo", "lr_schedule": "constant", "lr": 1e-3},
     "mezo, variance schedule": {
         "optimizer": "mezo", "query_mode": "sequential", "schedule": "variance", "schedule.min_queries": 1,
@@ -52,9 +52,10 @@ JOBS: dict[str, dict[str, Any]] = {
     "zo-conservative (line search)": {"optimizer": "zo-conservative", "query_mode": "sequential", "lr": 1e-3},
     "mezo-svrg": {"optimizer": "mezo-svrg", "query_mode": "sequential", "lr": 1e-4},
     "adamw (backpropagation)": {"optimizer": "adamw", "lr": 1e-3},
+    "learned feedback (the defaults)": {"schedule.max_queries": 4, "schedule.min_queries": 2},
     "adalora, mezo": {"optimizer": "mezo", "adapter": "adalora", "lr": 1e-4},
 }  # fmt: skip
-WITHOUT_JOURNAL = ("adamw (backpropagation)", "adalora, mezo")
+WITHOUT_JOURNAL = ("adamw (backpropagation)", "adalora, mezo", "learned feedback (the defaults)")
 
 
 def main() -> None:

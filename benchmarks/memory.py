@@ -30,8 +30,8 @@ def main() -> None:
         rows.write_text("".join(json.dumps(row) + "\n" for row in task_rows("sst2")))
         common = [*COMMON, *model, "--train_file", str(rows), "--eval_file", str(rows)]
         runs = {
-            "training, prefix cache on": ["train", *common, "--output_dir", f"{directory}/cached"],
-            "training, prefix cache off": [
+            "training, prompt cache on": ["train", *common, "--output_dir", f"{directory}/cached"],
+            "training, prompt cache off": [
                 *("train", *common, "--prompt_cache_mb", "0", "--output_dir", f"{directory}/plain")
             ],
             "evaluation alone": ["eval", f"{directory}/cached", "--zero_shot"],

@@ -34,7 +34,7 @@ from zo_opt.training.setup import build_tools, load_base, load_examples
 RESULTS = Path(__file__).parent / "results" / "objectives.json"
 TEMPLATE = "Review: {sentence}\nSentiment (positive or negative):"
 WORDS = "0=negative,1=positive"
-ROWS: dict[str, Any] = {"max_train_rows": 256, "held_out": 128}
+ROWS: dict[str, Any] = {"adapter": "tt", "max_train_rows": 256, "held_out": 128}
 # The biases of the last layers: what is written instead of a line break is a matter of a shift.
 WRITING: dict[str, Any] = {
     "objective": "exact_match", "template": TEMPLATE, "verbalizers": WORDS, "adapter": "bitfit", "layers": 4,
@@ -56,7 +56,6 @@ def eps() -> None:
     reporter = Reporter()
     tools = build_tools(config, load_examples(config, reporter), reporter)
     tools.record_prompts(config, Path(), reporter)
-    tools.place_adapters(config, reporter)
     batches = [tools.train.batch(range(first, first + 16)) for first in range(0, 128, 16)]
     turned = {}
     for value in EPS:

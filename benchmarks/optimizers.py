@@ -90,13 +90,12 @@ def main() -> None:
 
 
 class Bench:
-    """One model with cached prefixes; every run starts from the same adapters."""
+    """One model with what is frozen of its forwards kept; every run starts from the same adapters."""
 
     def __init__(self, arguments: argparse.Namespace, adapter: dict[str, Any]) -> None:
         self.arguments = arguments
-        self.config = TrainConfig(
-            train_file=arguments.train_file, eval_file=arguments.eval_file, **nested(adapter)
-        )
+        files = {"train_file": arguments.train_file, "eval_file": arguments.eval_file}
+        self.config = TrainConfig(**files, batch_order="balanced", **nested(adapter))
         reporter = Reporter(Console(quiet=True))
         examples = load_examples(self.config, reporter)
         self.tools = build_tools(self.config, examples, reporter)

@@ -1,4 +1,4 @@
-"""A step with cached hidden states against one without: random tensor-train adapters in the last 8 of 30 layers of the built-in model.
+"""A step with kept hidden states against one without: random tensor-train adapters in the last 8 of 30 layers of the built-in model.
 
     python benchmarks/prompt_cache.py --threads 1 --out benchmarks/results/prompt_cache.json
 
@@ -22,7 +22,8 @@ import torch
 from rich.console import Console
 
 from zo_opt import MeZO, trainable_parameters
-from zo_opt.prompts.prompt_cache import PrefixCache
+from zo_opt.prompts.recorder import Recorder
+from zo_opt.prompts.store import FILE_NAME, FileStore, MemoryStore
 from zo_opt.record.progress import Reporter
 from zo_opt.tasks.evaluation import Prepared
 from zo_opt.training.config import TrainConfig
@@ -65,14 +66,20 @@ def measure(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
     sets = {"uncached": tools.train}
     recording: dict[str, float] = {}
     cached_bytes: dict[str, int] = {}
+    prompts = tools.model.prompt_forward()
+    recorder = prompts.recorder
+    stores: dict[str, MemoryStore | FileStore | None] = {"uncached": None}
     for place in PLACES:
-        cache = PrefixCache(tools.model, 1 << 30, place)
         start = time.perf_counter()
-        cache.open(directory)
-        sets[place] = Prepared(examples.train, tools.train.scorer, tools.device, cache)
+        if place == "disk":
+            stores[place] = FileStore(directory / FILE_NAME, 1 << 30, recorder.fingerprint())
+        else:
+            stores[place] = MemoryStore(1 << 30, tools.device if place == "device" else torch.device("cpu"))
+        use(recorder, stores[place])
+        sets[place] = Prepared(examples.train, tools.train.scorer, tools.device, prompts)
         sets[place].record(config.eval_batch_size, lambda count: None)
         recording[place] = time.perf_counter() - start
-        cached_bytes[place] = cache.store.bytes
+        cached_bytes[place] = stores[place].bytes
     optimizer = MeZO(
         trainable_parameters(tools.model), lr=0.0, zo_eps=1e-2, module=tools.model, query_mode=arguments.query_mode
     )
@@ -84,6 +91,7 @@ def measure(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
         losses = {}
         tokens.append(tools.train.batch(indices)["input_ids"].shape[-1])
         for name, prepared in sets.items():
+            use(recorder, stores[name])
             optimizer.step_count = step  # the same direction for all
 
             def run(prepared: Prepared = prepared, indices: range = indices) -> None:
@@ -102,6 +110,12 @@ def measure(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
         "step_seconds": medians, "ratios": {p: medians[p] / medians["uncached"] for p in PLACES}, "bar": 0.35,
         "largest_relative_loss_difference": difference, "recording_seconds": recording, "cached_bytes": cached_bytes,
     }  # fmt: skip
+
+
+def use(recorder: Recorder, store: MemoryStore | FileStore | None) -> None:
+    """From here on states are kept there; those of the batch before are forgotten, so that each place is read."""
+    recorder.store = store
+    recorder._known.clear()
 
 
 def timed(call: Callable[[], Any]) -> float:

@@ -1,4 +1,4 @@
-"""What a query costs in each mode: one-query steps, batched and split queries, ``auto``, a shared prefix, and memory.
+"""What a query costs in each mode: one-query steps, batched and split queries, ``auto``, and memory.
 
     python benchmarks/query_modes.py --threads 1 --out benchmarks/results/query_modes.json
 
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--parts", default="one,batched,split,prefix,memory,grid", help="comma-separated")
+    parser.add_argument("--parts", default="one,batched,split,memory,grid", help="comma-separated")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -45,7 +45,7 @@ def main() -> None:
         "machine": machine(arguments.device, "transformers"), "rounds": arguments.rounds
     }  # fmt: skip
     parts: dict[str, Callable[[int, str], dict[str, Any]]] = {
-        "one": one_query, "batched": batched_queries, "split": split_queries, "prefix": shared_prefix, "memory": memory, "grid": grid,
+        "one": one_query, "batched": batched_queries, "split": split_queries, "memory": memory, "grid": grid,
     }  # fmt: skip
     for part in arguments.parts.split(","):
         results[part] = parts[part](arguments.rounds, arguments.device)
@@ -71,10 +71,10 @@ class Setup:
         self.forward_plain = _twin(plain, self.batch)
         self.model = get_adapter_model(plain, TTConfig(rank=5, bottleneck=64, layers=layers))
 
-    def optimizer(self, mode: str, queries: int = 1, *, share_prefix: bool = False) -> MeZO:
+    def optimizer(self, mode: str, queries: int = 1) -> MeZO:
         return MeZO(
             trainable_parameters(self.model), lr=1e-7, zo_eps=EPS, directions="rademacher", module=self.model,
-            query_mode=mode, query_schedule=constant_queries(queries), share_prefix=share_prefix,
+            query_mode=mode, query_schedule=constant_queries(queries),
         )  # fmt: skip
 
     def step(self, optimizer: MeZO) -> Callable[[], Any]:
@@ -135,17 +135,6 @@ def split_queries(rounds: int, device: str) -> dict[str, float]:
         actions = {"one": setup.step(setup.optimizer("sequential")), "split": setup.step(setup.optimizer("split", 16))}
         seconds = interleaved(actions, rounds)
         found[f"BERT-base {str(dtype)[6:]} 16x64 split, 16 queries / one query"] = seconds["split"] / seconds["one"]
-    return found
-
-
-def shared_prefix(rounds: int, device: str) -> dict[str, float]:
-    """Adapters in the last 4 of 12 layers, the 8 below computed once a step or every time."""
-    found = {}
-    setup = Setup(torch.float32, 16, 64, device, layers=4)
-    for mode, queries in (("sequential", 1), ("sequential", 4), ("split", 16)):
-        actions = {str(s): setup.step(setup.optimizer(mode, queries, share_prefix=s)) for s in (False, True)}
-        seconds = interleaved(actions, rounds)
-        found[f"{mode}, {queries} queries: shared / not"] = seconds["True"] / seconds["False"]
     return found
 
 

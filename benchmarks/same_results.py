@@ -74,6 +74,7 @@ STEPS = 5
 TOY: Options = {
     "model_name_or_path": "llama", "train_file": "train.jsonl", "eval_file": "eval.csv", "template": "{text} It was",
     "verbalizers": "terrible,great", "device": "cpu", "precision": "fp32", "steps": 6, "batch_size": 8, "save_steps": 3,
+    "adapter": "tt", "batch_order": "balanced",
 }  # fmt: skip
 TEXTS = TOY | {
     "train_file": "texts.jsonl", "eval_file": None, "template": "Review {text} Label", "verbalizers": None,
@@ -90,8 +91,9 @@ LISA = {"adapter": "lisa", "adapter.blocks": 1, "adapter.interval": 2}
 BUILTIN = {"device": "cpu", "steps": 3, "max_train_rows": 16, "held_out": 8, "batch_size": 4}
 
 TRAIN: dict[str, Options] = {
-    "cli/default": TOY,
-    "cli/components": TOY | {"adapter_init": "components", "feature_components": 8, "output_scale": 0.5},
+    "cli/default": TOY | {"adapter": None, "batch_order": None},
+    "cli/queries on activations": TOY | {"adapter": None, "estimator": "activations"},
+    "cli/adapters on answers": TOY | {"adapter.positions": "answer"},
     "cli/random start": TOY | {
         "adapter.rank": 2, "adapter.bottleneck": 8, "adapter.activation": "gelu", "adapter.layers": [1, 3],
     },
@@ -128,7 +130,7 @@ TRAIN: dict[str, Options] = {
     },
     "cli/classification head": LORA | {"head": "classification", "template": None, "verbalizers": None},
     "cli/masked model": TOY | {"model_name_or_path": "bert", "template": "{text} It was {mask}"},
-    "cli/seq2seq model": TOY | {"model_name_or_path": "t5", },
+    "cli/seq2seq model": TOY | {"model_name_or_path": "t5"},
     "cli/accuracy": TOY | {"objective": "accuracy"},
     "cli/f1": LORA | MEZO | {"objective": "f1", "lr": 0.1},
     "cli/exact match": TEXTS | {"objective": "exact_match", "target_column": "guess", "max_new_tokens": 1},
@@ -163,7 +165,7 @@ AFTERWARDS: dict[str, tuple[Options, str]] = {
     "afterwards/replay": (TOY, "replay {run} --to {to}"),
     "afterwards/replay of some steps": (TRAIN["cli/hizoo"], "replay {run} --to {to} --steps 4"),
     "afterwards/merge": (
-        TOY | {"adapter": "tt-lora", "adapter.rank": 2, "adapter.tt_rank": 2},
+        TOY | {"adapter": "tt-lora", "estimator": "two-sided", "adapter.rank": 2, "adapter.tt_rank": 2},
         "merge {run} --to {to}",
     ),
     "afterwards/merge as lora": (TRAIN["cli/lora by adamw"], "merge {run} --to {to} --as lora"),
@@ -388,8 +390,6 @@ LOOPS: dict[str, Options] = {
         f"query mode/{mode}, {model}": {"query_mode": mode, "model": model, "adapter": "tt", "queries": 3}
         for mode, model in product(MODES, ("llama", "gpt2", "bert", "t5"))
     },
-    "shared prefix/sequential": {"share_prefix": True, "layers": 1},
-    "shared prefix/split": {"share_prefix": True, "layers": 1, "query_mode": "split"},
     **{
         f"whole model/{dtype}, {kind}": {"adapter": None, "dtype": dtype, "directions": (kind, {}), "lr": 1e-4}
         for dtype, kind in product(("float32", "bfloat16", "float16"), ("gaussian", "rademacher"))

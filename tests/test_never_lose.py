@@ -179,7 +179,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, bool]] = {  # what is done, 
         lambda r: flip(r / "journal", line_of(r / "journal", -1)), "is damaged in line.*done again", True,
     ),
     "journal flipped": (lambda r: flip(r / "journal", line_of(r / "journal", 3)), "goes on without a journal", False),
-    "journal cut": (lambda r: cut(r / "journal", 0.4), "ends after . steps.*goes on without a journal", False),
+    "journal cut": (lambda r: cut(r / "journal", line_of(r / "journal", 4)), "ends after . steps.*goes on without a journal", False),
 }  # fmt: skip
 
 
