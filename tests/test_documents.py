@@ -421,9 +421,9 @@ def test_the_diagrams_of_a_run(
 def test_short_names_of_benchmarks_are_options(monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings in the tables of the benchmarks make a run's options."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    measure, recipe, optimizers, split, objectives = (
-        importlib.import_module(name) for name in ("measure", "recipe", "optimizers", "split", "objectives")
+    measure, optimizers, split, objectives = (
+        importlib.import_module(name) for name in ("measure", "optimizers", "split", "objectives")
     )
-    settings = [*recipe.SELECT, *recipe.CONFIRM, *split.SIDES.values(), objectives.WRITING]
+    settings = [*split.SIDES.values(), objectives.ROWS, objectives.WRITING]
     for setting in [*settings, *(options | adapter for options, _, adapter in optimizers.METHODS.values())]:
         TrainConfig(**measure.nested(setting)).check()
