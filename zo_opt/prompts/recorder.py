@@ -81,7 +81,8 @@ class Recorder:
         self._known: dict[bytes, tuple[Tensor, Tensor]] = {}
         self._width = 0  # W
         self._extra_outputs: int | None = None  # of a layer that returns a tuple: its length beyond the hidden states
-        self._frozen = {n: t for n, t in [*model.named_parameters(), *model.named_buffers()] if not t.requires_grad}
+        base = [(n, t) for n, t in (*model.named_parameters(), *model.named_buffers()) if "adapter" not in n.split(".")]
+        self._frozen = {n: t for n, t in base if not t.requires_grad}
         # New adapters are in training mode, and take no part.
         named = [(name.split("."), module) for name, module in body.named_modules()]
         self._base = [m for parts, m in named if "adapter" not in parts and not hasattr(m, "base_layer")]
