@@ -81,9 +81,8 @@ class Recorder:
         self._known: dict[bytes, tuple[Tensor, Tensor]] = {}
         self._width = 0  # W
         self._extra_outputs: int | None = None  # of a layer that returns a tuple: its length beyond the hidden states
-        tensors = [*model.named_parameters(), *model.named_buffers()]
-        # Adapters take no part, and what is frozen of them may change: by a checkpoint that is loaded, or by the method's schedule.
-        self._frozen = {n: t for n, t in tensors if not t.requires_grad and "adapter" not in n.split(".")}
+        base = [(n, t) for n, t in (*model.named_parameters(), *model.named_buffers()) if "adapter" not in n.split(".")]
+        self._frozen = {n: t for n, t in base if not t.requires_grad}
         # New adapters are in training mode, and take no part.
         named = [(name.split("."), module) for name, module in body.named_modules()]
         self._base = [m for parts, m in named if "adapter" not in parts and not hasattr(m, "base_layer")]
