@@ -66,13 +66,11 @@ def _states(model: AdapterModel, prepared: Prepared, batch_size: int) -> tuple[A
     order: list[int] = []
     first: list[Tensor] = []  # places of the batch's first answer tokens, where a layer sees whole sequences
 
-    def keep(which: int, hidden: Tensor) -> None:
-        at = answers.layout.take(hidden)[0]
-        found[which].append(at[torch.arange(len(at)), first[-1]] if first[-1].numel() else at[:, 0])
-
     def see(_module: Any, _args: Any, output: Any) -> None:
-        if not answers.trying:
-            keep(0, output[0] if isinstance(output, tuple) else output)
+        if answers.trying or answers.positions.asleep:  # a prompt on its way to being kept
+            return
+        at = answers.layout.take(output[0] if isinstance(output, tuple) else output)[0]
+        found[0].append(at[torch.arange(len(at)), first[-1]] if first[-1].numel() else at[:, 0])
 
     def end(hidden_CNTH: Tensor) -> Tensor:
         at = hidden_CNTH[0]
