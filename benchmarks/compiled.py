@@ -59,7 +59,12 @@ def measure(arguments: argparse.Namespace, precision: str) -> dict[str, Any]:
     torch._dynamo.reset()
     rows = arguments.batches * arguments.batch_size
     config = TrainConfig(
-        adapter="tt", max_train_rows=max(rows, 128), held_out=2, query_mode="sequential", precision=precision, device=arguments.device
+        adapter="tt",
+        max_train_rows=max(rows, 128),
+        held_out=2,
+        query_mode="sequential",
+        precision=precision,
+        device=arguments.device,
     )
     reporter = Reporter(Console(quiet=True))
     tools = build_tools(config, load_examples(config, reporter), reporter)

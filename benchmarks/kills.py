@@ -41,7 +41,10 @@ from zo_opt.training.config import TrainConfig
 
 STEPS = 60
 JOBS: dict[str, dict[str, Any]] = {
-    "adazeta, adam, split": {"optimizer": "adazeta", "adapter": "tt", "query_mode": "split", "warmup_steps": 5, "schedule.max_queries": 4, "schedule.min_queries": 2},
+    "adazeta, adam, split": {
+        "optimizer": "adazeta", "adapter": "tt", "query_mode": "split", "warmup_steps": 5, "schedule.max_queries": 4,
+        "schedule.min_queries": 2,
+    },
     "mezo": {"optimizer": "mezo", "lr_schedule": "constant", "lr": 1e-3},
     "mezo, variance schedule": {
         "optimizer": "mezo", "query_mode": "sequential", "schedule": "variance", "schedule.min_queries": 1,

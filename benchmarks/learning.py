@@ -74,10 +74,22 @@ def accuracy(arguments: argparse.Namespace) -> None:
                     results = json.loads((Path(directory) / "out" / "results.json").read_text())
                 for part in ("before", "after"):
                     results[part].pop("row_scores", None)
-                run = {"task": task, "method": method, "seed": int(seed), "more": arguments.more, "seconds": seconds, "results": results}
+                run = {
+                    "task": task,
+                    "method": method,
+                    "seed": int(seed),
+                    "more": arguments.more,
+                    "seconds": seconds,
+                    "results": results,
+                }
                 with Path(arguments.out).open("a") as file:
-                    file.write(json.dumps(run | {"results": {k: v for k, v in results.items() if k != "command"}}) + "\n")
-                print(f"{task} {method} seed {seed}: {100 * results['after']['accuracy']:.1f} % in {seconds:.0f} s", flush=True)
+                    file.write(
+                        json.dumps(run | {"results": {k: v for k, v in results.items() if k != "command"}}) + "\n"
+                    )
+                print(
+                    f"{task} {method} seed {seed}: {100 * results['after']['accuracy']:.1f} % in {seconds:.0f} s",
+                    flush=True,
+                )
 
 
 def table(arguments: argparse.Namespace) -> None:
@@ -122,14 +134,17 @@ def cosine(arguments: argparse.Namespace) -> None:
     from zo_opt.training.stepper import Stepper, training_loss
 
     for task in arguments.tasks.split(","):
-        for name, more in (("learned feedback", {}), ("queries on the same weights", {"estimator": "two-sided", "query_mode": "sequential"})):
+        for name, more in (
+            ("learned feedback", {}),
+            ("queries on the same weights", {"estimator": "two-sided", "query_mode": "sequential"}),
+        ):
             adapter = {"name": "tt-lora", "positions": "answer", "trainable": "input"}
             config, tools = tools_of(task, Path(arguments.data), {"adapter": adapter, "steps": arguments.steps, **more})
             stepper, found = Stepper(config, tools), []
             parameters = trainable_parameters(tools.model)
             while (step := stepper.optimizer.step_count) < arguments.steps:
-                batch = tools.train.batch(stepper._order.indices(step))  # noqa: SLF001
-                measured = step >= 25 and step % 10 == 5  # noqa: PLR2004
+                batch = tools.train.batch(stepper._order.indices(step))
+                measured = step >= 25 and step % 10 == 5
                 if measured:
                     right = torch.autograd.grad(training_loss(tools.model, tools.train, batch), parameters)
                 stepper.optimizer.step(lambda b, t=tools: training_loss(t.model, t.train, b), batch)
@@ -137,12 +152,23 @@ def cosine(arguments: argparse.Namespace) -> None:
                     update = stepper.optimizer.last_update
                     if update.gradient is None:
                         stepper.optimizer.write_last_grad()
-                    estimate = update.gradient if update.gradient is not None else torch.cat([p.grad.flatten() for p in parameters])
-                    found.append(float(torch.nn.functional.cosine_similarity(estimate, torch.cat([g.flatten() for g in right]), 0)))
+                    estimate = (
+                        update.gradient
+                        if update.gradient is not None
+                        else torch.cat([p.grad.flatten() for p in parameters])
+                    )
+                    found.append(
+                        float(
+                            torch.nn.functional.cosine_similarity(estimate, torch.cat([g.flatten() for g in right]), 0)
+                        )
+                    )
                 stepper.optimizer.zero_grad()
                 stepper.lr_scheduler.step()
             shown = ", ".join(f"{value:.2f}" for value in found)
-            print(f"{task}, {name}: mean cosine {mean(found):.3f} over steps 25 to {arguments.steps} ({shown})", flush=True)
+            print(
+                f"{task}, {name}: mean cosine {mean(found):.3f} over steps 25 to {arguments.steps} ({shown})",
+                flush=True,
+            )
 
 
 def cost(arguments: argparse.Namespace) -> None:
@@ -173,7 +199,7 @@ def cost(arguments: argparse.Namespace) -> None:
         optimizer.step(lambda b: adapted(**b, logits_to_keep=2).logits[:, 0].log_softmax(-1)[:, 0].mean().neg(), batch)
 
     def anew() -> None:
-        adapted.answers.recorder._known.clear()  # noqa: SLF001
+        adapted.answers.recorder._known.clear()
         step()
 
     @torch.no_grad()
@@ -182,7 +208,7 @@ def cost(arguments: argparse.Namespace) -> None:
             adapted(input_ids=ids[:, :35], logits_to_keep=1)
 
     batch = {"input_ids": ids}
-    with adapted.answering(torch.arange(36).expand(16, -1) >= 34):  # noqa: PLR2004
+    with adapted.answering(torch.arange(36).expand(16, -1) >= 34):
         times: dict[str, list[float]] = defaultdict(list)
         for _ in range(arguments.rounds + 1):
             for name, run in (("plain", plain), ("step", step), ("anew", anew)):

@@ -256,7 +256,7 @@ def test_a_new_head_behind_the_adapters_gets_its_exact_gradient():
         "input_ids": torch.randint(3, 50, (8, 7), generator=torch.Generator().manual_seed(1)),
         "labels": torch.arange(8) % 2,
     }
-    optimizer, losses = learn(model, batch, 1)
+    _, losses = learn(model, batch, 1)
     head = [p for n, p in model.wrapped.named_parameters() if n.startswith("classifier") or "pooler" in n]
     sites = model.activation_sites()
     seen = sites.observe(lambda: model(**batch).loss)
@@ -316,5 +316,5 @@ def test_ranks_with_rows_of_their_own_are_refused():
         trainable_parameters(model), lr=0.1, module=model, estimator="learned-feedback", directions="rademacher",
         query_mode="distributed", distributed=Distributed(share="data"),
     )  # fmt: skip
-    with pytest.raises(ZOError, match="share='data' averages losses.*share queries"):
+    with pytest.raises(ZOError, match=r"share='data' averages losses.*share queries"):
         optimizer.step(lambda b: model(**b).loss, batch_of("left"))

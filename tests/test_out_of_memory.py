@@ -7,11 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_query_modes import EPS, SCALES, Net, by_hand, evaluator_of, net_batch, optimizer_of, take
-from torch import nn
 
 from zo_opt import MeZO, ZOError
 from zo_opt.queries.copies import Limits
-from zo_opt.schedules import constant_queries
 
 ERRORS = {
     "an accelerator's": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),

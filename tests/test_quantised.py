@@ -198,7 +198,10 @@ def test_a_checkpoint_that_is_quantised_already(
     assert run_main(toy_options(output_dir=tmp_path / "twice", quantise=kind, **options)) == 2
     assert "the checkpoint is quantised already" in capsys.readouterr().err
     private = (
-        {"privacy_epsilon": 8, "privacy_clip": 1, }
+        {
+            "privacy_epsilon": 8,
+            "privacy_clip": 1,
+        }
         | options
         | {"query_mode": None, "batch_size": 4}
     )

@@ -135,7 +135,9 @@ class Ranks:
         except BaseException as raised:  # Ctrl-C, too: the others must not wait for this rank
             failure = raised
         plan = f"{self._plan}, {points} x {width} losses"
-        head = _Head(int(failure is not None), _number(checksum([plan.encode()])), *self._sums, rows, seen, self.stop_wanted)
+        head = _Head(
+            int(failure is not None), _number(checksum([plan.encode()])), *self._sums, rows, seen, self.stop_wanted
+        )
         widest = max(width * (b - a) for a, b in spans)
         try:
             heads, losses = self._exchange(

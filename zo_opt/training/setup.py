@@ -206,7 +206,9 @@ def build_tools(config: TrainConfig, examples: Examples, reporter: Reporter) -> 
         config = replace(config, steps=steps_of(config, len(scorer.encode_all(examples.train))))
     learns = (config.optimizer_name, config.adapter_name, config.estimator) == ("adazeta", "tt-lora", None)
     if learns and config.of_weights is not None:
-        reporter.say(f"queries are on weights and not on activations, which learn faster: {config.of_weights} asks for it.")
+        reporter.say(
+            f"queries are on weights and not on activations, which learn faster: {config.of_weights} asks for it."
+        )
     recipe = resolve(config, base.model, scorer)
     model = get_adapter_model(base.model, recipe.adapter)
     model.to(device)
