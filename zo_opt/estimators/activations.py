@@ -41,6 +41,7 @@ class Activations(Estimator):
 
     forwards_per_query: ClassVar[int] = 1
     forwards_per_step: ClassVar[int] = 1
+    forwards_at_start: ClassVar[int] = TRIES
     query_modes: ClassVar[tuple[str, ...] | None] = ("sequential", "distributed")
     gives_gradient: ClassVar[bool] = True
 
