@@ -137,7 +137,7 @@ TRAIN: dict[str, Options] = {
     "cli/reward": TEXTS | {"objective": "rewards:short"},
     "cli/generation": TEXTS,
     "cli/language modelling": TOY | LM,
-    "cli/privacy": TOY | {"privacy_epsilon": 8.0, "privacy_delta": 1e-4, "privacy_clip": 5.0},
+    "cli/privacy": TOY | {"batch_order": None, "privacy_epsilon": 8.0, "privacy_delta": 1e-4, "privacy_clip": 5.0},
     "cli/int8": TOY | {"quantise": "int8"},
     "builtin/default": BUILTIN,
     "builtin/lora by adamw": BUILTIN | ADAMW | {"adapter": "lora", "adapter.layers": 2},

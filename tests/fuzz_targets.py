@@ -300,6 +300,7 @@ def metrics(directory: Path) -> list[bytes]:
         "queries": 1,
         "dropped": 0,
         "forwards": 2,
+        "tokens": 8,
         "projected_grads": [1.0],
     }
     return [b"".join(make_metrics_line(line | {"step": i}, 0.5) + b"\n" for i in range(3))]

@@ -10,6 +10,7 @@ from test_answer_positions import adapted, batch_of, causal
 from tiny_models import build, perturb
 
 from zo_opt import AdaZeta, LoRAConfig, MeZO, TTConfig, TTLoRAConfig, get_adapter_model, trainable_parameters
+from zo_opt.distributed import Distributed
 from zo_opt.errors import ZOError
 from zo_opt.estimators import LearnedFeedback
 from zo_opt.estimators.feedback import Feedback, spsa
@@ -307,3 +308,13 @@ def test_a_closure_that_runs_the_model_twice_or_never():
     with pytest.raises(ZOError, match="0 times"):
         learn(model, batch, 1, closure=lambda b: torch.zeros(()))
     assert adapted(causal("llama")[0]).answers.ended is None
+
+
+def test_ranks_with_rows_of_their_own_are_refused():
+    model = on_answers()
+    optimizer = AdaZeta(
+        trainable_parameters(model), lr=0.1, module=model, estimator="learned-feedback", directions="rademacher",
+        query_mode="distributed", distributed=Distributed(share="data"),
+    )  # fmt: skip
+    with pytest.raises(ZOError, match=r"share='data' averages losses.*share queries"):
+        optimizer.step(lambda b: model(**b).loss, batch_of("left"))

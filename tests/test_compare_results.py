@@ -49,6 +49,14 @@ def test_every_optimizer_stays_within_its_budget() -> None:
         assert spent(config, steps, 5) <= 19 < spent(config, steps + 1, 5), name
 
 
+def test_a_budget_pays_for_the_length_of_shifts() -> None:
+    """Queries on activations: in the first step three more, then one a query and one a step."""
+    config = TrainConfig(schedule={"name": "constant", "queries": 4}, budget_forwards=13)
+    assert config.on_activations
+    assert steps_of(config, 20) == 2
+    assert steps_of(replace(config, budget_forwards=12), 20) == 1
+
+
 @settings(deadline=None, max_examples=12)
 @given(
     st.sampled_from(["constant", "adazeta", "linear", "cosine", "stepwise"]),
@@ -115,6 +123,7 @@ def made_up(
             "queries": 0,
             "dropped": 0,
             "forwards": 3 * (i + 1),
+            "tokens": 12 * (i + 1),
             "projected_grads": [],
         }
         for i, loss in enumerate(losses)

@@ -166,7 +166,9 @@ def test_shared_rows_equal_the_whole_batch_to_rounding(ranks, share):
     alone = course(30, batch_of=lambda step, _: batches[step % 3])
     assert found[0]["losses"] == pytest.approx(alone["losses"], rel=1e-6)
     assert found[0]["weights"][-1] == pytest.approx(alone["weights"][-1], rel=1e-5, abs=1e-6)
-    assert found[0]["history"]["forwards"] == alone["history"]["forwards"]
+    assert [found[0]["history"][n] for n in ("forwards", "tokens")] == [
+        alone["history"][n] for n in ("forwards", "tokens")
+    ]
 
 
 @pytest.mark.parametrize("within", ["split", "batched", "auto"])
@@ -176,7 +178,9 @@ def test_modes_within_a_rank(ranks, within):
     alone = course(5, query_mode=within)
     assert found[1:] == found[:1] * 2
     assert found[0]["losses"] == pytest.approx(alone["losses"], rel=1e-6)
-    assert found[0]["history"]["forwards"] == alone["history"]["forwards"]
+    assert [found[0]["history"][n] for n in ("forwards", "tokens")] == [
+        alone["history"][n] for n in ("forwards", "tokens")
+    ]
 
 
 def test_bytes_between_ranks(ranks, monkeypatch):

@@ -10,9 +10,11 @@ import math
 import pytest
 import torch
 from scipy.stats import f as f_distribution
+from test_activations import on_answers
+from test_answer_positions import batch_of
 from torch import nn
 
-from zo_opt import MeZO, ZOError
+from zo_opt import MeZO, ZOError, trainable_parameters
 from zo_opt.directions import DIRECTIONS, LowRank, StepDirections, Stream
 from zo_opt.estimators import (
     ESTIMATORS,
@@ -24,6 +26,7 @@ from zo_opt.estimators import (
     combine,
     control_variate,
 )
+from zo_opt.estimators.activations import TRIES
 from zo_opt.queries.copies import Limits
 from zo_opt.queries.modes import Evaluator, Losses
 from zo_opt.queries.perturbation import Perturbed
@@ -494,7 +497,11 @@ def of_quadratic(name, queries=3):
     return theta, optimizer, lambda: theta @ CURVATURE @ theta / 2
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+OF_WEIGHTS = [name for name, kind in ESTIMATORS.items() if not kind.gives_gradient]
+OF_ACTIVATIONS = [name for name, kind in ESTIMATORS.items() if kind.gives_gradient]
+
+
+@pytest.mark.parametrize("name", OF_WEIGHTS)
 def test_every_estimator_finds_the_derivatives_at_the_cost_it_declares(name):
     theta, optimizer, loss = of_quadratic(name)
     expected = [float(GRADIENT @ optimizer.directions_of(0).range(q, 0, D).double()) for q in range(3)]
@@ -509,9 +516,51 @@ def test_every_estimator_finds_the_derivatives_at_the_cost_it_declares(name):
     assert ESTIMATORS.make(ESTIMATORS.plain(kind())) == kind()
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", OF_WEIGHTS)
 def test_every_estimator_drops_what_is_not_finite(name):
     theta, optimizer, loss = of_quadratic(name)
     optimizer.step(lambda: loss() * math.nan)
     assert optimizer.dropped_queries == 3
     assert torch.equal(theta.detach(), START)
+
+
+def of_activations(name):
+    """An optimizer with the estimator, on a tiny model with adapters that act on answers, and a batch."""
+    model = on_answers()
+    optimizer = MeZO(
+        trainable_parameters(model), lr=0.01, estimator=name, zo_eps=3e-2, directions="rademacher", module=model,
+        query_schedule=constant_queries(3),
+    )  # fmt: skip
+    return model, optimizer, batch_of("left")
+
+
+@pytest.mark.parametrize("name", OF_ACTIVATIONS)
+def test_every_estimator_of_activations_costs_what_it_declares(name):
+    """What finds the length of shifts included, before the first step."""
+    model, optimizer, batch = of_activations(name)
+    with torch.no_grad():
+        expected = float(model(**batch).loss)
+    records = []
+    for _ in range(2):
+        optimizer.step(lambda b: model(**b).loss, batch)
+        records.append(optimizer.last_record)
+    assert records[0].loss == pytest.approx(expected, rel=1e-5)
+    assert (
+        [r.forwards for r in records] == [optimizer.forwards(0, 3), optimizer.forwards(1, 3)] == [3 + 1 + TRIES, 3 + 1]
+    )
+    assert len(records[0].projected_grads) == 3
+    kind = ESTIMATORS[name]
+    assert ESTIMATORS.make(ESTIMATORS.plain(kind())) == kind()
+
+
+@pytest.mark.parametrize("name", OF_ACTIVATIONS)
+def test_every_estimator_of_activations_drops_what_is_not_finite(name):
+    model, optimizer, batch = of_activations(name)
+    before = [p.clone() for p in trainable_parameters(model)]
+    optimizer.step(lambda b: model(**b).loss * math.nan, batch)
+    assert optimizer.dropped_queries == 3
+    assert all(torch.equal(p, b) for p, b in zip(trainable_parameters(model), before, strict=True))
+    assert all(tensor.isfinite().all() for tensor in optimizer.state_dict()["memory"].values())
+    optimizer.step(lambda b: model(**b).loss, batch)  # nothing was learned of it
+    assert optimizer.dropped_queries == 3
+    assert all(p.isfinite().all() for p in trainable_parameters(model))

@@ -341,6 +341,14 @@ CASES: dict[str, Case] = {
             ("update_rule.beta2", -0.1), ("update_rule.beta2", "nan"),
         )
     },
+    "activations of shared rows": (
+        lambda p: {"adapter": "tt-lora", "estimator": "learned-feedback", "share": "data"},
+        "share='data' averages losses.*--share queries, or --estimator two-sided",
+    ),
+    "activations in another query mode": (
+        lambda p: {"adapter": "tt-lora", "estimator": "activations", "query_mode": "split"},
+        "query_mode='split' does not apply to estimator 'activations'; leave it sequential",
+    ),
     "no queries": (lambda p: {"queries": 0}, "queries=0"),
     "no fewest queries": (lambda p: {"query_schedule": "adazeta", "min_queries": 0}, "min_queries=0"),
     "fewest queries above the most": (

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from zo_opt.distributed.processes import Distributed, part_of, world_size
 from zo_opt.errors import RankError, ZOError
-from zo_opt.queries.nesting import batch_size, map_tensors
+from zo_opt.queries.nesting import batch_size, map_tensors, tokens
 from zo_opt.queries.trainables import Trainables
 from zo_opt.system.checksum import checksum, fingerprint
 
@@ -34,6 +34,7 @@ class _Head(NamedTuple):
     trainables: int
     batch: int
     rows: int
+    tokens: int
     stop: int
 
 
@@ -46,11 +47,13 @@ class Ranks:
     Attributes:
         stop_wanted: set to a number above 0 to ask all ranks to stop; sent with the next losses.
         stop: the largest number that any rank asked with, the same on all ranks after every step.
+        tokens: of the last batch, those of all ranks' rows; None where there are no others.
     """
 
     def __init__(self, options: Distributed) -> None:
         self.options = options
         self.stop_wanted = self.stop = 0
+        self.tokens: int | None = None
         self._plan, self._step, self._sums, self._compared = "", 0, (0, 0), -1
 
     @property
@@ -122,16 +125,19 @@ class Ranks:
         group = self._group()  # made before a rank can be late
         spans = [part_of(points, groups, r // members) for r in range(size)]
         first, last = spans[rank]
-        values, rows, failure = torch.zeros((last - first) * width, dtype=torch.float64), 1, None
+        values, rows, seen, failure = torch.zeros((last - first) * width, dtype=torch.float64), 1, 0, None
         try:
             if members > 1 and batch is not None:
                 rows = batch_size(batch)
+            seen = tokens(batch) if batch is not None and rows else 0
             if first < last and rows:
                 values = run(first, last)
         except BaseException as raised:  # Ctrl-C, too: the others must not wait for this rank
             failure = raised
         plan = f"{self._plan}, {points} x {width} losses"
-        head = _Head(int(failure is not None), _number(checksum([plan.encode()])), *self._sums, rows, self.stop_wanted)
+        head = _Head(
+            int(failure is not None), _number(checksum([plan.encode()])), *self._sums, rows, seen, self.stop_wanted
+        )
         widest = max(width * (b - a) for a, b in spans)
         try:
             heads, losses = self._exchange(
@@ -144,6 +150,7 @@ class Ranks:
         if failure is not None:
             raise failure
         self.stop = max(head.stop for head in heads)
+        self.tokens = sum(head.tokens for head in heads[:members])
         if self._sums != (0, 0):
             self._compared, self._sums = self._step, (0, 0)
         parts = [row[: width * (b - a)] for row, (a, b) in zip(losses, spans, strict=True)]

@@ -41,10 +41,16 @@ class Activations(Estimator):
 
     forwards_per_query: ClassVar[int] = 1
     forwards_per_step: ClassVar[int] = 1
+    forwards_at_start: ClassVar[int] = TRIES
     query_modes: ClassVar[tuple[str, ...] | None] = ("sequential", "distributed")
     gives_gradient: ClassVar[bool] = True
 
     def __call__(self, evaluate: Evaluator, queries: int, zo_eps: float) -> Estimate:
+        if evaluate.ranks is not None and evaluate.ranks.options.share != "queries":
+            raise ZOError(
+                f"share={evaluate.ranks.options.share!r} averages losses over rows of several processes, and activations belong to rows; with "
+                "queries on activations share queries."
+            )
         sites = sites_of(evaluate.module)
         call = evaluate.closure if evaluate.batch is None else lambda: evaluate.closure(evaluate.batch)
         seen = sites.observe(call)

@@ -48,6 +48,7 @@ class Estimator(ABC):
 
     Attributes:
         forwards_per_query, forwards_per_step: what its queries cost (:class:`~zo_opt.schedules.RunLength`), sequentially.
+        forwards_at_start: what its first step costs besides.
         forwards_split: what a step costs in split mode, whatever its queries.
         query_modes: the modes it can be evaluated in; None: all.
         differentiates: whether it needs a loss that torch can differentiate.
@@ -58,6 +59,7 @@ class Estimator(ABC):
 
     forwards_per_query: ClassVar[int] = 2
     forwards_per_step: ClassVar[int] = 0
+    forwards_at_start: ClassVar[int] = 0
     forwards_split: ClassVar[int] = 2
     query_modes: ClassVar[tuple[str, ...] | None] = None
     differentiates: ClassVar[bool] = False

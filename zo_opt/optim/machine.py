@@ -240,9 +240,8 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
         """Forward passes that a step on one batch takes."""
         estimator, search = self.choices.estimator, self.choices.line_search
         split = self.mode == "split"
-        cost = (
-            estimator.forwards_split if split else estimator.forwards_per_query * queries + estimator.forwards_per_step
-        )
+        cost = estimator.forwards_per_query * queries + estimator.forwards_per_step
+        cost = estimator.forwards_split if split else cost + (estimator.forwards_at_start if step == 0 else 0)
         return cost + (len(search.multipliers) if search is not None else 0)
 
     def prepare(self, update: Update) -> None:

@@ -93,6 +93,8 @@ class Evaluator:
     @property
     def tokens(self) -> int:
         """Tokens of the batch, each of which a forward takes through the adapted part; 0 where no batch is given."""
+        if self.ranks is not None and self.ranks.tokens is not None:
+            return self.ranks.tokens  # known after the losses: each rank may have rows of its own
         return 0 if self.batch is None else tokens(self.batch)
 
     def at(self, points: Sequence[Point]) -> Tensor:

@@ -28,7 +28,7 @@ def steps_of(config: TrainConfig, rows: int) -> int:
     Raises:
         ZOError: the budget does not pay for one step.
 
-    >>> steps_of(TrainConfig(optimizer="adamw", budget_forwards=600), 1000), steps_of(TrainConfig(budget_forwards=600), 1000)
+    >>> steps_of(TrainConfig(optimizer="adamw", budget_forwards=600), 1000), steps_of(TrainConfig(adapter="tt", budget_forwards=600), 1000)
     (200, 300)
     """
     budget = config.budget_forwards

@@ -77,6 +77,11 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
         check_trackers(self.report_to)
         if self.share != "queries":
             self.make_distributed()
+            if self.on_activations:
+                raise ZOError(
+                    f"share={self.share!r} averages losses over rows of several processes, and activations belong to rows; with queries on "
+                    "activations give --share queries, or --estimator two-sided."
+                )
             if self.objective == "f1":
                 raise ZOError("the F1 of a batch is no mean over its rows; with objective='f1' give --share queries.")
         if self.zeroth_order:
@@ -188,6 +193,7 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
             "adapter.positions": own.get("positions") == "all",
             "adapter.trainable": own.get("trainable") == "all",
             "query_mode": self.query_mode in ("batched", "split", "auto"),
+            "share": self.share != "queries",
             "directions": self.directions is not None
             and split("directions", self.directions)[0] not in ("rademacher", "gaussian"),
             "step_control": self.step_control not in (None, "none"),
