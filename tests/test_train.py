@@ -800,7 +800,14 @@ def test_the_defaults_learn_on_every_architecture_and_resume_to_the_same_bits(
         pytest.skip("transformers' head of T5 reads the end token")
     template = "{text} It was {mask}." if (architecture, head) == ("bert", "lm") else "{text} It was"
     words = None if head == "classification" else "terrible,great"
-    defaults = {"adapter": "tt-lora", "query_mode": None, "step_control": None, "update_rule": None, "query_schedule": None, "lr": None}
+    defaults = {
+        "adapter": "tt-lora",
+        "query_mode": None,
+        "step_control": None,
+        "update_rule": None,
+        "query_schedule": None,
+        "lr": None,
+    }
 
     def run(out: str, **more: Any) -> Path:
         options = toy_options(
