@@ -314,4 +314,4 @@ def test_help_shows_what_a_run_would_take(line: str, shown: dict[str, str], caps
     assert run_main(["train", *line.split(), "--help"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     for name, value in shown.items():
-        assert re.search(rf"--{name} (?:(?! --).)*?default: {re.escape(value)}\)", said), name
+        assert re.search(rf"--{name}\+? (?:(?! --).)*?default: {re.escape(value)}\)", said), name
