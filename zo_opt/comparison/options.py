@@ -30,7 +30,7 @@ class CompareConfig:
     Args:
         methods: names with commas between, or a list: full, bitfit, lora, lora+, dora, adalora, lora-fa, vera, aflora, lisa, lamda,
             lamda++, adapter, spectral, loretta, mezo,
-            mezo-lora, sparse-mezo, adazeta, adazeta-placed, or optimizer:adapter for any two (adamw or a zeroth-order
+            mezo-lora, sparse-mezo, adazeta, adazeta-feedback, or optimizer:adapter for any two (adamw or a zeroth-order
             optimizer).
         seeds: numbers with commas between, or a list: of directions, adapters and the order of examples; a run for each.
         budget_forwards: forward passes that each run may take, a backward pass counted as two (600 if no budget is given).
