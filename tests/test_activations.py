@@ -13,6 +13,7 @@ from zo_opt import AdaZeta, LoRAConfig, MeZO, TTConfig, TTLoRAConfig, get_adapte
 from zo_opt.distributed import Distributed
 from zo_opt.errors import ZOError
 from zo_opt.estimators import LearnedFeedback
+from zo_opt.estimators.activations import Measured
 from zo_opt.estimators.feedback import Feedback, spsa
 from zo_opt.optim import Adam
 
@@ -100,7 +101,7 @@ def test_learned_feedback_finds_rows_that_differ_in_few_directions():
         v = signs(queries, rows, width, seed=500 + step)
         s = torch.einsum("mcd,qmd->qmc", own, v)
         true = torch.einsum("mc,mcd->md", e, own)
-        found = estimator.delta(memory, v, torch.einsum("mc,qmc->qm", e, s), s, e, own=True)
+        found = estimator.delta(memory, Measured(v, torch.einsum("mc,qmc->qm", e, s), s, e, own=True))
         cosines.append(float(torch.nn.functional.cosine_similarity(found, true, 1).mean()))
     alone = torch.nn.functional.cosine_similarity(spsa(v, torch.einsum("mc,qmc->qm", e, s)), true, 1).mean()
     assert sum(cosines[-20:]) / 20 > 0.9

@@ -11,25 +11,27 @@ Shape suffixes: N sequences, S tokens, T answer tokens, C copies, H hidden, P pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zo_opt.adapters.kept import KeptForward
 from zo_opt.adapters.layout import Axis, Layout
 from zo_opt.adapters.positions import Positions
-from zo_opt.errors import reason_of
+from zo_opt.errors import ZOError, reason_of
 from zo_opt.prompts.recorder import Recorder
-from zo_opt.prompts.states import PromptState, split_keys
+from zo_opt.prompts.states import PromptState, scatter, split_keys
+from zo_opt.system.replaced import replaced
 
 NARROW = 3e-2  # of the largest hidden state: what two ways of computing the same may differ by in bf16; in float32 1e-4
 FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, NotImplementedError)
 
 
-class AnswerForward:
+class AnswerForward(KeptForward):
     """Stands in for a model's body while adapters act on answers alone.
 
     Args:
@@ -39,42 +41,37 @@ class AnswerForward:
         adapted: paths of the adapted modules.
 
     Attributes:
-        recorder: what the frozen base makes of prompts.
-        objection: why prompts cannot be done apart, in words; None where they can, or where that is not tried yet.
         copies: how many the next forward is made in.
         layout: of the last forward.
-        state: a prompt that is done, for the next forwards; None: made from what they are given.
         trying: whether a way is being tried, which is nobody else's business.
         ended: takes the body's output at the answer positions, (C, N, T, H), and gives what is to stand there.
     """
 
     def __init__(self, model: nn.Module, body: nn.Module, positions: Positions, adapted: Sequence[str]) -> None:
-        self.body, self.positions = body, positions
-        self._plain: Callable[..., Any] = body.forward
+        super().__init__(body)
+        self.positions = positions
         self._whole = positions.everywhere or positions.kind != "causal"
         self.recorder = Recorder(
-            model, body, self._plain, positions.sleep, adapted, keeps="layers" if self._whole else "keys"
+            model, body, self.plain, positions.sleep, adapted, keeps="layers" if self._whole else "keys"
         )
-        self.objection: str | None = None
         if self._whole and self.recorder.cut == 0:
             self.objection = "nothing is frozen below the first adapter, or adapters sit in several places"
         self.copies, self.layout = 1, Layout("rows", 1, 0)
-        self.state: PromptState | None = None
         self.trying = self._grad = False
         self.ended: Callable[[Tensor], Tensor] | None = None
         self._axis: Axis | None = None
         self._tried = False
-        body.forward = self.forward
 
-    def remove(self) -> None:
-        """Give the body its own forward back."""
-        del self.body.forward
+    @property
+    def depth_share(self) -> float:  # type: ignore[override]
+        """Of the layers, those from the first adapted one on."""
+        return (self.recorder.depth - self.recorder.cut) / self.recorder.depth
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The body's forward, adapters acting at the answer positions."""
-        given = dict(zip(self.recorder.arguments, args, strict=False)) | kwargs
+        given = self.named(args, kwargs)
         if self.positions.asleep:
-            return self._plain(**given)
+            return self.plain(**given)
         if self.positions.everywhere or self.positions.kind == "encoder-decoder":
             return self._masked(given, None)
         ids = given.get("input_ids")
@@ -89,48 +86,48 @@ class AnswerForward:
         if attention is not None and attention.ndim != 2:
             attention = None
         answers = self.positions.answers(ids, attention)
-        apart = past is None and given.get("inputs_embeds") is None and not self._whole
-        if apart and self.can(ids, attention, answers, given.get("position_ids")):
-            return self._from(self.recorder.prepare(ids, attention, answers, given.get("position_ids")), ids.shape[1])
-        return self._masked(given, answers)
+        state = None
+        if past is None and given.get("inputs_embeds") is None and not self._whole:
+            state = self._done(ids, attention, answers, given.get("position_ids"))
+        return self._masked(given, answers) if state is None else self._from(state, ids.shape[1])
 
     def prepare(self, inputs: Mapping[str, Tensor], answers_NS: Tensor | None) -> PromptState | None:
-        """The prompts of a batch, done, for :meth:`replaying`; None where they cannot be done apart.
-
-        Args:
-            inputs: the model's arguments, sequences first: input_ids, attention_mask and perhaps position_ids.
-            answers_NS: the answer positions; None: what the tokens say.
-        """
         ids, attention = inputs["input_ids"], inputs["attention_mask"]
-        if self._whole:
-            answers_NS = attention != 0
-        with self.positions.given(answers_NS):
-            answers_NS = self.positions.answers(ids, attention)
-        if not self.can(ids, attention, answers_NS, inputs.get("position_ids")):
-            return None
-        return self.recorder.prepare(ids, attention, answers_NS, inputs.get("position_ids"))
+        with self.positions.given(attention != 0 if self._whole else answers_NS):
+            answers = self.positions.answers(ids, attention)
+        return self._done(ids, attention, answers, inputs.get("position_ids"))
 
-    @contextmanager
-    def replaying(self, state: PromptState) -> Iterator[None]:
-        """Within this context the model goes on from these prompts, whatever else it is given."""
-        before, self.state = self.state, state
-        try:
-            yield
-        finally:
-            self.state = before
+    @torch.no_grad()
+    def end_of(self, call: Callable[[], Any]) -> Tensor:
+        """The body's output at the answer positions in a call, (C, N, T, H); the rest of the call is not run.
 
-    def can(self, ids: Tensor, attention: Tensor | None, answers: Tensor, positions: Tensor | None = None) -> bool:
-        """Whether these prompts can be done apart; tried at the first call."""
+        Raises:
+            ZOError: the call does not run the model.
+        """
+        found: list[Tensor] = []
+
+        def stop(hidden_CNTH: Tensor) -> Tensor:
+            found.append(hidden_CNTH)
+            raise _EndedError
+
+        with suppress(_EndedError), replaced(self, ended=stop):
+            call()
+        if not found:
+            raise ZOError("the closure did not run the model; it is to return what the model makes of the batch.")
+        return found[0]
+
+    def _done(
+        self, ids: Tensor, attention: Tensor | None, answers: Tensor, positions: Tensor | None
+    ) -> PromptState | None:
+        """The prompts of these sequences, done apart; None where they cannot be, which is tried at the first call."""
         if self.objection is not None or torch._C._functorch.is_batchedtensor(ids):
-            return False
+            return None
         if not self._tried:
-            self.trying = self._tried = True
+            self._tried = True
             attention = torch.ones_like(ids) if attention is None else attention
-            try:
+            with replaced(self, trying=True):
                 (self._try_whole if self._whole else self._try)(ids, attention, answers, positions)
-            finally:
-                self.trying = False
-        return self.objection is None
+        return None if self.objection is not None else self.recorder.prepare(ids, attention, answers, positions)
 
     def _from(self, state: PromptState, tokens: int) -> Any:
         """A forward of the answers' tokens, and the body's output for whole sequences."""
@@ -156,7 +153,7 @@ class AnswerForward:
         ids, hidden = state.ids_NT, state.hidden_NTH
         sequences, answer = ids.shape
         self.layout = Layout(axis, copies, sequences, valid_NT=state.answers_NT)
-        along = 1 if axis == "tokens" else 0
+        along, own = (1, answer) if axis == "tokens" else (0, sequences)
 
         def repeated(x: Tensor) -> Tensor:
             return torch.cat([x] * copies, along) if copies > 1 else x
@@ -165,9 +162,7 @@ class AnswerForward:
         if spoiled:
             ids, hidden = ids.clone(), hidden.clone()
             for x in (ids, hidden):
-                others = x.narrow(
-                    along, (answer, sequences)[along == 0], x.shape[along] - (answer, sequences)[along == 0]
-                )
+                others = x.narrow(along, own, x.shape[along] - own)
                 others.copy_(others.flip(-1) if x.is_floating_point() else (others + 1) % 2)
         cache: Any = DynamicCache()
         below = state.prompt_NP[:, None, :, None].to(state.keys_NPW.dtype)
@@ -185,7 +180,7 @@ class AnswerForward:
             given["attention_mask"] = repeated(torch.cat([state.prompt_NP, state.answers_NT], 1).long())
         with ExitStack() as stack:
             self.recorder.skip_below(stack, hidden)
-            return self._plain(**given)
+            return self.plain(**given)
 
     def _masked(self, given: dict[str, Any], answers_NS: Tensor | None) -> Any:
         """The plain forward, adapters masked, copies as rows; of an encoder-decoder's decoder all positions are answers."""
@@ -207,7 +202,7 @@ class AnswerForward:
             inner = self.positions.kind == "encoder" and self.ended is not None
             if inner:  # a pooler may follow within the body
                 stack.callback(self.recorder.layers[-1].register_forward_hook(self._end_layer).remove)
-            output = self._plain(**{name: repeated(x) for name, x in given.items()})
+            output = self.plain(**{name: repeated(x) for name, x in given.items()})
         if self.ended is not None and not inner:
             output.last_hidden_state = self._end(output.last_hidden_state)
         return output
@@ -241,7 +236,7 @@ class AnswerForward:
             for counted in (False, True) if positions is None else (False,):
                 try:
                     with self.positions.masked(answers):
-                        right = self._plain(**whole).last_hidden_state
+                        right = self.plain(**whole).last_hidden_state
                     self.recorder.counts_real = counted
                     state = self.recorder.prepare(ids, attention, answers, positions)
                     output = self._run(state, axis, 2, spoiled=True)
@@ -263,7 +258,7 @@ class AnswerForward:
         if positions is not None:
             given["position_ids"] = positions[:2]
         try:
-            right = self._plain(**given).last_hidden_state
+            right = self.plain(**given).last_hidden_state
             with self.replaying(self.recorder.prepare(ids[:2], attention[:2], answers[:2], given.get("position_ids"))):
                 found = self._masked(given, None).last_hidden_state
         except FAILURES as error:
@@ -283,7 +278,5 @@ def places_of(answers_NS: Tensor) -> tuple[Tensor, Tensor]:
     return places_NT, places_NT < tokens
 
 
-def scatter(hidden_NSH: Tensor, places_NT: Tensor, value_NTH: Tensor) -> Tensor:
-    """Hidden states with others at some places; a place beyond the last is nowhere."""
-    index = places_NT.unsqueeze(-1).expand_as(value_NTH)
-    return F.pad(hidden_NSH, (0, 0, 0, 1)).scatter(1, index, value_NTH)[:, :-1]
+class _EndedError(Exception):
+    pass

@@ -16,6 +16,7 @@ from zo_opt.adapters.adapted import AdaptedModule
 from zo_opt.adapters.answers import AnswerForward
 from zo_opt.adapters.config import AdapterConfig
 from zo_opt.adapters.encoded import EncoderForward
+from zo_opt.adapters.kept import KeptForward
 from zo_opt.adapters.merged_trains import MergedTrains
 from zo_opt.adapters.modules import merged_into, modules_named, put, replaced_targets, train_whole
 from zo_opt.adapters.peft_read import from_peft
@@ -52,26 +53,25 @@ class AdapterModel(nn.Module):
         self.answers: AnswerForward | None = None
         self.encoder: EncoderForward | None = None
         if config.positions == "answer":
-            self._act_on_answers()
+            self.positions = Positions(kind_of(wrapped), config.answer_token)
+            for module in self.adapted_modules().values():
+                module.positions = self.positions
+            self._keep(self.positions)
 
-    def _act_on_answers(self) -> None:
-        kind = kind_of(self.wrapped)
-        self.positions = Positions(kind, self.adapter_config.answer_token)
-        for module in self.adapted_modules().values():
-            module.positions = self.positions
-        self.answers = AnswerForward(self.wrapped, backbone_of(self.wrapped, kind), self.positions, self.adapted)
-        if kind == "encoder-decoder":
+    def _keep(self, positions: Positions) -> None:
+        """Put forwards that keep what is frozen in the place of the body's (of an encoder-decoder: the decoder's) and the encoder's."""
+        decodes = positions.kind == "encoder-decoder"
+        if not (decodes and positions.everywhere):
+            self.answers = AnswerForward(
+                self.wrapped, backbone_of(self.wrapped, positions.kind), positions, self.adapted
+            )
+        if decodes:
             self.encoder = EncoderForward(self.wrapped, self.adapted)
 
-    def prompt_forward(self) -> AnswerForward | EncoderForward:
+    def prompt_forward(self) -> KeptForward:
         """What keeps the frozen part of a forward: prompts, the layers below adapters that act everywhere, an encoder."""
         if self.encoder is None and self.answers is None:
-            kind = kind_of(self.wrapped)
-            if kind == "encoder-decoder":
-                self.encoder = EncoderForward(self.wrapped, self.adapted)
-            else:
-                body = backbone_of(self.wrapped, kind)
-                self.answers = AnswerForward(self.wrapped, body, Positions(kind, everywhere=True), self.adapted)
+            self._keep(Positions(kind_of(self.wrapped), everywhere=True))
         found = self.encoder or self.answers
         assert found is not None
         return found

@@ -13,8 +13,7 @@ Shape suffixes: N sequences, S tokens, T answer tokens, C copies, I features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from zo_opt.adapters.targets import Target
 from zo_opt.errors import ZOError
+from zo_opt.system.replaced import replaced
 
 Kind = Literal["causal", "encoder-decoder", "encoder"]
 IGNORED = -100  # in labels
@@ -79,33 +79,17 @@ class Positions:
         last_N = (places * (real_NS != 0)).amax(1)
         return mask_NS.scatter(1, last_N.unsqueeze(1), True)
 
-    @contextmanager
-    def sleep(self) -> Iterator[None]:
+    def sleep(self) -> AbstractContextManager[None]:
         """Within this context the model is its frozen base."""
-        before, self.asleep = self.asleep, True
-        try:
-            yield
-        finally:
-            self.asleep = before
+        return replaced(self, asleep=True)
 
-    @contextmanager
-    def masked(self, mask_NS: Tensor | None) -> Iterator[None]:
+    def masked(self, mask_NS: Tensor | None) -> AbstractContextManager[None]:
         """Within this context adapters act where the mask says."""
-        before, self.mask_NS = self.mask_NS, mask_NS
-        try:
-            yield
-        finally:
-            self.mask_NS = before
+        return replaced(self, mask_NS=mask_NS)
 
-    @contextmanager
-    def given(self, answers_NS: Tensor | None) -> Iterator[None]:
-        """Within this context sequences have these answer positions."""
-        before = self.given_NS
-        self.given_NS = answers_NS if answers_NS is not None else before
-        try:
-            yield
-        finally:
-            self.given_NS = before
+    def given(self, answers_NS: Tensor | None) -> AbstractContextManager[None]:
+        """Within this context sequences have these answer positions; None changes nothing."""
+        return replaced(self, given_NS=self.given_NS if answers_NS is None else answers_NS)
 
 
 def answers_of(labels_NS: Tensor, kind: Kind) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from zo_opt.adapters.adapted import Probe, Staged
 from zo_opt.errors import ZOError
+from zo_opt.system.replaced import replaced
 
 if TYPE_CHECKING:
     from zo_opt.adapters.model import AdapterModel
@@ -102,10 +103,9 @@ class ActivationSites:
             return probe
 
         probes = [seeing(site) for site in range(len(self._adapters))]
-        with torch.enable_grad(), warnings.catch_warnings(), self._probed(probes, end):
-            warnings.filterwarnings(
-                "ignore", "Converting a tensor with requires_grad"
-            )  # a closure that returns a float
+        with torch.enable_grad(), warnings.catch_warnings(), self._probed(probes, ended=end):
+            # Of a closure that returns a float.
+            warnings.filterwarnings("ignore", "Converting a tensor with requires_grad")
             loss = call()
             total = loss.sum() if isinstance(loss, Tensor) else None
         if len(ends) != 1:
@@ -131,22 +131,12 @@ class ActivationSites:
 
     def ends(self, call: Callable[[], Any], shifts_CNTD: Tensor) -> Tensor:
         """The body's output at shifted inner activations, (C, N, T, H); the rest of the closure is not run."""
-        found: list[Tensor] = []
-
-        def end(hidden_CNTH: Tensor) -> Tensor:
-            found.append(hidden_CNTH)
-            raise _EndedError
-
-        try:
-            with torch.no_grad(), self._probed(self._shifting(shifts_CNTD), end, len(shifts_CNTD)):
-                call()
-        except _EndedError:
-            return found[0]
-        raise ZOError("the closure did not run the model; it is to return what the model makes of the batch.")
+        with self._probed(self._shifting(shifts_CNTD), copies=len(shifts_CNTD)):
+            return self._answers.end_of(call)
 
     def loss(self, call: Callable[[], Any], shift_NTD: Tensor) -> Any:
         """What the closure returns at shifted inner activations."""
-        with torch.no_grad(), self._probed(self._shifting(shift_NTD.unsqueeze(0)), lambda hidden: hidden):
+        with torch.no_grad(), self._probed(self._shifting(shift_NTD.unsqueeze(0)), ended=lambda hidden: hidden):
             return call()
 
     def gradients(self, observed: Observed, delta_NTD: Tensor) -> list[Tensor]:
@@ -171,17 +161,13 @@ class ActivationSites:
         return [shifting(where) for where in self._slices]
 
     @contextmanager
-    def _probed(self, probes: Sequence[Probe], end: Callable[[Tensor], Tensor], copies: int = 1) -> Iterator[None]:
-        answers = self._answers
-        answers.ended, answers.copies = end, copies
-        for adapter, probe in zip(self._adapters, probes, strict=True):
-            adapter.probe = probe
-        try:
+    def _probed(self, probes: Sequence[Probe], **of_answers: Any) -> Iterator[None]:
+        """Within this context adapters have these probes, and the forward from the answer on these attributes."""
+        with ExitStack() as stack:
+            stack.enter_context(replaced(self._answers, **of_answers))
+            for adapter, probe in zip(self._adapters, probes, strict=True):
+                stack.enter_context(replaced(adapter, probe=probe))
             yield
-        finally:
-            answers.ended, answers.copies = None, 1
-            for adapter in self._adapters:
-                adapter.probe = None
 
 
 def _input_side(adapter: Staged) -> list[nn.Parameter]:
@@ -197,7 +183,3 @@ def _input_side(adapter: Staged) -> list[nn.Parameter]:
             "trainable='input'."
         )
     return side
-
-
-class _EndedError(Exception):
-    pass

@@ -52,27 +52,11 @@ _BEFORE = ("gate_proj", "up_proj")
 
 # What writes into the residual stream: the attention's and the feed-forward's output projections. Adapters on answers sit here: what
 # they add goes on to the answer itself.
-_FALCON = ("self_attention.dense", "mlp.dense_4h_to_h")
+_OD, _FALCON = ("o_proj", "down_proj"), ("self_attention.dense", "mlp.dense_4h_to_h")
 WRITERS: dict[str, Sequence[str]] = {
-    **dict.fromkeys(
-        (
-            "llama",
-            "mistral",
-            "qwen2",
-            "qwen3",
-            "gemma",
-            "gemma2",
-            "gemma3_text",
-            "smollm3",
-            "olmo",
-            "olmo2",
-            "granite",
-            "phi3",
-            "cohere",
-        ),
-        ("o_proj", "down_proj"),
-    ),
-    **dict.fromkeys(("stablelm", "helium", "ernie4_5", "exaone4", "hunyuan_v1_dense"), ("o_proj", "down_proj")),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3"), _OD),
+    **dict.fromkeys(("olmo", "olmo2", "granite", "phi3", "cohere", "stablelm", "helium", "ernie4_5", "exaone4"), _OD),
+    "hunyuan_v1_dense": _OD,
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "deberta", "deberta-v2", "electra", "camembert"), _ENCODER),
     **dict.fromkeys(("t5", "mt5"), ("SelfAttention.o", "DenseReluDense.wo")),
     **dict.fromkeys(("bloom", "falcon"), _FALCON),

@@ -25,6 +25,25 @@ AT_ONCE = 4  # queries in one forward: the same for any number of processes, so 
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What a step's queries said, of those that were finite.
+
+    Attributes:
+        v_QMD: directions.
+        y_QM: the loss's derivatives along them.
+        s_QMH: responses of the body's output z; None where the loss is a number.
+        e_MH: dL/dz; None with it.
+        own: whether y is each position's own.
+    """
+
+    v_QMD: Tensor
+    y_QM: Tensor
+    s_QMH: Tensor | None
+    e_MH: Tensor | None
+    own: bool
+
+
+@dataclass(frozen=True)
 class Activations(Estimator):
     """dL/dh of the adapters' inner activations h by SPSA, on to the parameters by the exact chain rule within each adapter.
 
@@ -80,35 +99,22 @@ class Activations(Estimator):
         slopes_Q = torch.where(finite, y_QM.sum(1), torch.nan)
         gradient = None
         if bool(finite.any()):
-            kept = v_QMD[finite], y_QM[finite], None if s_QMH is None else s_QMH[finite]
+            measured = Measured(v_QMD[finite], y_QM[finite], None if s_QMH is None else s_QMH[finite], e_MH, own)
             delta_NTD = torch.zeros(*valid_NT.shape, sites.width, dtype=torch.float64, device=valid_NT.device)
-            delta_NTD[valid_NT] = self.delta(evaluate.memory, *kept, e_MH, own=own).to(delta_NTD.device)
+            delta_NTD[valid_NT] = self.delta(evaluate.memory, measured).to(delta_NTD.device)
             gradient = _on_axis(evaluate, sites, sites.gradients(seen, delta_NTD))
         ones = torch.ones(queries, dtype=torch.float64)
         tokens = forwards * int(seen.valid_NT.sum())
         return Estimate(loss, slopes_Q.cpu(), ones, forwards, gradient=gradient, tokens=tokens)
 
-    def delta(
-        self,
-        memory: dict[str, Tensor],
-        v_QMD: Tensor,
-        y_QM: Tensor,
-        s_QMH: Tensor | None,
-        e_MH: Tensor | None,
-        *,
-        own: bool,
-    ) -> Tensor:
+    def delta(self, memory: dict[str, Tensor], measured: Measured) -> Tensor:
         """dL/dh, (M, D) float64.
 
         Args:
             memory: what the estimator keeps from step to step, by name.
-            v_QMD: directions.
-            y_QM: the loss's derivatives along them.
-            s_QMH: responses of the body's output; None where the loss is a number.
-            e_MH: dL/dz there.
-            own: whether y is each position's own.
+            measured: this step's.
         """
-        return spsa(v_QMD, y_QM)
+        return spsa(measured.v_QMD, measured.y_QM)
 
     def _directions(self, evaluate: Evaluator, queries: int, shape: tuple[int, ...]) -> Tensor:
         """v (Q, N, T, D): what the optimizer's directions are over an axis of these entries."""
@@ -131,11 +137,7 @@ class Activations(Estimator):
                 found.append(torch.nn.functional.pad(moved.flatten().cpu(), (0, width - moved.numel())))
             return torch.cat(found)
 
-        found = (
-            run(0, len(parts))
-            if evaluate.ranks is None
-            else evaluate.ranks.losses(len(parts), evaluate.batch, run, width=width)
-        )
+        found = evaluate.over_ranks(len(parts), run, width=width)
         return found[: v_QNTD.shape[0] * seen.end_NTH.numel()].view(-1, *seen.end_NTH.shape).to(v_QNTD.device)
 
     def _differences(
@@ -152,11 +154,7 @@ class Activations(Estimator):
             return torch.cat(found) if found else torch.empty(0, dtype=torch.float64)
 
         count = len(v_QNTD)
-        y_QN = (
-            run(0, count)
-            if evaluate.ranks is None
-            else evaluate.ranks.losses(count, evaluate.batch, run, width=sequences)
-        )
+        y_QN = evaluate.over_ranks(count, run, width=sequences)
         y_QNT = y_QN.view(count, sequences, 1).expand(-1, -1, tokens).to(seen.valid_NT.device)
         return y_QNT[:, seen.valid_NT]
 
@@ -194,19 +192,10 @@ class LearnedFeedback(Activations):
             if not getattr(self, name) > 0:
                 raise ZOError(f"{name}={getattr(self, name)} is not possible; give a positive number.")
 
-    def delta(
-        self,
-        memory: dict[str, Tensor],
-        v_QMD: Tensor,
-        y_QM: Tensor,
-        s_QMH: Tensor | None,
-        e_MH: Tensor | None,
-        *,
-        own: bool,
-    ) -> Tensor:
-        if not own:
-            return spsa(v_QMD, y_QM)
-        v_QMD, y_QM = v_QMD.cpu(), y_QM.cpu()
+    def delta(self, memory: dict[str, Tensor], measured: Measured) -> Tensor:
+        if not measured.own:
+            return super().delta(memory, measured)
+        v_QMD, y_QM, s_QMH, e_MH = measured.v_QMD.cpu(), measured.y_QM.cpu(), measured.s_QMH, measured.e_MH
         width, hidden = v_QMD.shape[-1], 0 if s_QMH is None else s_QMH.shape[-1]
         if "products_DD" not in memory:
             memory.update(vars(Feedback.fresh(width, hidden, self.ridge)))

@@ -65,14 +65,9 @@ class Recorder:
         places = [place for name in adapted if (place := layer_of(name)) is not None and place[0] in stacks]
         stack = max(stacks, key=lambda name: len(stacks[name]), default="")
         self.layers: list[nn.Module] = list(stacks[stack].children()) if stacks else []
-        lowest = min((index for _, index in places), default=0)
-        self.cut = (
-            1
-            if keeps == "output"
-            else lowest
-            if len(places) == len(adapted) and {name for name, _ in places} == {stack}
-            else 0
-        )
+        alone = len(places) == len(adapted) and {name for name, _ in places} == {stack}
+        lowest = min(index for _, index in places) if alone else 0
+        self.cut = 1 if keeps == "output" else lowest
         self.depth = len(self.layers)
         self.shapes: KeyShapes = ()
         self.counts_real = False

@@ -49,8 +49,7 @@ class PromptState:
         places = torch.cat([torch.where(self.prompt_NP, before, tokens), self.places_NT], 1)
         known = self.keys_NPW[..., self.keys_NPW.shape[-1] - answer_NTH.shape[-1] :]
         values = torch.cat([known.to(answer_NTH.dtype), answer_NTH], 1)
-        whole = values.new_zeros(len(values), tokens + 1, values.shape[-1])
-        return whole.scatter(1, places.unsqueeze(-1).expand_as(values), values)[:, :-1]
+        return scatter(values.new_zeros(len(values), tokens, values.shape[-1]), places, values)
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> PromptState:
@@ -90,12 +89,18 @@ def spans_of(ids_NS: Tensor, attention_NS: Tensor, answers_NS: Tensor, positions
 def padded(rows: Sequence[Tensor], *, left: bool) -> Tensor:
     """Rows (P_n, ...) as one tensor (N, P, ...), filled up with zeros."""
     most = max(len(row) for row in rows)
-    if left:
-        out = rows[0].new_zeros(len(rows), most, *rows[0].shape[1:])
-        for place, row in zip(out, rows, strict=True):
-            place[most - len(row) :] = row
-        return out
-    return torch.stack([F.pad(row, (0, 0) * (row.ndim - 1) + (0, most - len(row))) for row in rows])
+
+    def filled(row: Tensor) -> Tensor:
+        missing = most - len(row)
+        return F.pad(row, (0, 0) * (row.ndim - 1) + ((missing, 0) if left else (0, missing)))
+
+    return torch.stack([filled(row) for row in rows])
+
+
+def scatter(hidden_NSH: Tensor, places_NT: Tensor, value_NTH: Tensor) -> Tensor:
+    """Hidden states with others at some places; a place beyond the last is nowhere."""
+    index = places_NT.unsqueeze(-1).expand_as(value_NTH)
+    return F.pad(hidden_NSH, (0, 0, 0, 1)).scatter(1, index, value_NTH)[:, :-1]
 
 
 def split_keys(keys_NPW: Tensor, shapes: KeyShapes) -> list[tuple[Tensor, Tensor]]:

@@ -103,9 +103,17 @@ class Evaluator:
 
     def _shared(self, points: Sequence[Point], run: Callable[[Sequence[Point]], Tensor]) -> Tensor:
         """Losses at all points, of which this process evaluates its part."""
-        if self.ranks is None:
-            return run(points)
-        return self.ranks.losses(len(points), self.batch, lambda first, last: run(points[first:last]))
+        return self.over_ranks(len(points), lambda first, last: run(points[first:last]))
+
+    def over_ranks(self, count: int, run: Callable[[int, int], Tensor], *, width: int = 1) -> Tensor:
+        """What ``run`` gives over 0 to ``count``, of which this process runs its part: float64, (count * width,).
+
+        Args:
+            count: how many there are.
+            run: (first, last) -> numbers of these, ((last - first) * width,).
+            width: numbers of each.
+        """
+        return run(0, count) if self.ranks is None else self.ranks.losses(count, self.batch, run, width=width)
 
     def _sequential(self, points: Sequence[Point]) -> Tensor:
         closure, batch = self.closure, self.batch
@@ -184,10 +192,7 @@ class Evaluator:
             ]
             return torch.cat(found).view(-1)
 
-        if self.ranks is None:
-            values = evaluate(0, queries)
-        else:
-            values = self.ranks.losses(queries, self.batch, evaluate, width=len(scales))
+        values = self.over_ranks(queries, evaluate, width=len(scales))
         return values.view(queries, len(scales)), weights, len(scales)
 
     def _slices(

@@ -130,11 +130,6 @@ class Prepared:
         """How many examples were cut to fit the context."""
         return sum(e.truncated for e in self.encoded)
 
-    @property
-    def writes(self) -> bool:
-        """Whether the model writes for what is trained."""
-        return self.objective is not None and self.objective.writes(self.scorer)
-
     def subset(self, indices: Sequence[int]) -> Prepared:
         """Some of the examples, with the same cache."""
         some = copy(self)

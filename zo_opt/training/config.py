@@ -1,4 +1,4 @@
-"""Everything ``zo-opt train`` can be told, with its defaults (the recipe of docs/recipe.md), and what follows from it."""
+"""Everything ``zo-opt train`` can be told, with its defaults (the recipe of docs/learning.md), and what follows from it."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ PAIRINGS: dict[str, Pairing] = {
         Pairing("sparse-mezo", "sparse-mezo", "full", {"query_mode": "auto"}),
         # The paper's own start and schedule; its queries split over the batch, which makes them free.
         Pairing("adazeta", "adazeta", "tt"),
-        # The defaults of zo-opt train: queries on activations with learned feedback (docs/recipe.md), and the same adapters by backpropagation.
+        # The defaults of zo-opt train: queries on activations with learned feedback (docs/learning.md), and the same adapters by backpropagation.
         Pairing("adazeta-feedback", "adazeta", "tt-lora"),
         Pairing("tt-lora-answers", BACKPROPAGATION, "tt-lora", adapter_options={"positions": "answer"}),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -60,45 +60,32 @@ def _states(model: AdapterModel, prepared: Prepared, batch_size: int) -> tuple[A
     """At each row's first answer position what leaves a layer at two thirds of the depth, and the body: (rows, hidden) each."""
     answers = model.answers
     assert answers is not None
-    layers, cut = answers.recorder.layers, answers.recorder.cut
-    middle = layers[min(max(round(DEPTH * len(layers)) - 1, cut), len(layers) - 1)]
-    found: list[list[Tensor]] = [[], []]
+    layers, positions = answers.recorder.layers, answers.positions
+    middle = layers[min(max(round(DEPTH * len(layers)) - 1, answers.recorder.cut), len(layers) - 1)]
+    found: tuple[list[Tensor], list[Tensor]] = ([], [])
     order: list[int] = []
-    first: list[Tensor] = []  # places of the batch's first answer tokens, where a layer sees whole sequences
+    seen: list[Tensor] = []
 
     def see(_module: Any, _args: Any, output: Any) -> None:
-        if answers.trying or answers.positions.asleep:  # a prompt on its way to being kept
-            return
-        at = answers.layout.take(output[0] if isinstance(output, tuple) else output)[0]
-        found[0].append(at[torch.arange(len(at)), first[-1]] if first[-1].numel() else at[:, 0])
-
-    def end(hidden_CNTH: Tensor) -> Tensor:
-        at = hidden_CNTH[0]
-        found[1].append(at[torch.arange(len(at)), first[-1]] if first[-1].numel() else at[:, 0])
-        raise _EndedError
+        if not (answers.trying or positions.asleep):  # else a prompt on its way to being kept
+            seen.append(answers.layout.take(output[0] if isinstance(output, tuple) else output))
 
     handle = middle.register_forward_hook(see)
-    answers.ended = end
     try:
         for indices in prepared.by_length(batch_size):
             batch = prepared.batch(indices)
             inputs, several = prepared.scorer.inputs(batch), batch["input_ids"].shape[1]
-            whole = answers.positions.everywhere
-            mask = prepared.scorer.answers(batch)
-            places = answers.positions.answers(inputs["input_ids"], inputs["attention_mask"]) if mask is None else mask
-            first.append(places.int().argmax(1) if whole else places.new_empty(0, dtype=torch.long))
-            before = [len(x) for x in found]
-            with suppress(_EndedError):
-                prepared.scores(model, batch)
-            for x, start in zip(found, before, strict=True):
-                x[start:] = [torch.cat(x[start:])[::several].float().cpu()]  # a row's sequences share their prompt
+            first = torch.zeros(len(inputs["input_ids"]), dtype=torch.long)
+            if positions.everywhere:  # layers see whole sequences, else answers alone
+                with positions.given(prepared.scorer.answers(batch)):
+                    first = positions.answers(inputs["input_ids"], inputs["attention_mask"]).int().argmax(1)
+            end_CNTH = answers.end_of(partial(prepared.scores, model, batch))
+            for states, hidden_CNTH in zip(found, (seen.pop(), end_CNTH), strict=True):
+                at_NH = hidden_CNTH[0][torch.arange(len(first)), first]
+                states.append(at_NH[::several].float().cpu())  # a row's sequences share their prompt
             order += indices
     finally:
         handle.remove()
-        answers.ended = None
     back = np.argsort(order)
-    return tuple(torch.cat(x).numpy()[back] for x in found)  # type: ignore[return-value]
-
-
-class _EndedError(Exception):
-    pass
+    middle_states, end_states = (torch.cat(states).numpy()[back] for states in found)
+    return middle_states, end_states

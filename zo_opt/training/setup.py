@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from zo_opt.adapters import AdapterModel, get_adapter_model
-from zo_opt.adapters.answers import AnswerForward
-from zo_opt.adapters.encoded import EncoderForward
+from zo_opt.adapters.kept import KeptForward
 from zo_opt.errors import ZOError
 from zo_opt.models.compilation import compile_layers, running_layers
 from zo_opt.models.models import load_model, pick_device
@@ -68,7 +67,7 @@ class Tools:
     model: AdapterModel
     train: Prepared
     held_out: Prepared
-    prompts: AnswerForward | EncoderForward | None
+    prompts: KeptForward | None
     precision: str
     device: torch.device
     recipe: Recipe

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from zo_opt.adapters import trainable_parameters
-from zo_opt.adapters.answers import AnswerForward
 from zo_opt.optim import CountingOptimizer
 from zo_opt.record.summary import Progress, Summary, versions
 from zo_opt.system.memory import peak_memory
@@ -24,9 +23,6 @@ def summarise(
     """What a run measured, once it is at its end."""
     kept = tools.prompts if tools.prompts is not None and tools.prompts.objection is None else None
     recorder = kept.recorder if kept is not None else None
-    depth = 1.0
-    if isinstance(kept, AnswerForward):
-        depth = (kept.recorder.depth - kept.recorder.cut) / kept.recorder.depth
     store = recorder.store if recorder is not None else None
     trainable = sum(p.numel() for p in trainable_parameters(tools.model))
     moving = tools.model.schedule.moving() if tools.model.schedule is not None else None
@@ -47,7 +43,7 @@ def summarise(
         steps=optimizer.step_count,
         queries=optimizer.history.queries,
         forwards=optimizer.history.forwards,
-        forward_depth=depth,
+        forward_depth=kept.depth_share if kept is not None else 1.0,
         prepared_rows=recorder.recorded if recorder is not None else 0,
         cache_bytes=store.bytes if store is not None else 0,
         cache_place=config.prompt_cache if recorder is not None else "off",
