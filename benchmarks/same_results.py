@@ -328,6 +328,8 @@ OPTIMIZERS: dict[str, Options] = {
     "mezo-svrg": {"queries": 2, "interval": 3},
     "forward-gradient": {"queries": 2},
     "zo-kalman": {"queries": 2, "memory": 0.9, "noise": 0.5, "lr": 0.1},
+    "agzo": {"queries": 2},
+    "p-gap": {"queries": 2, "rank": 2, "interval": 2, "probes": 3},
 }
 ADAPTERS: dict[str, Options] = {
     "tt": {"rank": 2, "bottleneck": 8},
@@ -342,6 +344,7 @@ ADAPTERS: dict[str, Options] = {
     "lamda": {"rank": 4, "total_steps": STEPS},
     "lamda++": {"rank": 4, "ranks": [2, 4, 6], "total_steps": STEPS},
     "spectral": {"rank": 4},
+    "zo-act": {"rank": 2},
     "bitfit": {},
     "lisa": {"blocks": 1, "interval": 2},
     "full": {},
@@ -475,7 +478,7 @@ def follow(
 ) -> Options:
     """Take steps, with a journal unless the adapter changes as training goes on, and say what came of them."""
     changes, updates, losses = getattr(model, "schedule", None) is not None, [], []
-    journal = None if changes else Journal.create(work / "journal", optimizer, model)
+    journal = None if changes or optimizer.own_directions else Journal.create(work / "journal", optimizer, model)
     with journal or nullcontext():
         for step in range(STEPS):
             for part in range(parts):

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from zo_opt.directions import Directions
 from zo_opt.optim import OPTIMIZERS
@@ -31,7 +32,7 @@ class Model(nn.Module):
 
 
 def loss_of(w, b, batch):
-    return ((batch["x"] @ w.T + b).tanh() - batch["y"]).square().sum(1).mean()
+    return (F.linear(batch["x"], w, b).tanh() - batch["y"]).square().sum(1).mean()
 
 
 def make_batch(examples=EXAMPLES):

@@ -64,6 +64,15 @@ ROWS = {
         forwards=lambda step, queries: (2 if step % 3 == 0 else 4) * queries,
     ),
     "forward-gradient": Row(twins.forward_gradient),
+    "agzo": Row(
+        partial(twins.agzo, rank=2, iterations=2), {"rank": 2, "iterations": 2, "lr": 0.04},
+        forwards=lambda step, queries: queries + 1,
+    ),
+    "p-gap": Row(
+        partial(twins.p_gap, rank=3, interval=3, probes=4, delta=0.5),
+        {"rank": 3, "interval": 3, "probes": 4, "delta": 0.5},
+        {"queries": lambda step: 4 if step % 3 == 0 else 1},
+    ),
     "zo-kalman": Row(
         partial(twins.kalman, memory=0.9, noise=0.5), {"memory": 0.9, "noise": 0.5, "lr": 0.2}
     ),

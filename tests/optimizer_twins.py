@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from math import copysign, sqrt
 from statistics import mean, stdev
 
+import numpy as np
 import torch
 from optimizer_problem import BATCH, COLUMNS, EPS, MATRIX, ROWS_, TOTAL, Model, examples_of, flat, loss_of
 
-from zo_opt.directions import DIRECTIONS, Stream
+from zo_opt.directions import DIRECTIONS, Stream, gaussian, spanned
+from zo_opt.optim import agzo as agzo_module
 
 RANGES = ((0, MATRIX), (MATRIX, TOTAL))  # the parameters
 
@@ -270,4 +272,75 @@ def kalman(run, steps, memory, noise):
             m = [x + g * innovation for x, g in zip(m, gain, strict=True)]
             P = [[P[i][j] - gain[i] * Pz[j] for j in range(TOTAL)] for i in range(TOTAL)]
         theta = run.after(k, theta, m)
+    return theta
+
+
+def sequence(kind, run, step, query, parameter, rows, columns):
+    """One of a parameter's Gaussian sequences, as rows of numbers."""
+    found = gaussian.normal((run.seed, step, query, parameter, kind), 0, rows * columns, torch.device("cpu")).tolist()
+    return [found[i * columns : (i + 1) * columns] for i in range(rows)]
+
+
+def product(a, b):
+    return [[dot(row, column) for column in zip(*b, strict=True)] for row in a]
+
+
+def transpose(a):
+    return [list(row) for row in zip(*a, strict=True)]
+
+
+def gram_schmidt(a):
+    """The columns of a, orthonormal, one after the other."""
+    found = []
+    for column in transpose(a):
+        rest = column
+        for q in found:
+            rest = along(rest, -dot(q, rest), q)
+        found.append([x / sqrt(dot(rest, rest)) for x in rest])
+    return transpose(found)
+
+
+def plain_vector(run, step, query):
+    return [x for (x,) in sequence(spanned._PLAIN, run, step, query, 1, ROWS_, 1)]
+
+
+def agzo(run, steps, rank, iterations):
+    """A from X^T Omega and X^T X A by Gram and Schmidt; z = R A^T in the matrix; (l_q - l_0) / eps along it."""
+    theta, x = run.start, run.batch["x"].tolist()
+    for k in range(steps):
+        a = gram_schmidt(product(transpose(x), sequence(agzo_module._OMEGA, run, k, 0, 0, len(x), rank)))
+        for _ in range(iterations):
+            a = gram_schmidt(product(transpose(x), product(x, a)))
+        zs = []
+        for q in range(run.queries(k)):
+            matrix = product(sequence(spanned._FACTOR, run, k, q, 0, ROWS_, rank), transpose(a))
+            zs.append([z for row in matrix for z in row] + plain_vector(run, k, q))
+        l0 = run.loss(theta)
+        theta = run.after(k, theta, weighted_mean([(run.loss(along(theta, EPS, z)) - l0) / EPS for z in zs], zs))
+    return theta
+
+
+def p_gap(run, steps, rank, interval, probes, delta):
+    """Every ``interval`` steps U diag(s) V^T of the mean of ``probes`` Gaussian queries, which is the step; between, z = U C V^T with
+    C = C' - (<S, C'> - xi sqrt(delta) ||S||) / ||S||^2 S."""
+    theta, u, s, v = run.start, [], [], []
+    for k in range(steps):
+        if k % interval == 0:
+            zs = [run.z(k, q) for q in range(probes)]
+        else:
+            zs = []
+            for q in range(run.queries(k)):
+                c = sequence(spanned._FACTOR, run, k, q, 0, rank, rank)
+                inner, square = sum(s[i] * c[i][i] for i in range(rank)), dot(s, s)
+                run.decides(inner, sqrt(square))
+                length = copysign(sqrt(delta), inner) * sqrt(square)
+                for i in range(rank):
+                    c[i][i] -= (inner - length) / square * s[i]
+                zs.append([z for row in product(product(u, c), transpose(v)) for z in row] + plain_vector(run, k, q))
+        gradient = weighted_mean([run.two_sided(theta, z) for z in zs], zs)
+        if k % interval == 0:
+            u, s, vt = np.linalg.svd(np.array(gradient[:MATRIX]).reshape(ROWS_, COLUMNS), full_matrices=False)
+            signs = np.sign(vt[np.arange(len(vt)), np.abs(vt).argmax(1)])  # of the smaller side
+            u, s, v = (u * signs)[:, :rank].tolist(), s[:rank].tolist(), (vt.T * signs)[:, :rank].tolist()
+        theta = run.after(k, theta, gradient)
     return theta

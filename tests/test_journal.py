@@ -36,11 +36,12 @@ SETTINGS = {  # other than the defaults, where a method has settings of its own
     "subzero": {"rank": 2, "interval": 3},
     "mezo-svrg": {"interval": 3},
     "zo-kalman": {"memory": 0.9, "noise": 0.5},
+    "p-gap": {"rank": 2, "interval": 3, "probes": 2},
     "zo-momentum": {"beta": 0.8},
     "zo-adam": {"beta1": 0.8, "beta2": 0.9, "adam_eps": 1e-3},
 }
 SPREAD = ("fzoo", "grzo")  # need two finite queries in a step
-ZEROTH_ORDER = [name for name in OPTIMIZERS if name != "adamw"]  # others keep no journal
+ZEROTH_ORDER = [name for name in OPTIMIZERS if name not in ("adamw", "agzo")]  # others keep no journal
 
 
 class Model(nn.Module):

@@ -694,7 +694,8 @@ def test_directions_of_ones_own():
 # --- accumulation ---
 
 
-@pytest.mark.parametrize(("name", "options"), [case for case in CASES if case.id != "grzo"])  # see below
+# GRZO's is below; AGZO's directions are the first one's (tests/test_neighbours.py).
+@pytest.mark.parametrize(("name", "options"), [case for case in CASES if case.id not in ("grzo", "agzo")])
 def test_four_micro_batches_of_two_equal_one_batch_of_eight(name, options):
     whole, parts = Model(), Model()
     if name in ONE_QUERY:
@@ -800,6 +801,12 @@ def test_impossible_arguments(name, option, value):
         ("mezo-svrg", "interval", 0),
         ("zo-kalman", "memory", 1.0),
         ("zo-kalman", "noise", 0.0),
+        ("agzo", "rank", 0),
+        ("agzo", "iterations", -1),
+        ("p-gap", "rank", 0),
+        ("p-gap", "interval", 0),
+        ("p-gap", "probes", 0),
+        ("p-gap", "delta", -0.1),
         ("zo-momentum", "beta", 1.0),
         ("zo-adam", "beta1", -0.1),
         ("zo-adam", "beta2", 1.0),

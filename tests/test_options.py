@@ -61,6 +61,7 @@ REFUSED = {
     ("lisa", "target_modules"): "whole layers",
     ("lisa", "positions"): "trains the model's own weights",
     ("full", "positions"): "trains the model's own weights",
+    ("zo-act", "positions"): "acts on all",
 }
 OWN = [
     (part, name, option)

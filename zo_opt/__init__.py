@@ -24,15 +24,18 @@ if TYPE_CHECKING:
         TTConfig,
         TTLoRAConfig,
         VeRAConfig,
+        ZOActConfig,
         get_adapter_model,
         load_adapter_model,
         lora_plus_groups,
         trainable_parameters,
     )
     from zo_opt.optim import (
+        AGZO,
         FZOO,
         GRZO,
         LOZO,
+        PGAP,
         AdaZeta,
         ForwardGradient,
         HiZOO,
@@ -51,9 +54,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AGZO",
     "FZOO",
     "GRZO",
     "LOZO",
+    "PGAP",
     "AFLoRAConfig",
     "AdaLoRAConfig",
     "AdaZeta",
@@ -78,6 +83,7 @@ __all__ = [
     "TTConfig",
     "TTLoRAConfig",
     "VeRAConfig",
+    "ZOActConfig",
     "ZOAdam",
     "ZOConservative",
     "ZOError",

@@ -9,6 +9,7 @@ from zo_opt.adapters.baselines.lisa import LISAConfig
 from zo_opt.adapters.baselines.lora_fa import LoRAFAConfig
 from zo_opt.adapters.baselines.spectral import SpectralConfig
 from zo_opt.adapters.baselines.vera import VeRAConfig
+from zo_opt.adapters.baselines.zo_act import ZOActConfig
 from zo_opt.adapters.config import ADAPTERS, AdapterConfig, make_config
 from zo_opt.adapters.full import FullConfig
 from zo_opt.adapters.lamda import LaMDAConfig
@@ -36,6 +37,7 @@ ADAPTERS.entries.update(
         "bitfit": BitFitConfig,
         "spectral": SpectralConfig,
         "lisa": LISAConfig,
+        "zo-act": ZOActConfig,
     }
 )
 
@@ -58,6 +60,7 @@ __all__ = [
     "TTConfig",
     "TTLoRAConfig",
     "VeRAConfig",
+    "ZOActConfig",
     "get_adapter_model",
     "load_adapter_model",
     "lora_plus_groups",

@@ -39,6 +39,7 @@ class AdapterConfig:
     adapts_embeddings: ClassVar[bool] = False
     adapts_residual: ClassVar[bool] = False  # "residual" among the targets: the stream that enters a whole layer
     mergeable: ClassVar[bool] = True
+    reads_rows: ClassVar[bool] = False  # its start hangs on the first batch that the model runs on
 
     target_modules: Sequence[str] | None = option(
         None,

@@ -117,10 +117,10 @@ class StepDirections:
         device = self._devices[min(bisect_right(self._ends, start), len(self._ends) - 1)]
         return self.kind.draw(self.stream(query), self._shapes, start, stop, device)
 
-    def of_step(self, step: int) -> StepDirections:
-        """Those of another step over the same parameters."""
+    def of_step(self, step: int, kind: Directions | None = None) -> StepDirections:
+        """Those of another step over the same parameters, of the same kind if none is given."""
         other = copy(self)
-        other.step, other._kept = step, []
+        other.kind, other.step, other._kept = kind or self.kind, step, []
         return other
 
     def stream(self, query: int) -> Stream:

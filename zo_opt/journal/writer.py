@@ -17,7 +17,7 @@
 Into a loop of somebody else (the Trainer's) it goes as a hook:
 ``optimizer.register_step_post_hook(lambda *_: journal.append(optimizer.last_update))``.
 
-What is rebuilt, and where. Every optimizer of :data:`~zo_opt.optim.OPTIMIZERS` can be replayed on the kind of device and the version
+What is rebuilt, and where. Every optimizer of :data:`~zo_opt.optim.OPTIMIZERS` but ``agzo`` can be replayed on the kind of device and the version
 of torch that it was trained with. With Rademacher directions and the SGD rule any device gives the same bits: directions are integer
 arithmetic, products with +-1 are exact, and sums round alike everywhere. Other rules (Adam) round as the device does, and native
 Gaussian directions are other numbers on other devices; a replay that comes out otherwise than training is refused. Weights that
@@ -83,6 +83,10 @@ class Journal:
         path = Path(path)
         if path.exists():
             raise ZOError(f"{path} exists already; give another path, or go on with it by Journal.open.")
+        if optimizer.own_directions:
+            raise ZOError(
+                f"{optimizer.method.name!r} takes its directions from what forwards show, which a journal has not; save the weights themselves."
+            )
         tuned = tuned_names(optimizer, model)
         if optimizer.state_dict()["state"]:
             raise ZOError(

@@ -3,6 +3,7 @@
 from typing import Any
 
 from zo_opt.choices import Table
+from zo_opt.optim.agzo import AGZO
 from zo_opt.optim.backpropagation import Backpropagation
 from zo_opt.optim.choices import Choices, Method, Setting
 from zo_opt.optim.counting import CountingOptimizer
@@ -10,6 +11,7 @@ from zo_opt.optim.hizoo import HiZOO
 from zo_opt.optim.line_search import LineSearch
 from zo_opt.optim.machine import ZerothOrderOptimizer
 from zo_opt.optim.mezo_svrg import MeZOSVRG
+from zo_opt.optim.p_gap import PGAP
 from zo_opt.optim.presets import (
     FZOO,
     GRZO,
@@ -57,6 +59,8 @@ OPTIMIZERS: Table[Any] = Table(
         "mezo-svrg": MeZOSVRG,
         "forward-gradient": ForwardGradient,
         "zo-kalman": ZOKalman,
+        "agzo": AGZO,
+        "p-gap": PGAP,
         "adamw": Backpropagation,
     },
 )
@@ -73,10 +77,12 @@ def method_of(name: str) -> Method:
 
 
 __all__ = [
+    "AGZO",
     "FZOO",
     "GRZO",
     "LOZO",
     "OPTIMIZERS",
+    "PGAP",
     "SGD",
     "STEP_CONTROLS",
     "UPDATE_RULES",

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from zo_opt.directions import StepDirections
+from zo_opt.directions import Directions, StepDirections
 from zo_opt.errors import ZOError
 from zo_opt.optim.choices import Choices, Setting
 from zo_opt.optim.counting import CountingOptimizer, check_finite
@@ -24,6 +24,7 @@ class AxisOptimizer(CountingOptimizer):
 
     choices: Choices
     setting: Setting
+    own_directions: ClassVar[bool] = False  # they hang on what a forward showed: no journal can have them drawn again
     slot_values: ClassVar[Mapping[str, float]] = {}  # tensors of the parameters' shapes that it keeps, and their start
 
     def start_axis(self) -> None:
@@ -64,16 +65,21 @@ class AxisOptimizer(CountingOptimizer):
             self._slots = Slots(self.trainables(), self.state, values)
         return self._slots
 
+    def distribution(self, step: int) -> Directions:
+        """What a step's directions are drawn from; a method whose own it is names ``directions`` among what it fixes."""
+        return self.choices.directions
+
     def directions_of(self, step: int) -> StepDirections:
         """The directions of a step over the trainables."""
         if self._directions is None:
             self._directions = StepDirections(
-                self.choices.directions, self.setting.seed, step, self.trainables().parameters
+                self.distribution(step), self.setting.seed, step, self.trainables().parameters
             )
         elif self._directions.step != step:
+            found = self._directions.of_step(step, self.distribution(step))
             if step != self.step_count:
-                return self._directions.of_step(step)
-            self._directions = self._directions.of_step(step)  # kept: they may keep what the estimate drew
+                return found
+            self._directions = found  # kept: they may keep what the estimate drew
         return self._directions
 
     def all_directions(self, update: Update) -> Directed:

@@ -14,8 +14,12 @@ def apply(optimizer: ZerothOrderOptimizer, update: Update) -> None:
     """Move the weights as one recorded step did: the second half of ``step``, and all that a replay needs.
 
     Raises:
-        ZOError: the update is not of the next step.
+        ZOError: the update is not of the next step, or its directions hang on a forward pass.
     """
+    if optimizer.own_directions:
+        raise ZOError(
+            f"{optimizer.method.name!r} takes its directions from what forwards show, so that no step is taken again without them."
+        )
     if update.step != optimizer.step_count or len(update.lrs) != len(optimizer.param_groups):
         raise ZOError(
             f"an update of step {update.step} with {len(update.lrs)} groups cannot be applied at step "

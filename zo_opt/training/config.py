@@ -134,6 +134,7 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
             "objective": self.objective != "loss" and "privacy needs the loss of each row",
             "batch_order": self.batch_order != RowOptions.batch_order
             and "rows are sampled independently of each other",
+            "adapter": self.make_adapter().reads_rows and "it starts from the rows as they are",
             "quantise": self.quantise == "bnb-int8" and "it rounds each row by what the other rows of its batch are",
         }
         for name, why in wrong.items():

@@ -63,6 +63,20 @@ PAIRINGS: dict[str, Pairing] = {
             for name, optimizer, adapter in (("mezo", "mezo", "full"), ("mezo-lora", "mezo", "lora"))
         ),
         Pairing("sparse-mezo", "sparse-mezo", "full", {"query_mode": "auto"}),
+        *(Pairing(name, name, "full", {"query_mode": "auto", "step_control": "none"}) for name in ("agzo", "p-gap")),
+        # Its own start from the first batch, one-sided differences and Adam.
+        Pairing(
+            "zo-act",
+            "mezo",
+            "zo-act",
+            {
+                "query_mode": "auto",
+                "directions": "gaussian",
+                "step_control": "none",
+                "estimator": "one-sided",
+                "update_rule": "adam",
+            },
+        ),
         # The paper's own start and schedule; its queries split over the batch, which makes them free.
         Pairing("adazeta", "adazeta", "tt"),
         # The defaults of zo-opt train: queries on activations with learned feedback (docs/learning.md), and the same adapters by backpropagation.

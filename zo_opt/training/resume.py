@@ -110,8 +110,9 @@ class Resumed:
 
 def keeps_journal(optimizer: CountingOptimizer, model: AdapterModel) -> bool:
     """Only what zeroth-order steps do to weights follows from a few numbers, and only where nothing else moves them."""
-    few = isinstance(optimizer, ZerothOrderOptimizer) and not optimizer.choices.estimator.gives_gradient
-    return few and model.schedule is None
+    if not isinstance(optimizer, ZerothOrderOptimizer) or optimizer.own_directions:
+        return False
+    return not optimizer.choices.estimator.gives_gradient and model.schedule is None
 
 
 def resume(

@@ -21,6 +21,7 @@ from zo_opt.prompts.store import FILE_NAME, FileStore, MemoryStore
 from zo_opt.record.progress import Reporter
 from zo_opt.tasks import builtin
 from zo_opt.tasks import rows as data
+from zo_opt.tasks.batches import BatchOrder
 from zo_opt.tasks.builtin import OWN_TEXT, get_task
 from zo_opt.tasks.evaluation import Prepared
 from zo_opt.tasks.metrics import CLASSIFICATION, GENERATION, LANGUAGE_MODELLING
@@ -212,6 +213,8 @@ def build_tools(config: TrainConfig, examples: Examples, reporter: Reporter) -> 
     model = get_adapter_model(base.model, recipe.adapter)
     model.to(device)
     model.eval()
+    if recipe.adapter.reads_rows:
+        _begin(model, config, Prepared(examples.train, scorer, device, None))
     prompts = model.prompt_forward() if config.prompt_cache != "off" and config.prompt_cache_mb else None
     train = Prepared(examples.train, scorer, device, prompts, objective)
     held_out = Prepared(examples.held_out, scorer, device, prompts)
@@ -222,6 +225,13 @@ def build_tools(config: TrainConfig, examples: Examples, reporter: Reporter) -> 
                 "their longest column was cut, template and label words are whole."
             )
     return Tools(model, train, held_out, prompts, base.precision, device, recipe, config.steps)
+
+
+@torch.no_grad()
+def _begin(model: AdapterModel, config: TrainConfig, rows: Prepared) -> None:
+    """Show an adapter that starts from the rows those of the first step, before anything else runs it."""
+    first = BatchOrder(rows.labels, config.batch_size, config.seed, config.batch_order).indices(0)
+    rows.loss(model, rows.batch(first))
 
 
 def _task_for_file(config: TrainConfig, rows: Sequence[data.Row]) -> Task:

@@ -39,7 +39,7 @@ class SpectralConfig(AdapterConfig):
     rank: int = option(16, "leading singular values that get a gain")
 
     def find_targets(self, model: nn.Module) -> list[Target]:
-        names = self.target_modules or _linear_names(model)
+        names = self.target_modules or linear_names(model)
         return find_targets(model, names, self.layers) if names else super().find_targets(model)
 
     def wrap(self, target: Target, number: int) -> ParallelAdapter:
@@ -74,7 +74,7 @@ class SpectralGains(Delta):
         return ((self.u * (self.gains * self.s)) @ self.vt).T
 
 
-def _linear_names(model: nn.Module) -> list[str]:
+def linear_names(model: nn.Module) -> list[str]:
     """Names, within a layer, of the linear layers that numbered layers are made of: not of embeddings and heads."""
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)]
     places = {name: place for name in linear if (place := layer_of(name)) is not None}
