@@ -12,7 +12,7 @@ from text_tasks import command, results
 from zo_opt import ZOError
 from zo_opt.tasks.builtin import TASKS, get_task, task_rows
 from zo_opt.tasks.metrics import CLASSIFICATION, GENERATION
-from zo_opt.tasks.rows import make_examples
+from zo_opt.tasks.rows import check_text, make_examples
 from zo_opt.tasks.tasks import (
     Task,
     custom_generation_task,
@@ -110,8 +110,9 @@ def test_targets_may_be_lists_numbers_and_truth_values() -> None:
 def test_running_text_is_taken_as_it_is() -> None:
     rows = [{"text": "  indented"}, {"text": ""}, {"text": "7 "}]
     assert [e.fields["text"] for e in make_examples(rows, get_task("lm"), "here")] == ["  indented", "", "7 "]
+    blank = make_examples([{"text": " "}, {"text": ""}], get_task("lm"), "here")
     with pytest.raises(ZOError, match="here holds no text"):
-        make_examples([{"text": " "}, {"text": ""}], get_task("lm"), "here")
+        check_text(blank, get_task("lm"), "here")
 
 
 def test_a_row_becomes_prompt_label_and_label_words() -> None:
@@ -128,7 +129,7 @@ def test_labels_are_known_by_name_and_by_number() -> None:
         for number, label in enumerate(task.labels):
             for value in (label, f" {label}\n", number, str(number)):
                 assert task.label_of(value) == number, value
-        for wrong in (len(task.labels), -1, "", "nonsense", None, 0.5):
+        for wrong in (len(task.labels), -1, "nonsense", 0.5, "9" * 5000):
             assert task.label_of(wrong) is None, wrong
 
 

@@ -5,20 +5,21 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from zo_opt.errors import ZOError
+from zo_opt.tasks import cells
 from zo_opt.tasks.metrics import GENERATION, LANGUAGE_MODELLING
-from zo_opt.tasks.tasks import Task, label_text, placeholders
+from zo_opt.tasks.tasks import Task, placeholders
 
 Row = dict[str, Any]
-_WHOLE = re.compile(r"-?\d{1,18}")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ def read_rows(path: Path) -> list[Row]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ZOError(f"{path} cannot be read ({error}); give a readable file in UTF-8.") from error
+    if "\0" in text:
+        raise ZOError(f"{path} holds NUL characters, as a file in UTF-16 does; save it in UTF-8.")
     rows = _READERS[path.suffix](path, text)
     if not rows:
         needs = {".txt": "text", ".jsonl": "at least one row"}
@@ -57,7 +60,7 @@ def make_examples(rows: Sequence[Row], task: Task, source: str) -> list[Example]
     """Check the columns of all rows, and their labels or targets, and turn them into examples.
 
     Raises:
-        ZOError: a column is missing, a label is unknown, a target is empty, or there is no text at all.
+        ZOError: a column is missing, a label is unknown, or a cell holds no text.
     """
     examples = []
     for number, row in enumerate(rows, start=1):
@@ -65,47 +68,62 @@ def make_examples(rows: Sequence[Row], task: Task, source: str) -> list[Example]
         for column in task.required_columns():
             _check_column(row, column, place)
         examples.append(_make_example(row, task, place))
-    if task.kind == LANGUAGE_MODELLING and not any(text.strip() for e in examples for text in e.fields.values()):
-        raise ZOError(f"{source} holds no text; all its {len(examples)} rows are blank.")
     return examples
 
 
 def _make_example(row: Row, task: Task, place: str) -> Example:
     if task.kind == LANGUAGE_MODELLING:
         [name] = placeholders(task.template)  # its text as it is: blank lines and indentation are text too
-        return Example({name: str(row[task.columns.get(name, name)])})
+        column = task.columns.get(name, name)
+        return Example({name: cells.plain_text_of(row[column], column, place)})
+    fields = task.fields(row, place)
     if task.kind == GENERATION:
-        references = task.references_of(row[task.target_column])
-        if not references:
-            raise ZOError(f"{place}: column {task.target_column!r} holds no text to write; fill it or remove the row.")
-        return Example(task.fields(row), references=references)
-    label = task.label_of(row[task.label_column])
+        return Example(fields, references=cells.answers_of(row[task.target_column], task.target_column, place))
+    label = task.label_of(row[task.label_column], place)
     if label is None:
         raise ZOError(
             f"{place}: label {row[task.label_column]!r} is unknown; this task's labels are {', '.join(task.labels)}."
         )
-    return Example(task.fields(row), label)
+    return Example(fields, label)
 
 
-def check_classes(examples: Sequence[Example], task: Task, source: str) -> None:
-    """Training needs at least two classes."""
+def check_text(examples: Sequence[Example], task: Task, source: str) -> None:
+    """Of running text not every row may be blank."""
+    if task.kind == LANGUAGE_MODELLING and not any(text.strip() for e in examples for text in e.fields.values()):
+        raise ZOError(f"{source} holds no text; all its {len(examples)} rows are blank.")
+
+
+def check_classes(examples: Sequence[Example], task: Task, source: str) -> list[str]:
+    """The labels that no row has; training needs rows of at least two.
+
+    Raises:
+        ZOError: all rows are of one class.
+    """
     present = {e.label for e in examples}
     if len(present) < 2:
         only = task.labels[present.pop()]
         raise ZOError(
             f"{source} holds one class only ({only!r} in all {len(examples)} rows); add rows of another label."
         )
+    return [label for number, label in enumerate(task.labels) if number not in present]
 
 
 def column_values(rows: Sequence[Row], column: str, source: str) -> list[str]:
-    """The different values of a column, sorted (numbers by size)."""
+    """The different labels of a column, sorted (numbers by size).
+
+    Raises:
+        ZOError: a cell holds no label, or two spellings of one number stand in the column.
+    """
+    found: dict[str, str] = {}
     for number, row in enumerate(rows, start=1):
-        _check_column(row, column, f"{source}, row {number}")
-    values = {label_text(row[column]) for row in rows}
-    return sorted(values, key=lambda v: (0, int(v), v) if _WHOLE.fullmatch(v) else (1, 0, v))
+        place = f"{source}, row {number}"
+        _check_column(row, column, place)
+        found.setdefault(cells.label_of(row[column], column, place), place)
+    cells.check_spellings(found, column)
+    return cells.in_order(found)
 
 
-def hold_out(rows: Sequence[Row], held_out: int, *, last: bool = False) -> tuple[list[Row], list[Row]]:
+def hold_out(rows: Sequence[T], held_out: int, *, last: bool = False) -> tuple[list[T], list[T]]:
     """Split rows into training and held-out ones, in an order fixed for good (seed 0, whatever the run's seed).
 
     At most 30 % are held out, so that small tables keep most of their rows for training. ``last``: the last rows are, for
@@ -119,10 +137,8 @@ def hold_out(rows: Sequence[Row], held_out: int, *, last: bool = False) -> tuple
 
 
 def _check_column(row: Row, column: str, place: str) -> None:
-    if row.get(column) is not None:
-        return
     if column in row:
-        raise ZOError(f"{place}: column {column!r} is empty; fill it or remove the row.")
+        return
     raise ZOError(f"{place}: there is no column {column!r}; its columns are {', '.join(map(str, row))}.")
 
 
@@ -132,7 +148,7 @@ def _read_jsonl(path: Path, text: str) -> list[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_each_once)
             if "\\ud" in line.lower():  # half of a character would be no text
                 json.dumps(row, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
@@ -143,14 +159,28 @@ def _read_jsonl(path: Path, text: str) -> list[Row]:
     return rows
 
 
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, in which the last of two values of one name would win."""
+    if twice := _repeated([name for name, _ in pairs]):
+        raise ValueError(f"{twice!r} stands twice in one object")
+    return dict(pairs)
+
+
+def _repeated(names: Sequence[str]) -> str | None:
+    """A name that stands there twice."""
+    return next((name for name, times in Counter(names).items() if name and times > 1), None)
+
+
 def _read_table(path: Path, text: str) -> list[Row]:
     # GLUE's .tsv files hold bare quotation marks; in .csv they delimit fields.
     if path.suffix == ".tsv":
         reader = csv.DictReader(text.split("\n"), delimiter="\t", quoting=csv.QUOTE_NONE)
     else:
-        reader = csv.DictReader(io.StringIO(text, newline=""))
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows = []
     try:
+        if twice := _repeated(reader.fieldnames or []):
+            raise ZOError(f"{path}: two columns are named {twice!r}; rename or remove one.")
         for row in reader:
             if None in row:
                 raise ZOError(

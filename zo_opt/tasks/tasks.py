@@ -5,12 +5,14 @@ Of three kinds: "classification" has label words (verbalizers), "generation" a t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from string import Formatter
 from typing import Any, Literal
 
 from zo_opt.errors import ZOError
+from zo_opt.tasks.cells import label_of, one_spelling, text_of
 from zo_opt.tasks.metrics import CLASSIFICATION, GENERATION, KINDS, LANGUAGE_MODELLING
 
 Split = Literal["train", "held_out"]
@@ -74,29 +76,29 @@ class Task:
         asked_for = {CLASSIFICATION: [self.label_column], GENERATION: [self.target_column], LANGUAGE_MODELLING: []}
         return [self.columns.get(name, name) for name in self.shown()] + asked_for[self.kind]
 
-    def fields(self, row: Mapping[str, Any]) -> dict[str, str]:
-        """Placeholder -> text for one row."""
-        values = {name: str(row[self.columns.get(name, name)]).strip() for name in self.shown()}
+    def fields(self, row: Mapping[str, Any], where: str = "this row") -> dict[str, str]:
+        """Placeholder -> text for one row.
+
+        Raises:
+            ZOError: a column that is shown holds no text; ``where`` says in the sentence which row's.
+        """
+        columns = {name: self.columns.get(name, name) for name in self.shown()}
+        values = {name: text_of(row[column], column, where).strip() for name, column in columns.items()}
         return {name: self.substitutions.get(name, {}).get(value, value) for name, value in values.items()}
 
-    def references_of(self, value: Any) -> tuple[str, ...]:
-        """The right texts that a target column's value stands for; those that are empty are left out."""
-        texts = [label_text(v) for v in (value if isinstance(value, list | tuple) else [value]) if v is not None]
-        return tuple(text for text in texts if text)
+    def label_of(self, value: Any, where: str = "this row") -> int | None:
+        """The number of a label given by name or by number; None where it is unknown.
 
-    def label_of(self, value: Any) -> int | None:
-        """The number of a label given by name or by number; None where it is unknown."""
-        text = label_text(value)
-        if text in self.verbalizers:
-            return self.labels.index(text)
+        Raises:
+            ZOError: the value is no label at all; ``where`` says in the sentence which row's.
+        """
+        text = label_of(value, self.label_column, where)
+        names = [one_spelling(label) for label in self.labels]
+        if text in names:
+            return names.index(text)
         # A number counts positions only where labels have names: of labels 1 and 2, 0 is not the first.
-        named = not any(label.lstrip("-").isdecimal() for label in self.labels)
-        return int(text) if named and text.isdecimal() and int(text) < len(self.labels) else None
-
-
-def label_text(value: Any) -> str:
-    """A label as text: JSON's true and false in JSON's spelling."""
-    return str(value).lower() if isinstance(value, bool) else str(value).strip()
+        named = not any(label.lstrip("-").isdecimal() for label in names)
+        return int(text) if named and re.fullmatch(r"\d{1,9}", text) and int(text) < len(names) else None
 
 
 def placeholders(template: str) -> list[str]:
@@ -151,7 +153,7 @@ def parse_verbalizers(text: str, labels: Sequence[str]) -> dict[str, str]:
     parts = [part.strip() for part in text.split(",")]
     named = ["=" in part for part in parts]
     if all(named):
-        pairs = [(label.strip(), word.strip()) for label, word in (part.split("=", 1) for part in parts)]
+        pairs = [(one_spelling(label), word.strip()) for label, word in (part.split("=", 1) for part in parts)]
         if sorted(label for label, _ in pairs) != sorted(labels):
             raise ZOError(f"verbalizers {text!r} must name each of the labels {', '.join(labels)} once.")
         words = dict(pairs)

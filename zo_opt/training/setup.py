@@ -41,6 +41,8 @@ from zo_opt.training.config import TrainConfig
 from zo_opt.training.options import WHOLE_MODEL, FirstOptions
 from zo_opt.training.recipe import Recipe, resolve
 
+FEW = 100  # held-out rows below which a share's standard error may be more than five points
+
 
 @dataclass(frozen=True)
 class Examples:
@@ -145,18 +147,28 @@ def load_examples(config: TrainConfig, reporter: Reporter) -> Examples:
         sources = (str(config.train_file), str(config.eval_file or config.train_file))
         if config.eval_file is None and len(train_rows) < 2:
             raise ZOError(f"{config.train_file} has one row only; give more, or an eval_file.")
-    last = task.kind == LANGUAGE_MODELLING
-    if not held_out_rows:
-        train_rows, held_out_rows = data.hold_out(train_rows, config.held_out, last=last)
-    if config.validation:
-        if len(train_rows) < 2:
-            raise ZOError("validation needs at least two training rows; give more.")
-        train_rows, held_out_rows = data.hold_out(train_rows, config.held_out, last=last)
-    train_rows = train_rows[: config.max_train_rows] if config.max_train_rows is not None else train_rows
+    # Before rows are held out, so that a sentence has the row's number in its file.
     train = data.make_examples(train_rows, task, sources[0])
-    if task.kind == CLASSIFICATION:
-        data.check_classes(train, task, sources[0])
-    return Examples(task, train, data.make_examples(held_out_rows, task, sources[1]))
+    held_out = data.make_examples(held_out_rows, task, sources[1])
+    last = task.kind == LANGUAGE_MODELLING
+    if not held_out:
+        train, held_out = data.hold_out(train, config.held_out, last=last)
+    if config.validation:
+        if len(train) < 2:
+            raise ZOError("validation needs at least two training rows; give more.")
+        train, held_out = data.hold_out(train, config.held_out, last=last)
+    train = train[: config.max_train_rows] if config.max_train_rows is not None else train
+    if task.kind == CLASSIFICATION and (missing := data.check_classes(train, task, sources[0])):
+        reporter.say(
+            f"no training row has the label{'s' if len(missing) > 1 else ''} {', '.join(missing)}, which the run cannot learn."
+        )
+    for examples, source in ((train, sources[0]), (held_out, sources[1])):
+        data.check_text(examples, task, source)
+    if len(held_out) < FEW:
+        reporter.say(
+            f"{len(held_out)} held-out row{'s are' if len(held_out) > 1 else ' is'} few: read the figures with their standard error."
+        )
+    return Examples(task, train, held_out)
 
 
 def load_base(config: TrainConfig, task: Task, reporter: Reporter) -> Base:

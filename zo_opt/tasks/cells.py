@@ -1,0 +1,158 @@
+"""One rule for the values of a table, whatever its format and whatever the column: a cell is a text, a finite number or a truth value.
+
+A number is read by one spelling: 1, 1.0, "1" and "1.0" are the label 1; true and false are the labels true and false, and no numbers. Everything else
+(an empty or blank cell, NaN, infinity, a list, a mapping) is refused in a sentence with the row and the column, and never made a text.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from decimal import Decimal
+from numbers import Integral, Real
+from typing import Any
+
+from zo_opt.errors import ZOError
+
+_NOT_A_NUMBER = re.compile(r"[+-]?(nan|inf)", re.IGNORECASE)  # as pandas and numpy write them
+_WHOLE = re.compile(r"(-?\d+)\.0+", re.ASCII)
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
+
+
+def text_of(value: Any, column: str, where: str) -> str:
+    """The text of a cell as it stands, not blank.
+
+    Args:
+        value: of the cell.
+        column: its column, for the sentence.
+        where: its file and row, for the sentence.
+
+    Raises:
+        ZOError: it is no text.
+
+    >>> text_of(" a film", "text", "my.csv, row 1"), text_of(2.0, "text", "my.csv, row 1"), text_of(True, "text", "my.csv, row 1")
+    (' a film', '2', 'true')
+    """
+    text = plain_text_of(value, column, where)
+    if not text.strip():
+        raise ZOError(f"{where}: column {column!r} is {'blank' if text else 'empty'}; fill it or remove the row.")
+    if _NOT_A_NUMBER.fullmatch(text.strip()):
+        raise ZOError(_refusal(text, column, where, "which stands for a missing value and is no text"))
+    return text
+
+
+def plain_text_of(value: Any, column: str, where: str) -> str:
+    """As :func:`text_of`, of running text, in which a blank line is text too."""
+    if value is None:
+        raise ZOError(f"{where}: column {column!r} is empty; fill it or remove the row.")
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()  # numpy's and torch's numbers
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ZOError(_refusal(value, column, where, "of which one character is half a pair")) from None
+        return value
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, Integral):
+        return _digits(int(value), column, where)
+    if isinstance(value, Real) and math.isfinite(value):
+        number = float(value)
+        return _digits(int(number), column, where) if number.is_integer() and abs(number) < 1e16 else repr(number)
+    raise ZOError(_refusal(value, column, where, f"{_kind(value)} and no text"))
+
+
+def label_of(value: Any, column: str, where: str) -> str:
+    """The name of a label: a cell's text without space around it; whole numbers in one spelling.
+
+    Raises:
+        ZOError: the cell holds no label.
+
+    >>> [label_of(value, "label", "my.csv, row 1") for value in (1, 1.0, "1", " 1.0 ", "good ", True)]
+    ['1', '1', '1', '1', 'good', 'true']
+    """
+    return one_spelling(text_of(value, column, where))
+
+
+def one_spelling(label: str) -> str:
+    """A label as it is compared: without space around it; "1.0", as tables of floats have it, is 1."""
+    label = label.strip()
+    whole = _WHOLE.fullmatch(label)
+    return label if whole is None else ("0" if whole[1] == "-0" else whole[1])
+
+
+def answers_of(value: Any, column: str, where: str) -> tuple[str, ...]:
+    """The right texts of a cell: one, or a list of several, of which those that are empty are left out.
+
+    Raises:
+        ZOError: there is none, or one is no text.
+
+    >>> answers_of(["one", "", None, "two"], "answer", "my.jsonl, row 1"), answers_of(7, "answer", "my.jsonl, row 1")
+    (('one', 'two'), ('7',))
+    """
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    filled = [v for v in values if v is not None and not (isinstance(v, str) and not v.strip())]
+    if not filled:
+        raise ZOError(f"{where}: column {column!r} holds no text to write; fill it or remove the row.")
+    return tuple(text_of(v, column, where).strip() for v in filled)
+
+
+def check_spellings(found: Mapping[str, str], column: str) -> None:
+    """Whether no two labels of a column are one number, or one truth value, spelt in two ways.
+
+    Args:
+        found: label -> where it stands first.
+        column: theirs.
+
+    Raises:
+        ZOError: two are.
+    """
+    numbers: dict[Decimal, str] = {}
+    for label, where in found.items():
+        if _NUMBER.fullmatch(label) is None:
+            continue
+        other = numbers.setdefault(Decimal(label), label)
+        if other != label:
+            raise ZOError(_twice(other, found[other], label, where, column, "one number"))
+    for word, number in (("true", "1"), ("false", "0")):
+        if word in found and number in found:
+            raise ZOError(_twice(word, found[word], number, found[number], column, "one truth value"))
+
+
+def in_order(labels: Iterable[str]) -> list[str]:
+    """Labels sorted: whole numbers by size, then words."""
+    return sorted(labels, key=lambda v: (0, int(v), v) if re.fullmatch(r"-?\d{1,18}", v) else (1, 0, v))
+
+
+def _twice(one: str, one_where: str, other: str, other_where: str, column: str, what: str) -> str:
+    return (
+        f"{other_where}: column {column!r} holds {other!r}, and {one!r} in {one_where}: two spellings of {what}; write it one way "
+        "in all rows."
+    )
+
+
+def _digits(number: int, column: str, where: str) -> str:
+    try:
+        return str(number)
+    except ValueError:  # Python writes no more than 4,300 digits
+        raise ZOError(
+            f"{where}: column {column!r} holds a number of thousands of digits; write it as a text."
+        ) from None
+
+
+def _refusal(value: Any, column: str, where: str, why: str) -> str:
+    shown = ascii(value)
+    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+    return f"{where}: column {column!r} holds {shown}, {why}; give a text or a finite number, or name another column."
+
+
+def _kind(value: Any) -> str:
+    """What a value is, in words."""
+    if isinstance(value, Real):
+        return "which is not finite"
+    if isinstance(value, list | tuple):
+        chat = any(isinstance(v, Mapping) and "content" in v for v in value)
+        return "a list of messages (a chat)" if chat else "a list"
+    return "a mapping" if isinstance(value, Mapping) else f"a value of type {type(value).__name__}"
