@@ -326,8 +326,7 @@ def _inject(model: nn.Module, config: AdapterConfig, *, start: bool) -> AdapterM
     model.requires_grad_(False)
     if in_place:
         model.float()
-    for whole in saved:
-        train_whole(whole)
+    train_whole(model, saved)
     for target in replaced:
         target.module.requires_grad_(False)  # it may be within a module that is trained whole
     for name in in_place:

@@ -30,6 +30,8 @@ class Task:
         target_column: generation: the column of the text to write, or of a list of texts that are all right (the first is learned).
         max_new_tokens: generation: the most tokens that are written in an evaluation.
         metrics: those it reports, the primary one first; all of its kind if empty.
+        numbered: whether a label may be given by its number, which counts the labels in their order: of a user's own rows the order is the
+            alphabet's, and a number would mean whatever it happens to.
         source: a function that gives the rows of a split, "train" or "held_out"; without one, rows come from the user's files.
 
     >>> task = Task("mine", "{text} It was", {"0": "bad", "1": "good"}, source=lambda split: [{"text": "a film", "label": 1}])
@@ -47,6 +49,7 @@ class Task:
     target_column: str = "target"
     max_new_tokens: int = 32
     metrics: tuple[str, ...] = ()
+    numbered: bool = True
     source: Callable[[Split], Iterable[dict[str, Any]]] | None = None
 
     def __post_init__(self) -> None:
@@ -85,12 +88,12 @@ class Task:
         return tuple(text for text in texts if text)
 
     def label_of(self, value: Any) -> int | None:
-        """The number of a label given by name or by number; None where it is unknown."""
+        """The number of a label given by name, or by number where the task is ``numbered``; None where it is unknown."""
         text = label_text(value)
         if text in self.verbalizers:
             return self.labels.index(text)
         # A number counts positions only where labels have names: of labels 1 and 2, 0 is not the first.
-        named = not any(label.lstrip("-").isdecimal() for label in self.labels)
+        named = self.numbered and not any(label.lstrip("-").isdecimal() for label in self.labels)
         return int(text) if named and text.isdecimal() and int(text) < len(self.labels) else None
 
 
@@ -119,7 +122,7 @@ def custom_task(
     """A task for the user's own table: ``{text}`` in the template is the text column, any other name a column."""
     template = check_template(template if template is not None else "{text}\nLabel:")
     words = parse_verbalizers(verbalizers, labels) if verbalizers is not None else {label: label for label in labels}
-    return Task("custom", template, words, label_column=label_column, columns={"text": text_column})
+    return Task("custom", template, words, label_column=label_column, columns={"text": text_column}, numbered=False)
 
 
 def custom_generation_task(*, text_column: str, target_column: str, template: str | None) -> Task:

@@ -14,6 +14,7 @@ from zo_opt.record.output import RUN_NAME
 from zo_opt.record.progress import Reporter
 from zo_opt.system.plain_json import read_object
 from zo_opt.tasks.evaluation import Evaluation, Prepared, evaluate
+from zo_opt.tasks.padding import try_padding
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.parsing import own_code
 from zo_opt.training.setup import load_base, load_examples
@@ -80,13 +81,17 @@ def read_record(run_dir: Path) -> dict[str, Any]:
 
 def load_plain_base(config: TrainConfig, resolved: Mapping[str, Any], reporter: Reporter) -> tuple[Any, Any]:
     """A run's base model in the checkpoint's own dtype, and its tokenizer: the run's precision is a form for running, not for keeping."""
-    return load_model(
+    model, tokenizer = load_model(
         config.model_name_or_path,
         head=config.head,
         labels=resolved.get("labels", 2),
         trust_remote_code=config.trust_remote_code,
         say=reporter.say,
     )
+    if names := resolved.get("outputs"):
+        model.config.id2label = dict(enumerate(names))
+        model.config.label2id = {name: i for i, name in enumerate(names)}
+    return model, tokenizer
 
 
 def evaluate_run(
@@ -109,6 +114,9 @@ def evaluate_run(
     examples = load_examples(replace(config, eval_file=eval_file or config.eval_file), reporter)
     base = load_base(config, examples.task, reporter)
     model = base.model
+    try_padding(model, base.scorer, examples.held_out)
+    for note in base.scorer.notes:
+        reporter.say(note)
     if not zero_shot:
         model = load_adapter_model(model, run_dir)
     model.to(base.device).eval()

@@ -33,6 +33,11 @@ class Causal(Writer):
 
     def __init__(self, model: Any, tokenizer: Any, task: Task, max_length: int | None = None) -> None:
         super().__init__(model, tokenizer, task, max_length)
+        if self.probed.sees_ahead:
+            raise ZOError(
+                f"this {type(model).__name__} lets a token see those after it (its config says is_decoder={getattr(model.config, 'is_decoder', None)}), "
+                "so it cannot predict them; give a causal model, an encoder with its masked-language-model head, or --head classification."
+            )
         self._plain_head = head_is_linear(model)
 
     def prompt(self, encoded: Encoded) -> list[int]:
@@ -42,7 +47,7 @@ class Causal(Writer):
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         inputs = super().inputs(batch)
         if "position_ids" in self.forward_arguments:
-            inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+            inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0) + self.probed.first_position
         return inputs
 
     def answers(self, batch: Batch) -> Tensor:
