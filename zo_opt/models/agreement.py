@@ -10,7 +10,10 @@ from zo_opt.errors import ZOError
 
 def embedding_rows(model: Any) -> int | None:
     """The tokens that a model's embedding knows; None of one that reads no tokens by number."""
-    embedding = model.get_input_embeddings()
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:  # CANINE hashes characters
+        return None
     rows = getattr(embedding, "num_embeddings", None)
     weight = getattr(embedding, "weight", None)
     return int(rows) if rows is not None else None if weight is None else len(weight)
@@ -40,7 +43,7 @@ def decoder_start(model: Any) -> int:
         ZOError: nowhere.
     """
     generation = getattr(model, "generation_config", None)
-    for place in (model.config, model.config.get_text_config(decoder=True), generation):
+    for place in (model.config, getattr(model.config, "decoder", None), generation):
         start = getattr(place, "decoder_start_token_id", None)
         start = start[0] if isinstance(start, list) and start else start
         if isinstance(start, int) and 0 <= start < (embedding_rows(model) or start + 1):
@@ -74,7 +77,11 @@ def label_outputs(model: Any, labels: Sequence[str]) -> tuple[list[int], list[st
     shown = ", ".join(f"{i} = {name}" for i, name in enumerate(own))
     if [str(i) for i in numbers] == list(labels):
         unnamed = own == [f"LABEL_{i}" for i in numbers]
-        return numbers, own, None if unnamed else f"the labels are numbers, taken for those of the model's outputs: {shown}."
+        return (
+            numbers,
+            own,
+            None if unnamed else f"the labels are numbers, taken for those of the model's outputs: {shown}.",
+        )
     folded, wanted = [name.strip().casefold() for name in own], [label.strip().casefold() for label in labels]
     distinct = len(set(folded)) == len(set(wanted)) == len(labels)
     outputs: list[int | None] = [folded.index(w) if distinct and w in folded else None for w in wanted]

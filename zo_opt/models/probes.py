@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +47,9 @@ class _Tables(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _note(self, ids: Tensor, weight: Tensor) -> None:
-        read = ids.reshape(-1, ids.shape[-1])  # one row, or one and the same a sequence; of relative positions it is a square
+        read = ids.reshape(
+            -1, ids.shape[-1]
+        )  # one row, or one and the same a sequence; of relative positions it is a square
         if len(read) > 2 or read.shape[1] < TOKENS or not (read == read[0]).all():
             return
         first = read[0, :TOKENS].tolist()
@@ -75,19 +79,13 @@ def probe(model: Any) -> Probed:
     decodes = bool(model.config.is_encoder_decoder)
     if decodes:
         given["decoder_input_ids"] = ids
-    try:
+    with trying(model):
         with _Tables() as tables:
             output = body(**given)
         moved = tables
         if tables.found and not decodes and "position_ids" in takes:
             with _Tables() as moved:
                 body(**given, position_ids=torch.arange(TOKENS, device=ids.device).expand(2, -1))
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, LookupError, TypeError, AssertionError) as error:
-        raise ZOError(
-            f"a {type(model).__name__} of this configuration cannot run {TOKENS} tokens ({reason_of(error)}); load another checkpoint."
-        ) from error
     ahead = None
     if not decodes and (hidden := getattr(output, "last_hidden_state", None)) is not None:
         a, b = hidden[:, : TOKENS - 1].float()
@@ -97,6 +95,24 @@ def probe(model: Any) -> Probed:
         tables.found[0][1] - moved.found[0][1] if tables.found and moved.found else 0,
         ahead,
     )
+
+
+@contextmanager
+def trying(model: Any) -> Iterator[None]:
+    """Within this context a model is tried: what it raises becomes a sentence.
+
+    Raises:
+        ZOError: it raised something; lack of memory is raised as it is.
+    """
+    try:
+        yield
+    except (ZOError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+        raise ZOError(
+            f"a {type(model).__name__} of this configuration cannot be run on this task's tokens ({reason_of(error)}); load another "
+            "checkpoint, or the tokenizer that belongs to this one."
+        ) from error
 
 
 def rounding(model: Any) -> float:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zo_opt.errors import ZOError, reason_of
-from zo_opt.models.probes import rounding
+from zo_opt.errors import ZOError
+from zo_opt.models.probes import rounding, trying
 from zo_opt.tasks.rows import Example
 from zo_opt.tasks.scoring import Encoded, LabelScorer, Scorer
 
@@ -82,12 +82,6 @@ def _longer(prompt: list[int], more: int, scorer: Scorer) -> list[int]:
 @torch.no_grad()
 def _scores(model: Any, scorer: Scorer, encoded: Sequence[Encoded]) -> Tensor:
     batch = {name: tensor.to(model.device) for name, tensor in scorer.collate(encoded).items()}
-    try:
+    with trying(model):
         found = scorer.scores(model, batch) if isinstance(scorer, LabelScorer) else scorer.losses(model, batch)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, LookupError, TypeError, AssertionError) as error:
-        raise ZOError(
-            f"the {type(model).__name__} cannot run a row of this task ({reason_of(error)}); look whether model and tokenizer belong together."
-        ) from error
     return found[0].float().cpu()

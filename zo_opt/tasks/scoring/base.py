@@ -203,6 +203,7 @@ def context_length(model: Any, tokenizer: Any, max_length: int | None, learned: 
     """
     config: Any = getattr(model, "config", None)
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    positions = positions if positions is None or positions > 0 else None  # XLNet's, -1, are not bounded
     limits = [n for n in (learned or positions, tokenizer.model_max_length, max_length) if n is not None]
     limit = int(min(limits, default=1 << 30))
     if limit < 1:

@@ -15,6 +15,7 @@ from torch import Tensor
 from zo_opt.adapters.adapted import AdaptedModule
 from zo_opt.adapters.weights import rows
 from zo_opt.errors import ZOError
+from zo_opt.models.probes import trying
 from zo_opt.tasks.metrics import GENERATION
 from zo_opt.tasks.rows import Example
 from zo_opt.tasks.scoring.base import IGNORED, Batch, Encoded, Measured
@@ -38,7 +39,8 @@ class Causal(Writer):
                 f"this {type(model).__name__} lets a token see those after it (its config says is_decoder={getattr(model.config, 'is_decoder', None)}), "
                 "so it cannot predict them; give a causal model, an encoder with its masked-language-model head, or --head classification."
             )
-        self._plain_head = head_is_linear(model)
+        with trying(model):
+            self._plain_head = head_is_linear(model)
 
     def prompt(self, encoded: Encoded) -> list[int]:
         first, continued = encoded.prompts[0], len(encoded.prompts) > 1 or self.task.kind == GENERATION

@@ -52,7 +52,9 @@ class ClassificationScorer(LabelScorer):
 
     def __init__(self, model: Any, tokenizer: Any, task: Task, max_length: int | None = None) -> None:
         super().__init__(model, tokenizer, task, max_length)
-        model.config.pad_token_id = model.config.get_text_config().pad_token_id = self.pad_id  # by which a decoder's head finds the last token
+        model.config.pad_token_id = model.config.get_text_config().pad_token_id = (
+            self.pad_id
+        )  # by which a decoder's head finds the last token
         if model.config.is_encoder_decoder:
             model.config.decoder_start_token_id = decoder_start(model)
         self._outputs, self.names, note = label_outputs(model, task.labels)
