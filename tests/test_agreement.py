@@ -240,7 +240,7 @@ def test_labels_are_the_outputs_that_bear_their_names(
 
 
 def test_another_number_of_labels_is_refused() -> None:
-    with pytest.raises(ZOError, match="3 outputs.*2 labels"):
+    with pytest.raises(ZOError, match=r"3 outputs.*2 labels"):
         label_outputs(named("a", "b", "c"), ("a", "b"))
 
 

@@ -30,8 +30,8 @@ def heed_report(
         if head == "classification" and not _below(model, weight):
             raise ZOError(
                 f"the head of model {name!r} has {config.num_labels} outputs ({_some(list(config.id2label.values()))}), and the rows have "
-                f"{model.config.num_labels} labels ({weight} is {tuple(there)}, not {tuple(wanted)}); give rows with these labels, or a checkpoint without "
-                "this head."
+                f"{model.config.num_labels} labels ({weight} is {tuple(there)}, not {tuple(wanted)}); give rows with these labels, or a "
+                "checkpoint without this head."
             )
         raise ZOError(
             f"{weight!r} of model {name!r} is {tuple(there)} in its file, and {tuple(wanted)} by its config.json; give the two that belong "

@@ -35,8 +35,9 @@ class Causal(Writer):
     def __init__(self, model: Any, tokenizer: Any, task: Task, max_length: int | None = None) -> None:
         super().__init__(model, tokenizer, task, max_length)
         if self.probed.sees_ahead:
+            says = getattr(model.config, "is_decoder", None)
             raise ZOError(
-                f"this {type(model).__name__} lets a token see those after it (its config says is_decoder={getattr(model.config, 'is_decoder', None)}), "
+                f"this {type(model).__name__} lets a token see those after it (its config says is_decoder={says}), "
                 "so it cannot predict them; give a causal model, an encoder with its masked-language-model head, or --head classification."
             )
         with trying(model):
