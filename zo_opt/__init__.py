@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         lora_plus_groups,
         trainable_parameters,
     )
+    from zo_opt.models.precision import set_precision
     from zo_opt.optim import (
         AGZO,
         FZOO,
@@ -93,6 +94,7 @@ __all__ = [
     "get_adapter_model",
     "load_adapter_model",
     "lora_plus_groups",
+    "set_precision",
     "trainable_parameters",
 ]
 
@@ -102,6 +104,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
+    if name == "set_precision":
+        return importlib.import_module("zo_opt.models.precision").set_precision
     where = "adapters" if name.endswith("Config") or name in _ADAPTERS else "privacy" if "Privacy" in name else "optim"
     return getattr(importlib.import_module(f"zo_opt.{where}"), name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -17,6 +18,7 @@ from zo_opt.adapters.answers import AnswerForward
 from zo_opt.adapters.config import AdapterConfig
 from zo_opt.adapters.encoded import EncoderForward
 from zo_opt.adapters.kept import KeptForward
+from zo_opt.adapters.made_for import differences
 from zo_opt.adapters.merged_trains import MergedTrains
 from zo_opt.adapters.modules import merged_into, modules_named, put, replaced_targets, train_whole
 from zo_opt.adapters.peft_read import from_peft
@@ -253,6 +255,9 @@ def load_adapter_model(model: nn.Module, directory: str | Path) -> AdapterModel:
         model: the base model.
         directory: written by ``save_pretrained``; or by PEFT, with LoRA, DoRA, AdaLoRA or VeRA in it (numbers become float32).
 
+    Warns:
+        UserWarning: the adapter was trained on a base in another precision, or on another base.
+
     Raises:
         ZOError: files missing or damaged, or made for a model of other shapes; or a PEFT option that is not known here.
     """
@@ -261,7 +266,7 @@ def load_adapter_model(model: nn.Module, directory: str | Path) -> AdapterModel:
     config = saved.config
     if config is None:
         config, tensors = from_peft(model, saved.values, saved.tensors)
-        saved = storage.Saved({}, config, tensors, {})
+        saved = storage.Saved({}, config, tensors, {}, saved.base)
     check_shapes(model, config, saved.state(adapter_shapes(model, config)), what)
     adapted = _inject(model, config, start=False)
     try:
@@ -269,6 +274,8 @@ def load_adapter_model(model: nn.Module, directory: str | Path) -> AdapterModel:
     except ZOError:
         adapted.unload()
         raise
+    for sentence in differences(saved.base, model):
+        warnings.warn(sentence, stacklevel=2)
     return adapted
 
 
@@ -326,8 +333,7 @@ def _inject(model: nn.Module, config: AdapterConfig, *, start: bool) -> AdapterM
     model.requires_grad_(False)
     if in_place:
         model.float()
-    for whole in saved:
-        train_whole(whole)
+    train_whole(model, saved)
     for target in replaced:
         target.module.requires_grad_(False)  # it may be within a module that is trained whole
     for name in in_place:

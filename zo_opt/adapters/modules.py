@@ -62,14 +62,34 @@ def modules_named(model: nn.Module, name: str) -> list[nn.Module]:
     return trained
 
 
-def train_whole(module: nn.Module) -> None:
-    """Train a module in float32; inside a model of another dtype its inputs and outputs are cast."""
-    dtype = next(module.parameters()).dtype
-    module.float().requires_grad_(True)
-    if dtype != torch.float32:
+def train_whole(model: nn.Module, modules: Sequence[nn.Module]) -> None:
+    """Train modules in float32; inside a model of another dtype their inputs and outputs are cast, and those of whatever shares a weight
+    with them (an output head tied to the embedding).
+    """
+    taken = {id(p): p.dtype for module in modules for p in module.parameters()}
+    narrow = {m: _dtype(m) for m in modules if _dtype(m) != torch.float32}
+    inside = {m for module in modules for m in module.modules()}
+    for other in model.modules():
+        held = [taken[id(p)] for p in other.parameters(recurse=False) if id(p) in taken]
+        if held and held[0] != torch.float32 and other not in inside:
+            narrow[other] = held[0]
+    for module in modules:
+        module.float().requires_grad_(True)
+    for module, dtype in narrow.items():
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs: (_cast(args, torch.float32), _cast(kwargs, torch.float32)), with_kwargs=True
+        )
+        module.register_forward_hook(lambda _, args, output, dtype=dtype: _cast(output, dtype))
 
-        def cast(x: Any, to: torch.dtype) -> Any:
-            return x.to(to) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
-        module.register_forward_pre_hook(lambda _, args: tuple(cast(x, torch.float32) for x in args))
-        module.register_forward_hook(lambda _, args, output: cast(output, dtype))
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in module.parameters() if p.is_floating_point())
+
+
+def _cast(values: Any, dtype: torch.dtype) -> Any:
+    """The floating-point tensors in a nesting of values, as this dtype."""
+    if isinstance(values, torch.Tensor):
+        return values.to(dtype) if values.is_floating_point() else values
+    if isinstance(values, dict):
+        return {name: _cast(value, dtype) for name, value in values.items()}
+    return type(values)(_cast(value, dtype) for value in values) if type(values) in (tuple, list) else values

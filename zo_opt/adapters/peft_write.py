@@ -53,6 +53,15 @@ def is_native(wrapped: nn.Module, config: AdapterConfig) -> bool:
     return type(config) in kinds and plain and not _tied(wrapped, config)
 
 
+def exportable(model: AdapterModel) -> bool:
+    """Whether :func:`to_peft` has a form for it."""
+    try:
+        to_peft(model)
+    except ZOError:
+        return False
+    return True
+
+
 @torch.no_grad()
 def to_peft(model: AdapterModel) -> Form:
     """Options and tensors as PEFT's ``save_pretrained`` writes them; a method that PEFT lacks as a LoRA.
@@ -169,7 +178,7 @@ def _lora(config: AdapterConfig, adapted: Mapping[str, AdaptedModule]) -> Form:
     for path, module in adapted.items():
         adapter = module.adapter
         if not isinstance(adapter, LowRank):
-            raise _no_form(path, f"of type {config.adapter_type!r}, no pair of low-rank factors,")
+            raise _no_form(path, config, f"of type {config.adapter_type!r}, no pair of low-rank factors,")
         a, b = adapter.lora_factors()
         ranks[path] = len(a)
         # Of alpha / r * r, which may not be alpha in its last bit.
@@ -195,7 +204,7 @@ def _adalora(config: Any, adapted: Mapping[str, AdaptedModule]) -> Form:
     """``lora_A`` (Q), ``lora_E`` (Lambda) and ``lora_B`` (P). PEFT multiplies by lora_alpha / (init_r + 1e-5), one for all modules."""
     adapters: dict[str, Any] = {path: module.adapter for path, module in adapted.items()}
     if trains := [path for path, adapter in adapters.items() if not hasattr(adapter, "lora_E")]:
-        raise _no_form(trains[0])
+        raise _no_form(trains[0], config)
     rank = max(len(adapter.lora_E) for adapter in adapters.values())
     tensors: dict[str, Tensor] = {}
     for path, adapter in adapters.items():
@@ -227,7 +236,7 @@ def _vera(config: Any, adapted: Mapping[str, AdaptedModule]) -> Form:
     for path, module in adapted.items():
         adapter: Any = module.adapter
         if not hasattr(adapter, "vera_A"):
-            raise _no_form(path)
+            raise _no_form(path, config)
         rank = len(adapter.vera_A)
         tensors |= {f"{SHARED}vera_A": adapter.vera_A, f"{SHARED}vera_B": adapter.vera_B}
         # PEFT knows one rank for all: entries of d beyond a module's own are zero.
@@ -242,10 +251,11 @@ def _vera(config: Any, adapted: Mapping[str, AdaptedModule]) -> Form:
     }, tensors
 
 
-def _no_form(path: str, what: str = "a tensor train (modules_to_tensorize)") -> ZOError:
+def _no_form(path: str, config: AdapterConfig, what: str = "a tensor train (modules_to_tensorize)") -> ZOError:
+    merge = "merge it (merge_and_unload), or " if config.mergeable else ""
     return ZOError(
-        f"the adapter at {path!r} is {what} and cannot be exported as LoRA or another of PEFT's adapters; merge it "
-        "(merge_and_unload), or keep zo_opt's own format (save_pretrained)."
+        f"the adapter at {path!r} is {what} and cannot be exported as LoRA or another of PEFT's adapters; {merge}keep zo_opt's own format "
+        "(save_pretrained)."
     )
 
 

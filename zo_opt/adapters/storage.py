@@ -1,8 +1,8 @@
 """Adapter files, in PEFT's format where PEFT has the method and in zo_opt's own otherwise. Nothing is ever unpickled.
 
 Both are ``adapter_config.json`` and ``adapter_model.safetensors``. The metadata of the latter, which PEFT passes over, hold under
-``zo_opt`` the tensors' fingerprint and, beside PEFT's format, the configuration whole: so they are one with the tensors, and gone
-when PEFT writes the file anew.
+``zo_opt`` the tensors' fingerprint, precision and checksum of the base and, beside PEFT's format, the configuration whole: so they are
+one with the tensors, and gone when PEFT writes the file anew.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from zo_opt.adapters.config import AdapterConfig, config_from_dict
+from zo_opt.adapters.made_for import base_checksum, precision_of
 from zo_opt.adapters.peft_write import is_native, own_state, to_peft
 from zo_opt.errors import ZOError
 from zo_opt.system.checksum import checksum, fingerprint
@@ -47,12 +48,14 @@ class Saved:
         config: None where PEFT wrote the files.
         tensors: those of ``adapter_model.safetensors``.
         schedule: the state of the method's schedule; empty without one.
+        base: precision and checksum of the base that it was trained on; empty where nobody noted them.
     """
 
     values: dict[str, Any]
     config: AdapterConfig | None
     tensors: dict[str, Tensor]
     schedule: dict[str, Tensor]
+    base: dict[str, Any] = field(default_factory=dict)
 
     def state(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
         """The tensors by their names in ``AdapterModel.adapter_state``, to the bit; ``shapes`` has these names."""
@@ -66,14 +69,14 @@ def save(model: AdapterModel, directory: Path, *, export: bool = False) -> None:
         ZOError: PEFT has no form for an adapter that is exported; or the directory cannot be written.
     """
     config, native = model.adapter_config, is_native(model.wrapped, model.adapter_config)
-    own: dict[str, Any] = {}
+    own: dict[str, Any] = {"base": {"precision": precision_of(model.wrapped), "checksum": base_checksum(model.wrapped)}}
     tensors = model.adapter_state()
     values: dict[str, Any] = {"base_model_name_or_path": _base_name(model.wrapped)}
     if export or native:
         options, tensors = to_peft(model)
         values |= options
         if native:
-            own = {"config": config.to_dict(), "values": _digest(values)}
+            own |= {"config": config.to_dict(), "values": _digest(values)}
     else:
         values = {"format": _FORMAT} | values | config.to_dict()
     _write_tensors(directory / WEIGHTS_NAME, tensors, own)
@@ -97,7 +100,7 @@ def load(directory: Path) -> Saved:
             raise ZOError(f"{path} was written neither by zo_opt (its format is not {_FORMAT!r}) nor by PEFT.")
         values.pop("base_model_name_or_path", None)
         config = config_from_dict(values)
-        tensors, _ = _read(directory / WEIGHTS_NAME)
+        tensors, own = _read(directory / WEIGHTS_NAME)
     else:
         if not (directory / WEIGHTS_NAME).exists():
             raise ZOError(
@@ -105,7 +108,7 @@ def load(directory: Path) -> Saved:
             )
         tensors, own = _read(directory / WEIGHTS_NAME)
         if "config" not in own:
-            return Saved(values, None, tensors, {})
+            return Saved(values, None, tensors, {}, own.get("base", {}))
         if own.get("values") != _digest(values):
             raise ZOError(
                 f"{path} was changed after it was saved; put it back as it was, or, if the change is meant, load the adapter with PEFT and "
@@ -113,7 +116,8 @@ def load(directory: Path) -> Saved:
             )
         config = config_from_dict(own["config"])
     schedule = directory / SCHEDULE_NAME
-    return Saved(values, config, tensors, read_tensors(schedule) if schedule.exists() else {})
+    later = read_tensors(schedule) if schedule.exists() else {}
+    return Saved(values, config, tensors, later, own.get("base", {}))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -160,7 +164,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             own = parse((file.metadata() or {}).get("zo_opt", "{}"))
-        if not isinstance(own, dict) or not isinstance(own.get("config", {}), dict):
+        if not isinstance(own, dict) or not all(isinstance(own.get(part, {}), dict) for part in ("config", "base")):
             raise ValueError("its metadata are not zo_opt's")
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
         # Not SafetensorError alone: a type of number that torch lacks, a file of no bytes.

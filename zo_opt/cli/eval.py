@@ -12,7 +12,8 @@ def run(options: Namespace, command: str) -> None:
     """Evaluate a run and say what came out."""
     reporter = Reporter()
     result = evaluate_run(
-        options.run_dir, options.eval_file, options.zero_shot, reporter, trust_remote_code=options.trust_remote_code
-    )
+        options.run_dir, options.eval_file, options.zero_shot, reporter, precision=options.precision,
+        trust_remote_code=options.trust_remote_code,
+    )  # fmt: skip
     what = "zero-shot" if options.zero_shot else "tuned"
     reporter.say(f"{what}: {result.describe()}")

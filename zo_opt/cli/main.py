@@ -141,6 +141,9 @@ def _add_eval(parser: Parser) -> None:
     parser.add_argument("run_dir", type=Path, help="the run's output_dir")
     parser.add_argument("--eval_file", type=Path | None, help="other rows, with the columns of the run's own")
     parser.add_argument("--zero_shot", type=bool, default=False, help="leave the adapter out")
+    parser.add_argument(
+        "--precision", type=str | None, help="of the base: mixed, fp32 or auto; the run's own if left out"
+    )
     _add_trust(parser)
 
 

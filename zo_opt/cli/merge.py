@@ -6,13 +6,13 @@ from argparse import Namespace
 
 import torch
 
-from zo_opt.adapters import load_adapter_model
+from zo_opt.adapters.peft_write import exportable
 from zo_opt.adapters.storage import load
 from zo_opt.errors import ZOError
 from zo_opt.models.quantisation import adopt, quantised_layers
 from zo_opt.record.output import RUN_NAME, output_directory
 from zo_opt.record.progress import Reporter
-from zo_opt.training.evaluate_run import config_of, load_plain_base, read_record
+from zo_opt.training.evaluate_run import config_of, load_plain_base, load_tuned, read_record
 
 FORMS = ("model", "lora")
 
@@ -35,10 +35,10 @@ def run(options: Namespace, command: str) -> None:
         adopt(base, torch.float32)
         if form == "model" and next(quantised_layers(base), None) is not None:
             raise ZOError(
-                f"model {config.model_name_or_path!r} is quantised, and merging needs its weights in full; keep the adapter as it is, or "
-                "give --as lora."
+                f"model {config.model_name_or_path!r} is quantised, and merging needs its weights in full; keep the adapter as it is"
+                + (", or give --as lora." if exportable(load_tuned(base, options.run_dir, reporter)) else ".")
             )
-        model = load_adapter_model(base, options.run_dir)
+        model = load_tuned(base, options.run_dir, reporter)
         if form == "lora":
             model.export_peft(to)
         else:

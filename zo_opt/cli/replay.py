@@ -5,14 +5,13 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
-from zo_opt.adapters import load_adapter_model
 from zo_opt.errors import ZOError
 from zo_opt.journal import NAME, read_journal, replay
 from zo_opt.models.models import pick_device
 from zo_opt.models.precision import set_precision
 from zo_opt.record.output import RUN_NAME, START_NAME, output_directory
 from zo_opt.record.progress import Reporter
-from zo_opt.training.evaluate_run import config_of, load_plain_base, read_config, read_record
+from zo_opt.training.evaluate_run import config_of, load_plain_base, load_tuned, read_config, read_record
 
 
 def run(options: Namespace, command: str) -> None:
@@ -48,7 +47,7 @@ def run(options: Namespace, command: str) -> None:
         device = pick_device(options.device or config.device)
         base, _ = load_plain_base(config, resolved, reporter)
         set_precision(base, resolved.get("precision", config.precision), device)
-        model = load_adapter_model(base, run_dir / START_NAME).to(device).eval()
+        model = load_tuned(base, run_dir / START_NAME, reporter).to(device).eval()
         steps = replay(path, model, steps=options.steps, exact=not options.inexact)
         model.save_pretrained(to)
     reporter.say(f"the adapter after step {steps} of {config.steps}, rebuilt on {device.type}, is in {options.to}")

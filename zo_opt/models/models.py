@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors import SafetensorError
 
 from zo_opt.errors import ZOError, reason_of
 from zo_opt.models import builtin
+from zo_opt.models.agreement import decoder_start, padding_id
+from zo_opt.models.load_report import heed_report
 from zo_opt.models.quantisation import quiet
 from zo_opt.system.checksum import plain_parts
 
@@ -58,12 +60,12 @@ def load_model(
             auto = auto_class(transformers, config, head, name_or_path)
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
             model, loaded = auto.from_pretrained(
-                source, dtype=torch.float32 if file else "auto", use_safetensors=True, output_loading_info=True,
+                source, dtype=torch.float32 if file else "auto", use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
                 **options, **({"num_labels": labels} if head == "classification" else {}),
             )  # fmt: skip
-    except ZOError:
+    except (ZOError, MemoryError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError, LookupError, ImportError, RuntimeError, NotImplementedError, SafetensorError) as error:
+    except Exception as error:  # of damaged files their readers raise whatever they come upon; tokenizers an Exception
         reason = reason_of(error)
         if "trust_remote_code" in str(error):
             reason = "it brings Python code of its own, which runs with --trust_remote_code alone"
@@ -73,20 +75,24 @@ def load_model(
     if file:
         builtin.forget_gguf(model)
         model.config._name_or_path = name_or_path
-    missing = sorted(loaded["missing_keys"])
-    if head == "lm" and missing:
-        raise ZOError(
-            f"model {name_or_path!r} lacks the weights {', '.join(missing[:3])}, which would be random; give a checkpoint with its "
-            "language-model head, or --head classification to train a new one."
-        )
-    _draw_new_weights(model, missing)
+    heed_report(loaded, model, head, config, name_or_path, say)
+    _draw_new_weights(model, sorted(loaded["missing_keys"]))
     for name, parameter in model.named_parameters():
         if not all(_is_finite(part) for _, part in plain_parts(name, parameter)):
             raise ZOError(f"model {name_or_path!r} holds NaN or infinity in {name!r}; load sound weights.")
-    if head == "classification" and model.config.pad_token_id is None:
-        padding = tokenizer.pad_token_id
-        model.config.pad_token_id = padding if padding is not None else tokenizer.eos_token_id
+    if head == "classification":
+        _complete(transformers, model, tokenizer, source)
     return model.eval(), tokenizer
+
+
+def _complete(transformers: Any, model: Any, tokenizer: Any, source: str) -> None:
+    """What a classifier's forward reads in its configuration, and what may stand elsewhere."""
+    text = model.config.get_text_config()
+    model.config.pad_token_id = text.pad_token_id = padding_id(model, tokenizer)
+    if model.config.is_encoder_decoder and getattr(model.config, "decoder_start_token_id", None) is None:
+        with suppress(OSError):  # no such file
+            model.generation_config = transformers.GenerationConfig.from_pretrained(source)
+        model.config.decoder_start_token_id = decoder_start(model)
 
 
 def _source(name_or_path: str, say: Callable[[str], None]) -> tuple[str, dict[str, Any]]:

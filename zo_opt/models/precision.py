@@ -7,7 +7,7 @@ with fp32's 0.79 at zo_eps 1e-3 and 0.997 at 1e-2, against 0.57 and 0.990 with e
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -54,9 +54,7 @@ def set_precision(model: nn.Module, precision: str, device: torch.device) -> str
         ZOError: a precision or a quantisation that there is not, or that the model cannot be brought into.
     """
     precision, _, kind = precision.partition(", ")
-    if precision not in PRECISIONS:
-        raise ZOError(f"precision={precision!r} is not known; choose one of {', '.join(PRECISIONS)}.")
-    if precision == "auto":
+    if check_precision(precision) == "auto":
         precision = "mixed" if bf16_is_fast(device) else "fp32"
     products = torch.bfloat16 if precision == "mixed" else torch.float32
     adopt(model, products)
@@ -75,7 +73,20 @@ def set_precision(model: nn.Module, precision: str, device: torch.device) -> str
         if tensor.is_floating_point() and id(tensor) not in kept:
             # In mixed form a copy lets go of the checkpoint's file, which otherwise stays mapped into memory as a whole.
             tensor.data = tensor.data.float() if precision == "fp32" else tensor.data.to(torch.float32, copy=True)
-    return f"{precision}, {kind}" if kind else precision
+    taken = f"{precision}, {kind}" if kind else precision
+    model.base_precision = taken  # type: ignore[assignment]  # which adapters are saved with
+    return taken
+
+
+def check_precision(name: str) -> Precision:
+    """The name, if there is such a precision.
+
+    Raises:
+        ZOError: there is none.
+    """
+    if name not in PRECISIONS:
+        raise ZOError(f"precision={name!r} is not known; choose one of {', '.join(PRECISIONS)}.")
+    return cast(Precision, name)
 
 
 def bf16_is_fast(device: torch.device) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
+from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
@@ -27,6 +28,7 @@ from zo_opt.tasks.metrics import (
     perplexity,
 )
 from zo_opt.tasks.objectives import Objective
+from zo_opt.tasks.padding import shape_of
 from zo_opt.tasks.rows import Example
 from zo_opt.tasks.scoring import Batch, Encoded, LabelScorer, Measured, Scorer, Writer
 from zo_opt.tasks.tasks import Task
@@ -115,6 +117,7 @@ class Prepared:
         objective: Objective | None = None,
     ) -> None:  # fmt: skip
         self.encoded = scorer.encode_all(examples)
+        scorer.check_tokens(self.encoded)
         self.scorer, self.device, self._prompts, self.objective = scorer, device, prompts, objective
 
     def __len__(self) -> int:
@@ -137,9 +140,13 @@ class Prepared:
         return some
 
     def by_length(self, batch_size: int) -> list[list[int]]:
-        """All examples in batches of like length."""
+        """All examples in batches of like length; of one and the same shape where the model cannot bear padding."""
         order = sorted(range(len(self)), key=lambda i: max(map(len, self.encoded[i].prompts)))
-        return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        groups = [order]
+        if not self.scorer.padding_is_harmless:
+            order.sort(key=lambda i: shape_of(self.encoded[i]))
+            groups = [list(g) for _, g in groupby(order, lambda i: shape_of(self.encoded[i]))]
+        return [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
 
     def record(self, batch_size: int, progress: Progress) -> None:
         """Have what is frozen of these examples' forwards kept."""

@@ -32,6 +32,8 @@ class Task:
         target_column: generation: the column of the text to write, or of a list of texts that are all right (the first is learned).
         max_new_tokens: generation: the most tokens that are written in an evaluation.
         metrics: those it reports, the primary one first; all of its kind if empty.
+        numbered: whether a label may be given by its number, which counts the labels in their order: of a user's own rows the order is the
+            alphabet's, and a number would mean whatever it happens to.
         source: a function that gives the rows of a split, "train" or "held_out"; without one, rows come from the user's files.
 
     >>> task = Task("mine", "{text} It was", {"0": "bad", "1": "good"}, source=lambda split: [{"text": "a film", "label": 1}])
@@ -49,6 +51,7 @@ class Task:
     target_column: str = "target"
     max_new_tokens: int = 32
     metrics: tuple[str, ...] = ()
+    numbered: bool = True
     source: Callable[[Split], Iterable[dict[str, Any]]] | None = None
 
     def __post_init__(self) -> None:
@@ -87,7 +90,7 @@ class Task:
         return {name: self.substitutions.get(name, {}).get(value, value) for name, value in values.items()}
 
     def label_of(self, value: Any, where: str = "this row") -> int | None:
-        """The number of a label given by name or by number; None where it is unknown.
+        """The number of a label given by name, or by number where the task is ``numbered``; None where it is unknown.
 
         Raises:
             ZOError: the value is no label at all; ``where`` says in the sentence which row's.
@@ -97,7 +100,7 @@ class Task:
         if text in names:
             return names.index(text)
         # A number counts positions only where labels have names: of labels 1 and 2, 0 is not the first.
-        named = not any(label.lstrip("-").isdecimal() for label in names)
+        named = self.numbered and not any(label.lstrip("-").isdecimal() for label in names)
         return int(text) if named and re.fullmatch(r"\d{1,9}", text) and int(text) < len(names) else None
 
 
@@ -121,7 +124,7 @@ def custom_task(
     """A task for the user's own table: ``{text}`` in the template is the text column, any other name a column."""
     template = check_template(template if template is not None else "{text}\nLabel:")
     words = parse_verbalizers(verbalizers, labels) if verbalizers is not None else {label: label for label in labels}
-    return Task("custom", template, words, label_column=label_column, columns={"text": text_column})
+    return Task("custom", template, words, label_column=label_column, columns={"text": text_column}, numbered=False)
 
 
 def custom_generation_task(*, text_column: str, target_column: str, template: str | None) -> Task:

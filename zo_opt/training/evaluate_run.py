@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from zo_opt.adapters import load_adapter_model
+from zo_opt.adapters import AdapterModel, load_adapter_model
 from zo_opt.errors import ZOError
 from zo_opt.models.models import load_model
+from zo_opt.models.precision import check_precision
 from zo_opt.record.output import RUN_NAME
 from zo_opt.record.progress import Reporter
 from zo_opt.system.plain_json import read_object
 from zo_opt.tasks.evaluation import Evaluation, Prepared, evaluate
+from zo_opt.tasks.padding import try_padding
 from zo_opt.training.config import TrainConfig
+from zo_opt.training.options import WHOLE_MODEL
 from zo_opt.training.parsing import own_code
 from zo_opt.training.setup import load_base, load_examples
 
@@ -80,18 +84,33 @@ def read_record(run_dir: Path) -> dict[str, Any]:
 
 def load_plain_base(config: TrainConfig, resolved: Mapping[str, Any], reporter: Reporter) -> tuple[Any, Any]:
     """A run's base model in the checkpoint's own dtype, and its tokenizer: the run's precision is a form for running, not for keeping."""
-    return load_model(
+    model, tokenizer = load_model(
         config.model_name_or_path,
         head=config.head,
         labels=resolved.get("labels", 2),
         trust_remote_code=config.trust_remote_code,
         say=reporter.say,
     )
+    if names := resolved.get("outputs"):
+        model.config.id2label = dict(enumerate(names))
+        model.config.label2id = {name: i for i, name in enumerate(names)}
+    return model, tokenizer
+
+
+def load_tuned(base: Any, directory: Path, reporter: Reporter) -> AdapterModel:
+    """The base with a run's adapter in it; what it was trained on that this base is not is said."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        model = load_adapter_model(base, directory)
+    for warning in said:
+        reporter.say(str(warning.message))
+    return model
 
 
 def evaluate_run(
-    run_dir: Path, eval_file: Path | None, zero_shot: bool, reporter: Reporter, *, trust_remote_code: bool = False
-) -> Evaluation:
+    run_dir: Path, eval_file: Path | None, zero_shot: bool, reporter: Reporter, *,
+    precision: str | None = None, trust_remote_code: bool = False,
+) -> Evaluation:  # fmt: skip
     """Metrics and loss of a run's model.
 
     Args:
@@ -99,9 +118,17 @@ def evaluate_run(
         eval_file: other rows with the run's columns; the run's held-out rows if None.
         zero_shot: leave the adapter out.
         reporter: shows progress.
+        precision: of the base; the one that the run had if None.
         trust_remote_code: let the base model's own Python code run, whatever the run was started with.
     """
-    config = read_config(run_dir, trust_remote_code=trust_remote_code)
+    record = read_record(run_dir)
+    config = config_of(record, run_dir / RUN_NAME, trust_remote_code=trust_remote_code)
+    if precision not in (None, "fp32") and config.adapter_name in WHOLE_MODEL:
+        raise ZOError(
+            f"adapter {config.adapter_name!r} trains the model's own weights, which are float32; leave --precision out."
+        )
+    taken = str(record.get("resolved", {}).get("precision", config.precision)).partition(", ")[0]
+    config = replace(config, precision=check_precision(precision or taken))
     if eval_file is not None and config.train_file is None:
         raise ZOError(
             "this run was made on built-in rows; eval_file needs a run with train_file, whose columns it shares."
@@ -109,8 +136,11 @@ def evaluate_run(
     examples = load_examples(replace(config, eval_file=eval_file or config.eval_file), reporter)
     base = load_base(config, examples.task, reporter)
     model = base.model
+    try_padding(model, base.scorer, examples.held_out)
+    for note in base.scorer.notes:
+        reporter.say(note)
     if not zero_shot:
-        model = load_adapter_model(model, run_dir)
+        model = load_tuned(model, run_dir, reporter)
     model.to(base.device).eval()
     prepared = Prepared(examples.held_out, base.scorer, base.device, None)
     with reporter.track("evaluation", len(prepared), "rows") as tracker:

@@ -28,6 +28,7 @@ from zo_opt.record.trackers import Trackers, check_trackers
 from zo_opt.system.files import write_atomically
 from zo_opt.system.memory import current_memory, peak_memory, readable, reset_peak_memory
 from zo_opt.tasks.evaluation import Evaluation, evaluate
+from zo_opt.tasks.scoring import ClassificationScorer
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.private import make_privacy
 from zo_opt.training.regression import regression_accuracy
@@ -252,11 +253,13 @@ class _Run:
 
 def _new_record(config: TrainConfig, command: str, tools: Tools) -> dict[str, Any]:
     """What run.json says, and every checkpoint: how the run was made."""
+    scorer = tools.train.scorer
     return {
         "id": uuid.uuid4().hex[:16],
         "command": command,
         "config": config.to_dict(),
-        "resolved": {"precision": tools.precision, "labels": len(tools.train.scorer.task.labels)},
+        "resolved": {"precision": tools.precision, "labels": len(scorer.task.labels)}
+        | ({"outputs": scorer.names} if isinstance(scorer, ClassificationScorer) else {}),
         "versions": versions(),
         "started": _now(),
     }

@@ -26,6 +26,7 @@ from zo_opt.tasks.builtin import OWN_TEXT, get_task
 from zo_opt.tasks.evaluation import Prepared
 from zo_opt.tasks.metrics import CLASSIFICATION, GENERATION, LANGUAGE_MODELLING
 from zo_opt.tasks.objectives import make_objective
+from zo_opt.tasks.padding import check_shapes, try_padding
 from zo_opt.tasks.rows import Example
 from zo_opt.tasks.scoring import Scorer, make_scorer
 from zo_opt.tasks.tasks import (
@@ -207,6 +208,9 @@ def build_tools(config: TrainConfig, examples: Examples, reporter: Reporter) -> 
     """
     base = load_base(config, examples.task, reporter)
     scorer, device = base.scorer, base.device
+    try_padding(base.model, scorer, examples.train)
+    for note in scorer.notes:
+        reporter.say(note)
     objective = make_objective(config.objective, scorer)
     if objective is not None and config.compile and objective.writes(scorer):
         raise ZOError(
@@ -229,6 +233,7 @@ def build_tools(config: TrainConfig, examples: Examples, reporter: Reporter) -> 
         _begin(model, config, Prepared(examples.train, scorer, device, None))
     prompts = model.prompt_forward() if config.prompt_cache != "off" and config.prompt_cache_mb else None
     train = Prepared(examples.train, scorer, device, prompts, objective)
+    check_shapes(base.model, scorer, train.encoded, config.batch_size)
     held_out = Prepared(examples.held_out, scorer, device, prompts)
     for name, prepared in (("training", train), ("held-out", held_out)):
         if prepared.truncated:

@@ -54,4 +54,4 @@ def make_scorer(model: Any, tokenizer: Any, task: Task, max_length: int | None =
     raise ZOError(f"{architecture} {_NEEDS[task.kind]}.")
 
 
-__all__ = ["Batch", "Encoded", "LabelScorer", "Measured", "Scorer", "Writer", "make_scorer"]
+__all__ = ["Batch", "ClassificationScorer", "Encoded", "LabelScorer", "Measured", "Scorer", "Writer", "make_scorer"]

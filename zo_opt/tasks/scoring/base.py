@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from zo_opt.errors import ZOError
+from zo_opt.models.agreement import embedding_rows, padding_id
+from zo_opt.models.probes import probe
 from zo_opt.tasks.rows import Example
 from zo_opt.tasks.tasks import Task, placeholders
 
@@ -64,16 +66,16 @@ class Scorer(ABC):
     """How one kind of model learns one kind of task."""
 
     pad_left = False
+    either_side = False  # whether padding may go to the left as well
+    padding_is_harmless = True  # else rows of one shape alone share a batch
     reads_mask = False  # whether the label is predicted at a mask
 
     def __init__(self, model: Any, tokenizer: Any, task: Task, max_length: int | None = None) -> None:
         self.tokenizer, self.task = tokenizer, task
-        self.max_length = context_length(model, tokenizer, max_length)
+        self.probed, self.notes = probe(model), list[str]()
+        self.max_length = context_length(model, tokenizer, max_length, self.probed.positions)
         self.forward_arguments = set(inspect.signature(model.forward).parameters)
-        if tokenizer.pad_token_id is None:
-            if tokenizer.eos_token_id is None:
-                raise ZOError("the tokenizer has neither a padding nor an end token; set tokenizer.pad_token.")
-            tokenizer.pad_token = tokenizer.eos_token
+        self.pad_id, self._embedding_rows = padding_id(model, tokenizer), embedding_rows(model)
 
     @abstractmethod
     def encode(self, example: Example) -> Encoded:
@@ -82,6 +84,20 @@ class Scorer(ABC):
     def encode_all(self, examples: Sequence[Example]) -> list[Encoded]:
         """Tokenise examples, one for one; running text is cut into other rows than it came in."""
         return [self.encode(e) for e in examples]
+
+    def check_tokens(self, encoded: Sequence[Encoded]) -> None:
+        """Whether the model's embedding has a row for each token.
+
+        Raises:
+            ZOError: it has not; the sentence says which row of the table it is.
+        """
+        for number, e in enumerate(encoded, start=1):
+            highest = max(max(ids, default=0) for ids in [*e.prompts, *e.words])
+            if self._embedding_rows is not None and highest >= self._embedding_rows:
+                raise ZOError(
+                    f"row {number} holds token {highest} ({self.tokenizer.convert_ids_to_tokens(highest)!r}), and the model's embedding has "
+                    f"{self._embedding_rows} rows; give the tokenizer that belongs to the model, or take the token out of the row."
+                )
 
     @abstractmethod
     def loss(self, model: Any, batch: Batch) -> Tensor:
@@ -102,7 +118,7 @@ class Scorer(ABC):
     def collate(self, encoded: Sequence[Encoded]) -> Batch:
         """Pad to one length: input_ids and attention_mask (B, 1 or C, S), labels (B,); words (B, C, T), padded with IGNORED."""
         batch = {
-            "input_ids": self.padded([e.prompts for e in encoded], self.tokenizer.pad_token_id),
+            "input_ids": self.padded([e.prompts for e in encoded], self.pad_id),
             "attention_mask": self.padded([[[1] * len(p) for p in e.prompts] for e in encoded], 0),
             "labels": torch.tensor([e.label for e in encoded]),
         }
@@ -176,13 +192,19 @@ class Scorer(ABC):
         return both[len(before) :] if both[: len(before)] == before else self.tokens_of(space + text, special=False)
 
 
-def context_length(model: Any, tokenizer: Any, max_length: int | None) -> int:
-    """The tokens a sequence may have: the least of the model's positions, the tokenizer's limit and ``max_length``."""
+def context_length(model: Any, tokenizer: Any, max_length: int | None, learned: int | None = None) -> int:
+    """The tokens a sequence may have: the least of the model's positions, the tokenizer's limit and ``max_length``.
+
+    Args:
+        model: its configuration says how many positions it was made for.
+        tokenizer: has a limit, too.
+        max_length: the user's.
+        learned: what the model's table of positions has room for, which the configuration may count otherwise.
+    """
     config: Any = getattr(model, "config", None)
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if positions is not None and getattr(config, "model_type", "") in ("roberta", "xlm-roberta"):
-        positions -= 2  # its position embeddings start at padding_idx + 1
-    limits = [n for n in (positions, tokenizer.model_max_length, max_length) if n is not None]
+    positions = positions if positions is None or positions > 0 else None  # XLNet's, -1, are not bounded
+    limits = [n for n in (learned or positions, tokenizer.model_max_length, max_length) if n is not None]
     limit = int(min(limits, default=1 << 30))
     if limit < 1:
         raise ZOError(f"max_length={max_length} leaves no room for text; give a positive number of tokens.")

@@ -15,6 +15,7 @@ from torch import Tensor
 from zo_opt.adapters.adapted import AdaptedModule
 from zo_opt.adapters.weights import rows
 from zo_opt.errors import ZOError
+from zo_opt.models.probes import trying
 from zo_opt.tasks.metrics import GENERATION
 from zo_opt.tasks.rows import Example
 from zo_opt.tasks.scoring.base import IGNORED, Batch, Encoded, Measured
@@ -33,7 +34,14 @@ class Causal(Writer):
 
     def __init__(self, model: Any, tokenizer: Any, task: Task, max_length: int | None = None) -> None:
         super().__init__(model, tokenizer, task, max_length)
-        self._plain_head = head_is_linear(model)
+        if self.probed.sees_ahead:
+            says = getattr(model.config, "is_decoder", None)
+            raise ZOError(
+                f"this {type(model).__name__} lets a token see those after it (its config says is_decoder={says}), "
+                "so it cannot predict them; give a causal model, an encoder with its masked-language-model head, or --head classification."
+            )
+        with trying(model):
+            self._plain_head = head_is_linear(model)
 
     def prompt(self, encoded: Encoded) -> list[int]:
         first, continued = encoded.prompts[0], len(encoded.prompts) > 1 or self.task.kind == GENERATION
@@ -42,7 +50,7 @@ class Causal(Writer):
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         inputs = super().inputs(batch)
         if "position_ids" in self.forward_arguments:
-            inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+            inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0) + self.probed.first_position
         return inputs
 
     def answers(self, batch: Batch) -> Tensor:

@@ -14,9 +14,10 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
+from zo_opt.models.agreement import decoder_start, label_outputs
 from zo_opt.tasks.rows import Example
 from zo_opt.tasks.scoring.base import IGNORED, Batch, Encoded, Measured, Scorer
-from zo_opt.tasks.tasks import placeholders
+from zo_opt.tasks.tasks import Task, placeholders
 
 
 class LabelScorer(Scorer):
@@ -41,7 +42,25 @@ class LabelScorer(Scorer):
 
 
 class ClassificationScorer(LabelScorer):
-    """Models with a classification head: the prompt alone, the head's logits as scores."""
+    """Models with a classification head: the prompt alone, the head's logits as scores.
+
+    Attributes:
+        names: what the model's outputs stand for, in their order.
+    """
+
+    either_side = True
+
+    def __init__(self, model: Any, tokenizer: Any, task: Task, max_length: int | None = None) -> None:
+        super().__init__(model, tokenizer, task, max_length)
+        model.config.pad_token_id = model.config.get_text_config().pad_token_id = (
+            self.pad_id
+        )  # by which a decoder's head finds the last token
+        if model.config.is_encoder_decoder:
+            model.config.decoder_start_token_id = decoder_start(model)
+        self._outputs, self.names, note = label_outputs(model, task.labels)
+        self.notes += [note] if note else []
+        model.config.id2label = dict(enumerate(self.names))
+        model.config.label2id = {name: i for i, name in enumerate(self.names)}
 
     def encode(self, example: Example) -> Encoded:
         mask = {"mask": self.tokenizer.mask_token or ""} if "mask" in placeholders(self.task.template) else {}
@@ -50,7 +69,7 @@ class ClassificationScorer(LabelScorer):
 
     def scores(self, model: Any, batch: Batch) -> Tensor:
         logits: Tensor = model(**self.inputs(batch)).logits.float()
-        return logits
+        return logits if self._outputs == sorted(self._outputs) else logits[:, self._outputs]
 
 
 def word_logits(logits_BV: Tensor, words_BCT: Tensor) -> Tensor:

@@ -10,13 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zo_opt.models.agreement import decoder_start
 from zo_opt.tasks.rows import Example
-from zo_opt.tasks.scoring.base import Batch, Encoded
+from zo_opt.tasks.scoring.base import Batch, Encoded, Scorer
 from zo_opt.tasks.scoring.labels import LabelScorer, sequence_scores, word_logits
 from zo_opt.tasks.scoring.texts import TextScorer, Writer, token_nll
+from zo_opt.tasks.tasks import Task
 
 
-class Seq2SeqScorer(LabelScorer):
+class Seq2Seq(Scorer):
+    """What encoder-decoders have in common."""
+
+    def __init__(self, model: Any, tokenizer: Any, task: Task, max_length: int | None = None) -> None:
+        super().__init__(model, tokenizer, task, max_length)
+        self._start = decoder_start(model)
+
+    def shifted(self, words: Tensor) -> Tensor:
+        """What the decoder is given to predict tokens from, (..., T): the start, and all of them but the last."""
+        start = torch.full_like(words[..., :1], self._start)
+        return torch.cat([start, words[..., :-1].clamp(min=0)], dim=-1)
+
+
+class Seq2SeqScorer(Seq2Seq, LabelScorer):
     """Labels: each one's words are decoded."""
 
     def encode(self, example: Example) -> Encoded:
@@ -30,7 +45,7 @@ class Seq2SeqScorer(LabelScorer):
         B, C, T = words_BCT.shape
         inputs = self.inputs(batch)
         mask, hidden = inputs["attention_mask"], model.get_encoder()(**inputs).last_hidden_state
-        decoder_ids = _shifted(model, words_BCT)
+        decoder_ids = self.shifted(words_BCT)
         if T == 1:  # the start alone, which all labels share
             decoder_ids = decoder_ids[:, 0]
         else:
@@ -45,7 +60,7 @@ class Seq2SeqScorer(LabelScorer):
         return sequence_scores(logits.unflatten(0, (B, C)), words_BCT)
 
 
-class Seq2SeqGenerator(Writer, TextScorer):
+class Seq2SeqGenerator(Seq2Seq, Writer, TextScorer):
     """A text to write, with the special tokens that the tokenizer gives it."""
 
     def encode(self, example: Example) -> Encoded:
@@ -57,12 +72,6 @@ class Seq2SeqGenerator(Writer, TextScorer):
 
     def token_losses(self, model: Any, batch: Batch) -> Tensor:
         targets_BT = batch["words"][:, 0]
-        decoder_ids = _shifted(model, targets_BT)
+        decoder_ids = self.shifted(targets_BT)
         logits_BTV = model(**self.inputs(batch), decoder_input_ids=decoder_ids, use_cache=False).logits
         return token_nll(logits_BTV.flatten(0, 1), targets_BT.flatten()).view_as(targets_BT)
-
-
-def _shifted(model: Any, words: Tensor) -> Tensor:
-    """What the decoder is given to predict tokens from, (..., T): the start, and all of them but the last."""
-    start = torch.full_like(words[..., :1], model.config.decoder_start_token_id)
-    return torch.cat([start, words[..., :-1].clamp(min=0)], dim=-1)

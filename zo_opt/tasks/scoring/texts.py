@@ -55,7 +55,7 @@ class Writer(Scorer):
         The checkpoint's own settings of generation (sampling, penalties) are left aside, but for the tokens it forces.
         """
         prompts = [self.prompt(e) for e in encoded]
-        ids = self.padded([prompts], self.tokenizer.pad_token_id)[0].to(device)
+        ids = self.padded([prompts], self.pad_id)[0].to(device)
         mask = self.padded([[[1] * len(p) for p in prompts]], 0)[0].to(device)
         writes = self.task.kind == GENERATION
         most = self.task.max_new_tokens if writes else max(len(words) for e in encoded for words in e.words)
@@ -73,7 +73,7 @@ class Writer(Scorer):
     def _greedy(self, own: Any, most_tokens: int) -> Any:
         ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
         greedy = type(own)(
-            do_sample=False, num_beams=1, max_new_tokens=most_tokens, pad_token_id=self.tokenizer.pad_token_id,
+            do_sample=False, num_beams=1, max_new_tokens=most_tokens, pad_token_id=self.pad_id,
             eos_token_id=sorted({self.tokenizer.eos_token_id, *ends} - {None}) or None,
         )  # fmt: skip
         for name in ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id"):
