@@ -18,6 +18,7 @@ from zo_opt.optim.axis import AxisOptimizer, Directed
 from zo_opt.optim.choices import Method
 from zo_opt.optim.records import StepRecord, Update
 from zo_opt.optim.rounding import round_into
+from zo_opt.optim.update_rules import UpdateRule
 from zo_opt.optim.write_grad import WritesGrad
 from zo_opt.queries import modes
 from zo_opt.queries.copies import Limits
@@ -94,6 +95,11 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
         self.estimator_memory: dict[str, Tensor] = {}  # the estimator's, from step to step
         if setting.privacy is not None:
             setting.privacy.attach()  # last: who is refused has taken nothing into use
+
+    @property
+    def update_rule(self) -> UpdateRule:
+        """How the estimate moves the parameters."""
+        return self.choices.update_rule
 
     # --- the two phases ---
 
