@@ -257,13 +257,13 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
         """Take in an update before it is applied to a piece: state of that piece."""
 
     def gradient(self, piece: Piece, update: Update, directions: Directed, scale: float) -> tuple[Tensor, float]:
-        """scale * sum_q c_q z_q over a piece, older directions included, as (tensor, factor); not to be changed in place.
+        """scale * sum_q c_q z_q / var(z) over a piece, older directions included, as (tensor, factor); not to be changed in place.
 
         A factor, so that a single direction needs no product of its own. A method that overrides it declares ``own_gradient``.
         """
         if update.gradient is not None:
             return update.gradient[piece.start : piece.stop].to(piece.values.device), scale
-        transform = self.transform()
+        transform, variances = self.transform(), self.variances()
         terms = [
             (step, query, scale * coefficient)
             for step, coefficients in ((update.step, update.coefficients), *update.older)
@@ -275,6 +275,8 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
             z = directions[step].range(query, piece.start, piece.stop)
             if transform is not None:
                 z = transform(z, piece.start, piece.stop, piece.values)
+            if variances is not None:
+                z = z / self.trainables().spread(variances, piece.start, piece.stop)
             if len(terms) == 1:
                 return z, coefficient
             total = z * coefficient if total is None else total.add_(z, alpha=coefficient)

@@ -61,9 +61,7 @@ def check_heeded(arguments: Any) -> None:
         schedule, options = split("query_schedule", arguments.query_schedule)
         kind = SCHEDULES.find(schedule)
         has = option_names(kind) if isinstance(kind, type) else []
-        _check_taken(
-            "max_queries", given["max_queries"], _QUERIES, {f"query_schedule={schedule!r}": (has, options)}
-        )
+        _check_taken("max_queries", given["max_queries"], _QUERIES, {f"query_schedule={schedule!r}": (has, options)})
 
 
 def _check_taken(argument: str, value: Any, names: Any, takers: Mapping[str, tuple[Any, Mapping[str, Any]]]) -> None:
