@@ -147,11 +147,21 @@ RULES = {"sgd": sgd, "sign": sign, "momentum": momentum, "adam": adam, "amsgrad"
 
 def mezo(run, steps):
     """g = (L(t + eps z) - L(t - eps z)) / (2 eps); t -= lr * mean_q g_q z_q. With other queries, directions and rules: AdaZeta,
-    LOZO, SubZero, and ZO-SGD with sign, momentum, Adam."""
+    SubZero, and ZO-SGD with sign, momentum, Adam."""
     theta = run.start
     for k in range(steps):
         zs = [run.z(k, q) for q in range(run.queries(k))]
         theta = run.after(k, theta, weighted_mean([run.two_sided(theta, z) for z in zs], zs))
+    return theta
+
+
+def lozo(run, steps, rank):
+    """g from losses at W +- eps U V^T (no 1/r), W -= lr * g * U V^T / r; vectors as in MeZO."""
+    theta = run.start
+    for k in range(steps):
+        z = run.z(k, 0)
+        moved = [x / rank if i < MATRIX else x for i, x in enumerate(z)]
+        theta = run.after(k, theta, weighted_mean([run.two_sided(theta, z)], [moved]))
     return theta
 
 

@@ -226,11 +226,11 @@ VARYING = {
 
 @pytest.mark.parametrize(("varying", "name"), [(v, name) for v, (names, _) in VARYING.items() for name in names])
 def test_second_moments_entry_by_entry(varying, name):
-    """E[z] = 0 and E[z z^T] = I over 1000 seeds (steps, queries). Per matrix low-rank has I / r and subspace I r^2 / (m n)."""
+    """E[z] = 0 and E[z z^T] = I over 1000 seeds (steps, queries). Per matrix low-rank has r I and subspace I r^2 / (m n)."""
     shapes = ((2, 3), (1, 2, 2), (4,))
     variance = torch.ones(14, dtype=torch.float64)
     if name == "low-rank":
-        variance[:10] = 1 / 2
+        variance[:10] = 2
     if name == "subspace":  # min(32, 2, 3) = 2 and min(32, 1, 4) = 1
         variance[:6], variance[6:10] = 4 / 6, 1 / 4
     z = torch.stack([draw(name, shapes, VARYING[varying][1](i)) for i in range(1000)]).double()
@@ -342,9 +342,10 @@ def test_low_rank_is_of_low_rank(r, shape):
 
 @pytest.mark.parametrize("r", [1, 2, 4])
 def test_low_rank_variance(r):
-    """1 / r for every entry, over 2000 seeds."""
+    """r for every entry, over 2000 seeds: U V^T without 1 / r (arXiv 2410.07698), and as declared."""
     squares = torch.stack([matrix(LowRank(rank=r), Stream(i, 0, 0), (3, 4)) for i in range(2000)]).square()
-    assert ((squares.mean(0) - 1 / r).abs() < 5 * squares.std(0) / 2000**0.5).all()
+    assert ((squares.mean(0) - r).abs() < 5 * squares.std(0) / 2000**0.5).all()
+    assert (LowRank(rank=r).variance((3, 4)), LowRank(rank=r).variance((3,))) == (r, 1)
 
 
 def test_low_rank_keeps_v_for_an_interval():

@@ -98,11 +98,11 @@ def single_estimates(name, loss, theta, zo_eps, queries=1, steps=ESTIMATES):
 
 @pytest.mark.parametrize("name", [*ISOTROPIC, "low-rank"])
 def test_estimates_at_a_matrix(name):
-    """E[z z^T] = I there, too, over steps (low-rank: I / r, r = 2). Hotelling at 99.9 %, as above."""
+    """E[z z^T] = I there, too, over steps (low-rank: r I, r = 2). Hotelling at 99.9 %, as above."""
     kind = LowRank(rank=2, interval=1) if name == "low-rank" else name
     loss = lambda p: 0.5 * p.flatten() @ CURVATURE @ p.flatten()  # noqa: E731
     estimates = single_estimates(kind, loss, START.view(2, 3), 1e-2, steps=800)
-    expected = GRADIENT / (2 if name == "low-rank" else 1)
+    expected = GRADIENT * (2 if name == "low-rank" else 1)
     assert hotelling_p(estimates, estimates.mean(0) - expected) > 1e-3
     assert hotelling_p(estimates, estimates.mean(0) - 1.5 * expected) < 1e-3
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from zo_opt import (
     LaMDAConfig,
     LaMDAPlusPlusConfig,
+    MeZO,
     ZOError,
     get_adapter_model,
     load_adapter_model,
@@ -24,6 +25,7 @@ from zo_opt import (
 from zo_opt.adapters.lamda_backward import core_then_columns
 from zo_opt.adapters.lamda_pp import allocate_ranks
 from zo_opt.adapters.spectrum import energy, leading_triplets
+from zo_opt.directions import StepDirections
 
 STEPS = 20
 
@@ -132,6 +134,37 @@ def test_columns_freeze_in_order_and_keep_their_bits():
             assert not torch.equal(before, at)  # it moved up to there
             assert all(torch.equal(h[matrix][:, column], at) for h in history[when + 1 :])
     assert model.schedule.moving() == sum(a.lora_S.numel() for a in adapters_of(model))
+
+
+@pytest.mark.parametrize("mode", ["sequential", "batched", "split"])
+def test_queries_do_not_see_frozen_columns(mode):
+    """Moved by any amount, they change no loss of a step, and no bit of what moves."""
+
+    def after(noise):
+        model, batch = lamda(), padded_batch("llama")
+        for adapter in adapters_of(model):
+            adapter.freeze_columns(3)
+        real = StepDirections.range
+        starts, at = {}, 0
+        for p in trainable_parameters(model):
+            starts[id(p)], at = at, at + p.numel()
+        columns = torch.zeros(at, dtype=torch.bool)
+        for a in adapters_of(model):
+            start = starts[id(a.lora_B)]
+            columns[start : start + a.lora_B.numel()] = (torch.arange(4) < 3).repeat(len(a.lora_B))
+
+        def changed(self, query, first, last):
+            return torch.where(columns[first:last], noise, real(self, query, first, last))
+
+        optimizer = MeZO(trainable_parameters(model), lr=0.1, zo_eps=0.1, module=model, query_mode=mode)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(StepDirections, "range", changed)
+            optimizer.step(lambda b: model(**b).loss, batch)
+        model.step(0)
+        return optimizer.last_record.projected_grads, [p.detach().clone() for p in trainable_parameters(model)]
+
+    (one, weights), (other, same) = after(0.0), after(5.0)
+    assert one == other and all(torch.equal(a, b) for a, b in zip(weights, same, strict=True))
 
 
 def test_numbers_that_move():

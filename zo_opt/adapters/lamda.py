@@ -107,7 +107,11 @@ class LaMDA(Delta):
 
     def forward(self, x: Tensor) -> Tensor:
         u = F.linear(x, self.lora_A)
-        change = core_then_columns(u, self.lora_S, self.lora_B, self.frozen)
+        columns = self.lora_B
+        if self._kept is not None and not torch.is_grad_enabled():
+            # A query that moves frozen columns must not see it: they would add noise to what is learned of the others.
+            columns = torch.cat([self._kept.to(columns.device), columns[:, self.frozen :]], dim=1)
+        change = core_then_columns(u, self.lora_S, columns, self.frozen)
         if self.start_S is None:
             return change
         # The same operations on S0 and B0, so that the start is zero to the bit. No gradient asks for S0 u.

@@ -31,6 +31,11 @@ class Stream(NamedTuple):
 class Directions(ABC):
     """A distribution of directions, with mean zero. Its options are the fields of a frozen dataclass."""
 
+    def variance(self, shape: Sequence[int]) -> float:
+        """Of the entries over a parameter of this shape. Estimates are divided by it: the mean of g z is it times the gradient."""
+        del shape
+        return 1.0
+
     @abstractmethod
     def draw(self, stream: Stream, shapes: Shapes, start: int, stop: int, device: torch.device) -> Tensor:
         """Entries ``start`` to ``stop`` of the direction over parameters of these shapes: float32, shape (stop - start,)."""

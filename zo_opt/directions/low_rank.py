@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -31,9 +32,9 @@ class _PlainVectors(MatrixDirections):
 
 @dataclass(frozen=True)
 class LowRank(_PlainVectors):
-    """z_W = U V^T / r: U (m, r) fresh in every step and query, V (n, r) kept for ``interval`` steps; Gaussian entries.
+    """z_W = U V^T: U (m, r) fresh in every step and query, V (n, r) kept for ``interval`` steps; Gaussian entries.
 
-    Source: LOZO, arXiv 2410.07698 (``interval`` is its nu). Entries have variance 1/r.
+    Source: LOZO, arXiv 2410.07698 (``interval`` is its nu). Entries have variance r: the estimate is g U V^T / r.
 
     Args:
         rank: r.
@@ -47,7 +48,10 @@ class LowRank(_PlainVectors):
         epoch = stream.step // self.interval
         u = _normal(*stream, parameter, _U, rows=shape[0], columns=self.rank)
         v = _normal(stream.seed, epoch, stream.query, parameter, _V, rows=shape[1], columns=self.rank)
-        return u[first:last] @ v.T / self.rank
+        return u[first:last] @ v.T
+
+    def variance(self, shape: Sequence[int]) -> float:
+        return float(self.rank) if len(shape) > 1 else 1.0
 
 
 @dataclass(frozen=True)

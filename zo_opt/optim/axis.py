@@ -38,6 +38,7 @@ class AxisOptimizer(CountingOptimizer):
         self._slots: Slots | None = None
         self._pieces: list[tuple[Piece, int, bool]] | None = None
         self._directions: StepDirections | None = None
+        self._variances: Tensor | None = None
 
     def trainables(self) -> Trainables:
         """Unique parameters that require grad, in the order in which directions number them.
@@ -82,6 +83,16 @@ class AxisOptimizer(CountingOptimizer):
             self._directions = found  # kept: they may keep what the estimate drew
         return self._directions
 
+    def variances(self) -> Tensor | None:
+        """Of the directions' entries, one a trainable, float32; None where all are 1."""
+        trainables, kind = self.trainables(), self.choices.directions
+        if type(kind).variance is Directions.variance:
+            return None
+        if self._variances is None:
+            found = [kind.variance(shape) for shape in trainables.shapes]
+            self._variances = torch.tensor(found, device=trainables.parameters[0].device)
+        return self._variances
+
     def all_directions(self, update: Update) -> Directed:
         """The directions that an update names."""
         return {step: self.directions_of(step) for step in {update.step, *(s for s, _ in update.older)}}
@@ -108,6 +119,7 @@ class AxisOptimizer(CountingOptimizer):
         return [found[id(p)] for p in self.trainables().parameters]
 
     def parameter_lrs(self) -> Tensor:
-        """The learning rate of each trainable."""
-        lrs, parameters = self.lrs, self.trainables().parameters
-        return torch.tensor([lrs[g] for g in self._groups()], device=parameters[0].device)
+        """How far each trainable moves along z_q for a coefficient of 1: its learning rate, over the variance of z_q's entries."""
+        lrs, variances = self.lrs, self.variances()
+        found = torch.tensor([lrs[g] for g in self._groups()], device=self.trainables().parameters[0].device)
+        return found if variances is None else found / variances

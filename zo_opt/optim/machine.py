@@ -18,6 +18,7 @@ from zo_opt.optim.axis import AxisOptimizer, Directed
 from zo_opt.optim.choices import Method
 from zo_opt.optim.records import StepRecord, Update
 from zo_opt.optim.rounding import round_into
+from zo_opt.optim.update_rules import UpdateRule
 from zo_opt.optim.write_grad import WritesGrad
 from zo_opt.queries import modes
 from zo_opt.queries.copies import Limits
@@ -94,6 +95,11 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
         self.estimator_memory: dict[str, Tensor] = {}  # the estimator's, from step to step
         if setting.privacy is not None:
             setting.privacy.attach()  # last: who is refused has taken nothing into use
+
+    @property
+    def update_rule(self) -> UpdateRule:
+        """How the estimate moves the parameters."""
+        return self.choices.update_rule
 
     # --- the two phases ---
 
@@ -251,13 +257,13 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
         """Take in an update before it is applied to a piece: state of that piece."""
 
     def gradient(self, piece: Piece, update: Update, directions: Directed, scale: float) -> tuple[Tensor, float]:
-        """scale * sum_q c_q z_q over a piece, older directions included, as (tensor, factor); not to be changed in place.
+        """scale * sum_q c_q z_q / var(z) over a piece, older directions included, as (tensor, factor); not to be changed in place.
 
         A factor, so that a single direction needs no product of its own. A method that overrides it declares ``own_gradient``.
         """
         if update.gradient is not None:
             return update.gradient[piece.start : piece.stop].to(piece.values.device), scale
-        transform = self.transform()
+        transform, variances = self.transform(), self.variances()
         terms = [
             (step, query, scale * coefficient)
             for step, coefficients in ((update.step, update.coefficients), *update.older)
@@ -269,6 +275,8 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
             z = directions[step].range(query, piece.start, piece.stop)
             if transform is not None:
                 z = transform(z, piece.start, piece.stop, piece.values)
+            if variances is not None:
+                z = z / self.trainables().spread(variances, piece.start, piece.stop)
             if len(terms) == 1:
                 return z, coefficient
             total = z * coefficient if total is None else total.add_(z, alpha=coefficient)

@@ -123,9 +123,9 @@ def ZOConservative() -> dict[str, Any]:  # noqa: N802
 
 @preset("lozo", "directions")
 def LOZO(rank: int = 2, interval: int = 50) -> dict[str, Any]:  # noqa: N802
-    """MeZO along z_W = U V^T / r for every matrix W, with U fresh in every step and V kept for nu steps.
+    """theta <- theta - lr * mean_q g_q z_q / r, z_W = U V^T for every matrix W, with U fresh in every step and V kept for nu steps.
 
-    Source: arXiv 2410.07698, algorithm 1; parameters of one axis get Gaussian directions.
+    Source: arXiv 2410.07698, algorithm 1 (losses at W +- zo_eps U V^T, without 1/r); parameters of one axis get Gaussian directions.
 
     Args:
         rank: r.

@@ -15,6 +15,7 @@ from zo_opt.errors import ZOError
 from zo_opt.optim import OPTIMIZERS, UPDATE_RULES, Backpropagation, ZerothOrderOptimizer, method_of
 from zo_opt.schedules import SCHEDULES, ConstantQueries, QuerySchedule, RunLength, for_run
 from zo_opt.schedules.base import two_sided_cost
+from zo_opt.trainer.heeded import adams_own, check_heeded
 
 PARTS = ("estimator", "directions", "query_schedule", "update_rule", "step_control")
 BACKPROPAGATION = "none"
@@ -35,7 +36,7 @@ class ZOArguments(_Base):
     """Fields to put before those of any ``TrainingArguments``, such as TRL's ``SFTConfig``.
 
     Learning rate, weight decay, Adam's decays and the seed are the Trainer's own (``learning_rate``, ``weight_decay``, ``adam_beta1``,
-    ``adam_beta2``, ``seed``); ``optim`` is not used. What is left open is the optimizer's own. Weight decay is always the Trainer's, so that
+    ``adam_beta2``, ``adam_epsilon``, ``seed``); what is of no use, such as ``optim``, is refused. What is left open is the optimizer's own. Weight decay is always the Trainer's, so that
     AdaZeta's 0.01 must be asked for. A part is a name, ``module:name`` of your own, or a name with options, such as
     ``{"name": "adazeta", "alpha": 0.9}``; on a command line as JSON.
 
@@ -86,6 +87,7 @@ class ZOArguments(_Base):
     def __post_init__(self) -> None:
         for name in ("zo_optimizer", *PARTS):
             setattr(self, name, _from_json(name, getattr(self, name)))
+        check_heeded(self)
         if self.zeroth_order:
             derived = isinstance(self.query_schedule, dict) and self.query_schedule.get("beta") == "derived"
             self._choices(1000 if derived else 1, 1)  # any length that serves: it is not known yet
@@ -118,6 +120,7 @@ class ZOArguments(_Base):
             max_failed_steps=self.max_failed_steps,
             distributed=Distributed(share="data") if self.query_mode == "distributed" else None,
             **self._choices(steps, steps_per_epoch),
+            **{name: value for name, value in adams_own(self).items() if name in method_of(self._name).own},
             **split("zo_optimizer", self.zo_optimizer)[1],
         )
         return optimizer
@@ -137,8 +140,7 @@ class ZOArguments(_Base):
                 f"zo_optimizer={self._name!r} is backpropagation; give {BACKPROPAGATION!r}, and optim for which."
             )
         method = method_of(self._name)
-        betas = {"beta1": self.adam_beta1, "beta2": self.adam_beta2}
-        rule = UPDATE_RULES.make(self.update_rule, **betas) if self.update_rule is not None else None
+        rule = UPDATE_RULES.make(self.update_rule, **adams_own(self)) if self.update_rule is not None else None
         given = {name: getattr(self, name) for name in ("estimator", "directions", "query_mode", "step_control")}
         given |= {"update_rule": rule, "query_schedule": self._schedule(RunLength(steps, steps_per_epoch, *self._cost))}
         given = {name: value for name, value in given.items() if value is not None}

@@ -61,4 +61,6 @@ def make_param_groups(config: TrainConfig, model: nn.Module, lr: float) -> list[
     """The trainables; in LoRA+'s groups where a ratio is given."""
     if config.loraplus_lr_ratio is None:
         return trainable_parameters(model)
-    return lora_plus_groups(model, lr=lr, ratio=config.loraplus_lr_ratio, lr_embedding=config.loraplus_lr_embedding)
+    return lora_plus_groups(
+        model, lr, config.loraplus_lr_ratio, config.loraplus_lr_embedding, weight_decay=config.weight_decay
+    )
