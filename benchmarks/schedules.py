@@ -4,10 +4,10 @@
     python benchmarks/schedules.py table benchmarks/results/schedules.jsonl
     python benchmarks/schedules.py picture benchmarks/results/schedules.jsonl --to docs/schedules.png
 
-DIR holds one folder a set, as in benchmarks/learning.py. All rows are training rows: 300 to learn from, 200 held out to measure on. Adapters act on
-answers, so that a forward of a batch is one token a row, and equal forwards are equal token evaluations. Every run has the same budget of them and
-the defaults of ``zo-opt train`` but for its schedule; the learning rate stays as it is to the end, so that a run's end says nothing. A run whose loss leaves
-three times its start has diverged. lr 1 is the default (of weight queries: the pairing's own), 10 ten times that.
+DIR holds one folder a set, as in benchmarks/learning.py. All rows are training rows: 300 to learn from, 200 held out to measure on. Adapters act
+on answers, so that a forward of a batch is one token a row, and equal forwards are equal token evaluations. Every run has the same budget of them
+and the defaults of ``zo-opt train`` but for its schedule; the learning rate stays as it is to the end, so that a run's end says nothing. A run whose
+loss leaves three times its start has diverged. lr 1 is the default (of weight queries: the pairing's own), 10 ten times that.
 """
 
 from __future__ import annotations
@@ -162,7 +162,10 @@ def picture(arguments: argparse.Namespace) -> None:
     panels = figure.subplots(2, -(-len(groups) // 2), squeeze=False).flat
     for axes, ((task, by, _), schedules) in zip(panels, groups.items(), strict=False):
         for colour, (name, lines) in zip(COLOURS, schedules.items(), strict=False):
-            at = [sum(line["curve"][i][0] for line in lines) / len(lines) for i in range(min(len(x["curve"]) for x in lines))]
+            at = [
+                sum(line["curve"][i][0] for line in lines) / len(lines)
+                for i in range(min(len(x["curve"]) for x in lines))
+            ]
             middle = [median(line["curve"][i][1] for line in lines) for i in range(len(at))]
             axes.plot(at, middle, color=colour, linewidth=2, label=name)
         axes.set_title(f"{task.upper()}, queries on {by}", loc="left", fontsize=11)
