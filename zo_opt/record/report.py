@@ -71,12 +71,14 @@ def _regression(s: Summary) -> str:
 
 
 def _cost(s: Summary) -> str:
-    whole = s.forwards * s.forward_depth + s.prepared_rows / s.batch_size
     cost = f"{s.forwards:,} in training ({s.forwards / s.steps:.3g} a step, batches of {s.batch_size})"
     if not s.queries:
         cost += ", a backward pass counted as two"
     if s.forward_depth < 1:
-        cost += f", each through {s.forward_depth:.0%} of the layers, those above the first adapter"
+        cost += f", each through {s.forward_depth:.0%} of the layers, those from the first adapter on"
+    if s.on_answers:
+        return f"{cost}, and of the answers' tokens alone; besides, {s.prepared_rows:,} rows' prompts went through the frozen model"
+    whole = s.forwards * s.forward_depth + s.prepared_rows / s.batch_size
     return f"{cost}; {whole:,.0f} whole passes in all, with one over {s.prepared_rows:,} rows whose prompts were kept"
 
 

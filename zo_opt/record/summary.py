@@ -67,6 +67,7 @@ class Summary:
     versions: dict[str, str]
     privacy: str = ""  # the guarantee of a private run
     tokens: int = 0  # token evaluations
+    on_answers: bool = False  # a forward is one of the answers, whose prompts were kept
     regression: float | None = None  # accuracy of logistic regression on the frozen model's hidden states
 
     @property

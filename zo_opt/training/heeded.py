@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from zo_opt.errors import ZOError
+from zo_opt.tasks.objectives import LOSS
 from zo_opt.training.options import WHOLE_MODEL
 
 if TYPE_CHECKING:
@@ -23,6 +24,10 @@ def check_heeded(config: TrainConfig) -> None:
         "steps": (
             config.budget_forwards is not None and not config.resume,  # a run under way has both
             "with budget_forwards, from which the steps follow; leave one out",
+        ),
+        "budget_forwards": (
+            config.on_activations and config.objective != LOSS,
+            f"with queries on activations and objective={config.objective!r}, whose cost only the run shows; give steps",
         ),
         "eval_file": no_rows,
         "target_column": no_rows,

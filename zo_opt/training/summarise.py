@@ -60,5 +60,6 @@ def summarise(
         versions=versions(),
         privacy=spent(config, optimizer),
         tokens=optimizer.history.tokens,
+        on_answers=recorder is not None and recorder.keeps == "keys",
         regression=progress.regression,
     )
