@@ -127,8 +127,13 @@ class Prepared:
 
     @property
     def truncated(self) -> int:
-        """How many examples were cut to fit the context."""
+        """Of how many examples the prompt was cut to fit the context."""
         return sum(e.truncated for e in self.encoded)
+
+    @property
+    def shortened(self) -> int:
+        """Of how many examples the text to learn was cut."""
+        return sum(e.shortened for e in self.encoded)
 
     def subset(self, indices: Sequence[int]) -> Prepared:
         """Some of the examples, with the same cache."""

@@ -26,7 +26,7 @@ from zo_opt.tasks.evaluation import Prepared
 from zo_opt.tasks.metrics import CLASSIFICATION, GENERATION, LANGUAGE_MODELLING
 from zo_opt.tasks.objectives import make_objective
 from zo_opt.tasks.rows import Example
-from zo_opt.tasks.scoring import Scorer, make_scorer
+from zo_opt.tasks.scoring import LabelScorer, Scorer, make_scorer
 from zo_opt.tasks.tasks import (
     Task,
     check_template,
@@ -206,6 +206,9 @@ def build_tools(config: TrainConfig, examples: Examples, reporter: Reporter) -> 
     """
     base = load_base(config, examples.task, reporter)
     scorer, device = base.scorer, base.device
+    if isinstance(scorer, LabelScorer):
+        for note in scorer.notes():
+            reporter.say(note)
     objective = make_objective(config.objective, scorer)
     if objective is not None and config.compile and objective.writes(scorer):
         raise ZOError(
@@ -230,8 +233,12 @@ def build_tools(config: TrainConfig, examples: Examples, reporter: Reporter) -> 
     for name, prepared in (("training", train), ("held-out", held_out)):
         if prepared.truncated:
             reporter.say(
-                f"{prepared.truncated} of {len(prepared)} {name} prompts were longer than {scorer.max_length} tokens; "
-                "their longest column was cut, template and label words are whole."
+                f"{prepared.truncated} of {len(prepared)} {name} prompts were too long for {scorer.max_length} tokens with what follows them; "
+                "the end of their longest columns was cut, template and label words are whole."
+            )
+        if prepared.shortened:
+            reporter.say(
+                f"{prepared.shortened} of {len(prepared)} {name} targets were too long for {scorer.max_length} tokens; their beginnings are learned."
             )
     return Tools(model, train, held_out, prompts, base.precision, device, recipe, config.steps)
 
