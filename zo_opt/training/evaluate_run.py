@@ -17,10 +17,12 @@ from zo_opt.record.progress import Reporter
 from zo_opt.system.plain_json import read_object
 from zo_opt.tasks.evaluation import Evaluation, Prepared, evaluate
 from zo_opt.tasks.padding import try_padding
+from zo_opt.tasks.rows import check_text, make_examples, read_rows
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.options import WHOLE_MODEL
 from zo_opt.training.parsing import own_code
-from zo_opt.training.setup import load_base, load_examples
+from zo_opt.training.row_record import RowRecord, say_of_held_out
+from zo_opt.training.setup import Examples, load_base, load_examples, recorded_task
 
 
 def read_config(run_dir: Path, *, trust_remote_code: bool = False) -> TrainConfig:
@@ -133,7 +135,7 @@ def evaluate_run(
         raise ZOError(
             "this run was made on built-in rows; eval_file needs a run with train_file, whose columns it shares."
         )
-    examples = load_examples(replace(config, eval_file=eval_file or config.eval_file), reporter)
+    examples = evaluated_examples(config, record, eval_file, reporter)
     base = load_base(config, examples.task, reporter)
     model = base.model
     try_padding(model, base.scorer, examples.held_out)
@@ -142,6 +144,45 @@ def evaluate_run(
     if not zero_shot:
         model = load_tuned(model, run_dir, reporter)
     model.to(base.device).eval()
-    prepared = Prepared(examples.held_out, base.scorer, base.device, None)
+    prepared = Prepared(examples.held_out, base.scorer, base.device, None, trained_on=examples.trained_on)
     with reporter.track("evaluation", len(prepared), "rows") as tracker:
         return evaluate(model, prepared, config.eval_batch_size, tracker.advance)
+
+
+def evaluated_examples(
+    config: TrainConfig, record: Mapping[str, Any], eval_file: Path | None, reporter: Reporter
+) -> Examples:
+    """The rows that a finished run is evaluated on, without its training rows; these are read only where rows are cut from them.
+
+    Args:
+        config: the run's options.
+        record: the run's record.
+        eval_file: other rows; the run's held-out ones if None.
+        reporter: told what is known of them.
+
+    Raises:
+        ZOError: the run's held-out rows are no longer what they were; or rows cannot be read.
+    """
+    then = RowRecord.from_plain(record.get("rows"))
+    path = eval_file or (None if config.validation else config.eval_file)
+    task = recorded_task(config, record.get("resolved", {}))
+    if then is None:
+        reporter.say(
+            "this run has no record of its rows, being of an earlier version; which it was trained on is not known for sure."
+        )
+    if path is None or task is None:
+        changed = config if eval_file is None else replace(config, eval_file=eval_file, validation=False)
+        examples = load_examples(changed, reporter)
+    else:
+        held_out = make_examples(read_rows(path), task, str(path))
+        check_text(held_out, task, str(path))
+        trained_on = None if then is None else then.trained_on_of(held_out, task)
+        examples = Examples(task, [], held_out, trained_on)
+        say_of_held_out(len(held_out), trained_on, reporter.say)
+    if then is None:
+        return examples
+    if eval_file is None:
+        now = RowRecord.of(examples.task, examples.train, examples.held_out, private=config.private)
+        then.check(now, "this run", training=False)
+        return replace(examples, trained_on=then.trained_on)
+    return replace(examples, trained_on=then.trained_on_of(examples.held_out, examples.task))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from zo_opt.tasks.metrics import CLASSIFICATION, GENERATION, LANGUAGE_MODELLING
 from zo_opt.tasks.objectives import make_objective
 from zo_opt.tasks.padding import check_shapes, try_padding
 from zo_opt.tasks.rows import Example
-from zo_opt.tasks.scoring import Scorer, make_scorer
+from zo_opt.tasks.scoring import LabelScorer, Scorer, make_scorer
 from zo_opt.tasks.tasks import (
     Task,
     check_template,
@@ -41,17 +42,17 @@ from zo_opt.training.budget import steps_of
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.options import WHOLE_MODEL, FirstOptions
 from zo_opt.training.recipe import Recipe, resolve
-
-FEW = 100  # held-out rows below which a share's standard error may be more than five points
+from zo_opt.training.row_record import hashes_of, say_of_held_out, seen
 
 
 @dataclass(frozen=True)
 class Examples:
-    """A task with its training and held-out examples."""
+    """A task with its training and held-out examples; and how many of the latter are trained on, None where nobody looked."""
 
     task: Task
     train: Sequence[Example]
     held_out: Sequence[Example]
+    trained_on: int | None = 0
 
 
 @dataclass(frozen=True)
@@ -165,11 +166,22 @@ def load_examples(config: TrainConfig, reporter: Reporter) -> Examples:
         )
     for examples, source in ((train, sources[0]), (held_out, sources[1])):
         data.check_text(examples, task, source)
-    if len(held_out) < FEW:
-        reporter.say(
-            f"{len(held_out)} held-out row{'s are' if len(held_out) > 1 else ' is'} few: read the figures with their standard error."
-        )
-    return Examples(task, train, held_out)
+    trained_on = None if config.private else seen(held_out, task, set(hashes_of(train, task)))
+    say_of_held_out(len(held_out), trained_on, reporter.say)
+    return Examples(task, train, held_out, trained_on)
+
+
+def recorded_task(config: TrainConfig, resolved: Mapping[str, Any]) -> Task | None:
+    """The task of a run on rows of the user's own, from its record; None where the training file is needed to know it.
+
+    Args:
+        config: the run's options.
+        resolved: what its record says of what followed from them.
+    """
+    words = resolved.get("verbalizers")
+    if config.train_file is None or not isinstance(words, dict) or not all(isinstance(w, str) for w in words.values()):
+        return None
+    return _task_for_file(config, None, words if resolved.get("task") == "custom" else {})
 
 
 def load_base(config: TrainConfig, task: Task, reporter: Reporter) -> Base:
@@ -209,7 +221,7 @@ def build_tools(config: TrainConfig, examples: Examples, reporter: Reporter) -> 
     base = load_base(config, examples.task, reporter)
     scorer, device = base.scorer, base.device
     try_padding(base.model, scorer, examples.train)
-    for note in scorer.notes:
+    for note in [*scorer.notes, *(scorer.word_notes() if isinstance(scorer, LabelScorer) else [])]:
         reporter.say(note)
     objective = make_objective(config.objective, scorer)
     if objective is not None and config.compile and objective.writes(scorer):
@@ -234,12 +246,16 @@ def build_tools(config: TrainConfig, examples: Examples, reporter: Reporter) -> 
     prompts = model.prompt_forward() if config.prompt_cache != "off" and config.prompt_cache_mb else None
     train = Prepared(examples.train, scorer, device, prompts, objective)
     check_shapes(base.model, scorer, train.encoded, config.batch_size)
-    held_out = Prepared(examples.held_out, scorer, device, prompts)
+    held_out = Prepared(examples.held_out, scorer, device, prompts, trained_on=examples.trained_on)
     for name, prepared in (("training", train), ("held-out", held_out)):
         if prepared.truncated:
             reporter.say(
-                f"{prepared.truncated} of {len(prepared)} {name} prompts were longer than {scorer.max_length} tokens; "
-                "their longest column was cut, template and label words are whole."
+                f"{prepared.truncated} of {len(prepared)} {name} prompts were too long for {scorer.max_length} tokens with what follows them; "
+                "the end of their longest columns was cut, template and label words are whole."
+            )
+        if prepared.shortened:
+            reporter.say(
+                f"{prepared.shortened} of {len(prepared)} {name} targets were too long for {scorer.max_length} tokens; their beginnings are learned."
             )
     return Tools(model, train, held_out, prompts, base.precision, device, recipe, config.steps)
 
@@ -251,8 +267,16 @@ def _begin(model: AdapterModel, config: TrainConfig, rows: Prepared) -> None:
     rows.loss(model, rows.batch(first))
 
 
-def _task_for_file(config: TrainConfig, rows: Sequence[data.Row]) -> Task:
-    """The user's own task if a template or column is named or the built-in columns are not there."""
+def _task_for_file(
+    config: TrainConfig, rows: Sequence[data.Row] | None, recorded: Mapping[str, str] = MappingProxyType({})
+) -> Task:
+    """The user's own task if a template or column is named or the built-in columns are not there.
+
+    Args:
+        config: the options.
+        rows: those of the training file; None where it is recorded what they said.
+        recorded: the label words of the user's own task; none of another.
+    """
     if config.target_column is not None:
         own = custom_generation_task(
             text_column=config.text_column, target_column=config.target_column, template=config.template
@@ -266,6 +290,15 @@ def _task_for_file(config: TrainConfig, rows: Sequence[data.Row]) -> Task:
             raise ZOError(
                 f"{path} is plain text, which has no labels; add --task {OWN_TEXT} to learn the text, or give a .jsonl, .csv or .tsv file."
             )
+    if rows is None:
+        own = custom_task(
+            list(recorded),
+            text_column=config.text_column,
+            label_column=config.label_column,
+            template=config.template,
+            verbalizers=None,
+        )
+        return replace(own, verbalizers=recorded) if recorded else task
     columns = set(rows[0])
     named = (config.template, config.verbalizers, config.text_column, config.label_column)
     if named == (None, None, "text", "label") and set(task.required_columns()) <= columns:
