@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         ZOSign,
     )
     from zo_opt.privacy import GaussianPrivacy
+    from zo_opt.training.run import Run, load_run
 
 __version__ = "0.1.0"
 
@@ -72,6 +73,7 @@ __all__ = [
     "MeZO",
     "MeZOSVRG",
     "NonFiniteLossError",
+    "Run",
     "SparseMeZO",
     "SpectralConfig",
     "SubZero",
@@ -86,6 +88,7 @@ __all__ = [
     "ZOSign",
     "get_adapter_model",
     "load_adapter_model",
+    "load_run",
     "lora_plus_groups",
     "trainable_parameters",
 ]
@@ -96,8 +99,18 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    where = "adapters" if name.endswith("Config") or name in _ADAPTERS else "privacy" if "Privacy" in name else "optim"
-    return getattr(importlib.import_module(f"zo_opt.{where}"), name)
+    return getattr(importlib.import_module(f"zo_opt.{_where(name)}"), name)
 
 
-_ADAPTERS = ("get_adapter_model", "load_adapter_model", "lora_plus_groups", "trainable_parameters")
+def _where(name: str) -> str:
+    """The folder or module of zo_opt that has a name."""
+    if name in ("Run", "load_run"):
+        return "training.run"
+    if name.endswith("Config") or name in (
+        "get_adapter_model",
+        "load_adapter_model",
+        "lora_plus_groups",
+        "trainable_parameters",
+    ):
+        return "adapters"
+    return "privacy" if "Privacy" in name else "optim"

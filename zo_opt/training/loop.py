@@ -252,11 +252,12 @@ class _Run:
 
 def _new_record(config: TrainConfig, command: str, tools: Tools) -> dict[str, Any]:
     """What run.json says, and every checkpoint: how the run was made."""
+    task = tools.train.scorer.task
     return {
         "id": uuid.uuid4().hex[:16],
         "command": command,
         "config": config.to_dict(),
-        "resolved": {"precision": tools.precision, "labels": len(tools.train.scorer.task.labels)},
+        "resolved": {"precision": tools.precision, "labels": len(task.labels), "task": task.to_dict()},
         "versions": versions(),
         "started": _now(),
     }

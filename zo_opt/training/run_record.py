@@ -1,4 +1,4 @@
-"""Evaluation of a finished run: its adapter on its held-out rows, or on others."""
+"""What a finished run says of itself: the options and the task in its run.json."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from zo_opt.adapters import load_adapter_model
 from zo_opt.errors import ZOError
 from zo_opt.models.models import load_model
 from zo_opt.record.output import RUN_NAME
 from zo_opt.record.progress import Reporter
 from zo_opt.system.plain_json import read_object
-from zo_opt.tasks.evaluation import Evaluation, Prepared, evaluate
+from zo_opt.tasks.tasks import Task
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.parsing import own_code
-from zo_opt.training.setup import load_base, load_examples
 
 
 def read_config(run_dir: Path, *, trust_remote_code: bool = False) -> TrainConfig:
@@ -89,29 +87,18 @@ def load_plain_base(config: TrainConfig, resolved: Mapping[str, Any], reporter: 
     )
 
 
-def evaluate_run(
-    run_dir: Path, eval_file: Path | None, zero_shot: bool, reporter: Reporter, *, trust_remote_code: bool = False
-) -> Evaluation:
-    """Metrics and loss of a run's model.
+def task_in(record: Mapping[str, Any], path: Path) -> Task | None:
+    """The task that a run learned, as its record has it; None in records of versions that did not keep it.
 
-    Args:
-        run_dir: the run's output_dir.
-        eval_file: other rows with the run's columns; the run's held-out rows if None.
-        zero_shot: leave the adapter out.
-        reporter: shows progress.
-        trust_remote_code: let the base model's own Python code run, whatever the run was started with.
+    Raises:
+        ZOError: it is no task.
     """
-    config = read_config(run_dir, trust_remote_code=trust_remote_code)
-    if eval_file is not None and config.train_file is None:
+    plain = record.get("resolved", {}).get("task")
+    if plain is None:
+        return None
+    try:
+        return Task.from_dict(plain)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ZOError(
-            "this run was made on built-in rows; eval_file needs a run with train_file, whose columns it shares."
-        )
-    examples = load_examples(replace(config, eval_file=eval_file or config.eval_file), reporter)
-    base = load_base(config, examples.task, reporter)
-    model = base.model
-    if not zero_shot:
-        model = load_adapter_model(model, run_dir)
-    model.to(base.device).eval()
-    prepared = Prepared(examples.held_out, base.scorer, base.device, None)
-    with reporter.track("evaluation", len(prepared), "rows") as tracker:
-        return evaluate(model, prepared, config.eval_batch_size, tracker.advance)
+            f"{path} is damaged: it names no task ({error}); give the output_dir of a run of zo-opt train."
+        ) from error

@@ -1,0 +1,194 @@
+"""A finished run in use: labels for new rows, text, figures on other rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from zo_opt.adapters import load_adapter_model
+from zo_opt.errors import ZOError
+from zo_opt.record.output import RUN_NAME
+from zo_opt.record.progress import Reporter
+from zo_opt.tasks.evaluation import Evaluation, Prepared, evaluate
+from zo_opt.tasks.metrics import CLASSIFICATION
+from zo_opt.tasks.rows import Example, Row, make_examples, make_prompts, read_rows
+from zo_opt.tasks.scoring import Scorer
+from zo_opt.tasks.tasks import Task
+from zo_opt.training.config import TrainConfig
+from zo_opt.training.run_record import config_of, read_record, task_in
+from zo_opt.training.setup import Examples, load_base, load_examples
+from zo_opt.training.writing import Form, Prompt, check_writes, prompt_tokens, write
+
+CHUNK = 1024  # rows that are put into batches of like length together, before the first of them is answered
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a run says of a row.
+
+    Attributes:
+        label: the label that it predicts.
+        probabilities: label -> its probability among the labels; they sum to 1.
+    """
+
+    label: str
+    probabilities: Mapping[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+class Run:
+    """A run of ``zo-opt train``, loaded: its model with its adapter, in its precision, under its own prompt.
+
+    Args:
+        directory: the run's output_dir.
+        device: cpu, cuda or auto; the run's own if None.
+        zero_shot: leave the adapter out.
+        trust_remote_code: let the base model's own Python code run, whatever the run was started with.
+        reporter: told what happens; nobody if None.
+
+    Attributes:
+        config: the run's options.
+        task: its template, label words and columns.
+        model: the model of transformers with the adapter in it, in evaluation mode.
+        scorer: how the model learned the task.
+        tokenizer: the model's.
+
+    Raises:
+        ZOError: the directory holds no run, or its adapter or base model cannot be loaded.
+    """
+
+    def __init__(
+        self, directory: str | Path, *, device: str | None = None, zero_shot: bool = False, trust_remote_code: bool = False,
+        reporter: Reporter | None = None,
+    ) -> None:  # fmt: skip
+        self.directory = Path(directory)
+        self.reporter = reporter if reporter is not None else Reporter(Console(quiet=True))
+        record, path = read_record(self.directory), self.directory / RUN_NAME
+        config = config_of(record, path, trust_remote_code=trust_remote_code)
+        task = task_in(record, path)
+        self.config: TrainConfig = config if device is None else replace(config, device=device)
+        self.task: Task = task if task is not None else self._own_examples.task
+        precision = record.get("resolved", {}).get("precision", config.precision).partition(", ")[0]
+        base = load_base(replace(self.config, precision=precision), self.task, self.reporter)
+        self.model: Any = base.model if zero_shot else load_adapter_model(base.model, self.directory)
+        self.model.to(base.device).eval()
+        self.scorer: Scorer = base.scorer
+        self.device: torch.device = base.device
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base model's tokenizer."""
+        return self.scorer.tokenizer
+
+    @cached_property
+    def _own_examples(self) -> Examples:
+        return load_examples(self.config, self.reporter)
+
+    def predict(self, rows: Sequence[Row] | str | Path, *, batch_size: int | None = None) -> list[Prediction]:
+        """The label of each row, with probabilities.
+
+        Args:
+            rows: rows with the columns that the run's template shows, or a file of them; a label in them is not looked at.
+            batch_size: rows in a batch; the run's ``eval_batch_size`` if None.
+
+        Raises:
+            ZOError: the run's task has no labels; or a row lacks a column.
+        """
+        return list(self.predictions(rows, batch_size=batch_size))
+
+    def predictions(
+        self, rows: Sequence[Row] | str | Path, *, batch_size: int | None = None, source: str | None = None
+    ) -> Iterator[Prediction]:
+        """As :meth:`predict`, one after the other, while they are made; all rows are checked before the first is answered.
+
+        ``source``: what the rows are called in sentences.
+        """
+        if self.task.kind != CLASSIFICATION:
+            raise ZOError(
+                f"the run in {self.directory} learned a {self.task.kind} task, which has no labels to predict; use generate."
+            )
+        read, called = rows_of(rows)
+        prompts = make_prompts(read, self.task, source or called)
+        return self._predictions(prompts, batch_size or self.config.eval_batch_size)
+
+    @torch.no_grad()
+    def _predictions(self, examples: Sequence[Example], batch_size: int) -> Iterator[Prediction]:
+        for start in range(0, len(examples), CHUNK):
+            prepared = Prepared(examples[start : start + CHUNK], self.scorer, self.device, None)
+            found: dict[int, Prediction] = {}
+            for indices in prepared.by_length(batch_size):
+                scores_BC = prepared.scores(self.model, prepared.batch(indices))
+                for i, best, shares in zip(
+                    indices, scores_BC.argmax(1).tolist(), scores_BC.softmax(1).tolist(), strict=True
+                ):
+                    labels = self.task.labels
+                    found[i] = Prediction(labels[best], dict(zip(labels, shares, strict=True)))
+            yield from (found[i] for i in range(len(prepared)))
+
+    def generate(
+        self, prompts: Sequence[Prompt], *, form: Form = "run", seed: int = 0, streamer: Any = None, **options: Any
+    ) -> list[str]:
+        """What the model writes after each prompt.
+
+        Args:
+            prompts: texts; or rows, whose columns the run's template shows; or conversations, each a list of messages with
+                "role" and "content".
+            form: "run": texts and rows stand in the run's own prompt; "chat": texts are what a user says, in the tokenizer's chat
+                template; "plain": texts as they are.
+            seed: of sampling; the global random state is not touched.
+            streamer: of transformers, told each token as it is written.
+            **options: of transformers' ``generate``: max_new_tokens (the task's own, else 64), do_sample, temperature, top_p, ...; what is
+                not given is the checkpoint's own.
+
+        Raises:
+            ZOError: the model cannot write; a prompt does not fit; or an option is not possible.
+        """
+        check_writes(self.scorer, self.model)
+        written = []
+        for number, prompt in enumerate(prompts, start=1):
+            ids = prompt_tokens(self.scorer, prompt, form, f"prompt {number}")
+            new = write(self.model, self.scorer, ids, seed=seed, streamer=streamer, **options)
+            written.append(str(self.tokenizer.decode(new, skip_special_tokens=True)))
+        return written
+
+    def evaluate(self, rows: Sequence[Row] | str | Path | None = None) -> Evaluation:
+        """Metrics and loss on the run's held-out rows, or on others with its columns.
+
+        Raises:
+            ZOError: the rows cannot be read or do not fit the task.
+        """
+        if rows is None:
+            examples: Sequence[Example] = self._own_examples.held_out
+        else:
+            read, source = rows_of(rows)
+            examples = make_examples(read, self.task, source)
+        prepared = Prepared(examples, self.scorer, self.device, None)
+        with self.reporter.track("evaluation", len(prepared), "rows") as tracker:
+            return evaluate(self.model, prepared, self.config.eval_batch_size, tracker.advance)
+
+
+def load_run(
+    directory: str | Path, *, device: str | None = None, zero_shot: bool = False, trust_remote_code: bool = False
+) -> Run:
+    """A finished run, ready to be used; see :class:`Run`.
+
+    Raises:
+        ZOError: the directory holds no run, or its adapter or base model cannot be loaded.
+    """
+    return Run(directory, device=device, zero_shot=zero_shot, trust_remote_code=trust_remote_code)
+
+
+def rows_of(rows: Sequence[Row] | str | Path) -> tuple[Sequence[Row], str]:
+    """Rows, and what they are called in sentences."""
+    if isinstance(rows, str | Path):
+        return read_rows(Path(rows)), str(rows)
+    return rows, "the rows given"
