@@ -198,8 +198,9 @@ def test_prompts_leave_room_for_what_is_written(architecture: str) -> None:
         assert scorer.encode(wordy).words[0][-1] == scorer.tokenizer.eos_token_id
     else:
         encoded = scorer.encode(wordy)
-        assert encoded.truncated
+        assert (encoded.shortened, encoded.truncated) == (True, False)
         assert len(encoded.words[0]) == 20  # half of the context
+        assert encoded.words[0][-1] == scorer.tokenizer.eos_token_id
         assert scorer.prompt(encoded) == scorer.prompt(
             scorer.encode(Example({"text": "a film"}, references=("great",)))
         )

@@ -42,7 +42,7 @@ def markdown(s: Summary) -> str:
         },
         "loss before, after": f"{before.loss:.3f}, {after.loss:.3f}",
         "logistic regression": _regression(s),
-        "rows": f"{s.train_rows:,} training, {after.rows:,} held out",
+        "rows": f"{s.train_rows:,} training, {_evaluated(s)}",
         "trainables": s.adapter,
         "steps, queries": f"{s.steps:,}, {s.queries:,}{dropped}",
         "forward passes": _cost(s),
@@ -58,8 +58,13 @@ def markdown(s: Summary) -> str:
     return (
         f"# {s.optimizer} on {s.task}\n\n{s.model}, tuned {s.how}.\n\n"
         f"![loss and queries against forward passes, {metric.label} before and after](report.png)\n\n"
-        f"| | |\n|---|---|\n{table}\n\n```\n{s.command}\n```\n\n± is one standard error over the held-out rows.\n"
+        f"| | |\n|---|---|\n{table}\n\n```\n{s.command}\n```\n\n± is one standard error over the rows evaluated on.\n"
     )
+
+
+def _evaluated(s: Summary) -> str:
+    """The rows that the metrics are of."""
+    return f"{s.after.rows:,} held out" if s.after.trained_on == 0 else f"evaluated on {s.after.on_rows}"
 
 
 def _regression(s: Summary) -> str:
@@ -139,7 +144,7 @@ def _draw_metric(axes: Any, s: Summary) -> None:
     highest = max(h + e for h, e in zip(heights, errors, strict=True))
     axes.set_ylim(0, 105 if metric.share else 1.15 * (highest or 1))
     unit = " (%)" if metric.share else "" if metric.higher_is_better else " (less is better)"
-    axes.set_ylabel(f"{metric.label} on {s.after.rows} held-out rows{unit}")
+    axes.set_ylabel(f"{metric.label} on {s.after.on_rows}{unit}")
 
 
 def save_picture(figure: Any, path: Path) -> None:

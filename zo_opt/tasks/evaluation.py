@@ -47,6 +47,7 @@ class Evaluation:
         row_scores: one number a row, in the rows' order, whose mean is the primary metric: 1 where the label is right, or the text's
             score. Of perplexity: the row's mean negative log-likelihood a token. Meant for intervals and paired comparisons.
         row_weights: of perplexity, the tokens of each row: perplexity is exp of the weighted mean. Else empty.
+        trained_on: how many of the rows (of running text: of its lines) were trained on, and so were not held out; None: nobody knows.
     """
 
     metrics: Mapping[str, float]
@@ -54,6 +55,7 @@ class Evaluation:
     rows: int
     row_scores: Sequence[float] = ()
     row_weights: Sequence[int] = ()
+    trained_on: int | None = 0
 
     @property
     def primary(self) -> str:
@@ -83,20 +85,38 @@ class Evaluation:
 
     def describe(self) -> str:
         """In words."""
-        return f"{describe(self.metrics)}, loss {self.loss:.3f} on {self.rows:,} held-out rows"
+        return f"{describe(self.metrics)}, loss {self.loss:.3f} on {self.on_rows}"
+
+    @property
+    def on_rows(self) -> str:
+        """The rows in words; those that were trained on are never called held out."""
+        if self.trained_on == 0:
+            return f"{self.rows:,} held-out rows"
+        if self.trained_on is None:
+            return f"{self.rows:,} rows (whether trained on is not recorded)"
+        lines = "lines" if self.row_weights else "of them"
+        return f"{self.rows:,} rows ({self.trained_on:,} {lines} trained on)"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, the metrics by their names; null where a number is not finite."""
         plain: dict[str, Any] = {name: _plain(value) for name, value in self.metrics.items()}
         plain |= {"loss": _plain(self.loss), "rows": self.rows, "row_scores": [_plain(s) for s in self.row_scores]}
-        return plain | ({"row_weights": list(self.row_weights)} if self.row_weights else {})
+        plain |= {"row_weights": list(self.row_weights)} if self.row_weights else {}
+        return plain | ({"trained_on": self.trained_on} if self.trained_on != 0 else {})
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Evaluation:
         """What :meth:`to_dict` gave; null becomes nan."""
         metrics = {name: _number(plain[name]) for name in plain if name in METRICS}
         scores = [_number(s) for s in plain.get("row_scores", ())]
-        return cls(metrics, _number(plain["loss"]), plain["rows"], scores, plain.get("row_weights", ()))
+        return cls(
+            metrics,
+            _number(plain["loss"]),
+            plain["rows"],
+            scores,
+            plain.get("row_weights", ()),
+            plain.get("trained_on", 0),
+        )
 
 
 class Prepared:
@@ -108,14 +128,16 @@ class Prepared:
         device: where batches go.
         prompts: the model's forward that keeps prompts (``AdapterModel.prompt_forward``), or None.
         objective: what is trained in place of the loss, or None.
+        trained_on: how many of the examples are trained on; None where that is not known.
     """
 
     def __init__(
         self, examples: Sequence[Example], scorer: Scorer, device: torch.device, prompts: Any,
-        objective: Objective | None = None,
+        objective: Objective | None = None, trained_on: int | None = 0,
     ) -> None:  # fmt: skip
         self.encoded = scorer.encode_all(examples)
         self.scorer, self.device, self._prompts, self.objective = scorer, device, prompts, objective
+        self.trained_on = trained_on
 
     def __len__(self) -> int:
         return len(self.encoded)
@@ -127,8 +149,13 @@ class Prepared:
 
     @property
     def truncated(self) -> int:
-        """How many examples were cut to fit the context."""
+        """Of how many examples the prompt was cut to fit the context."""
         return sum(e.truncated for e in self.encoded)
+
+    @property
+    def shortened(self) -> int:
+        """Of how many examples the text to learn was cut."""
+        return sum(e.shortened for e in self.encoded)
 
     def subset(self, indices: Sequence[int]) -> Prepared:
         """Some of the examples, with the same cache."""
@@ -229,7 +256,7 @@ def evaluate(model: nn.Module, prepared: Prepared, batch_size: int, progress: Pr
     task, loss = prepared.scorer.task, loss / weight
     metrics, row_scores = _metrics(task, prepared.encoded, loss, of_rows("values"), of_rows("texts"))
     ordered = {name: metrics[name] for name in task.metrics}
-    return Evaluation(ordered, loss, len(prepared), row_scores, of_rows("weights"))
+    return Evaluation(ordered, loss, len(prepared), row_scores, of_rows("weights"), prepared.trained_on)
 
 
 def _metrics(

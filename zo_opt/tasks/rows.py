@@ -7,7 +7,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,11 +24,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Example:
-    """One row: the text of each placeholder; and the label's number, or the right texts (the first is learned)."""
+    """One row: the text of each placeholder; and the label's number, or the right texts (the first is learned). ``where``: its file and row."""
 
     fields: dict[str, str]
     label: int = 0
     references: tuple[str, ...] = ()
+    where: str = field(default="this row", compare=False)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -90,16 +91,17 @@ def _make_example(row: Row, task: Task, place: str) -> Example:
     if task.kind == LANGUAGE_MODELLING:
         [name] = placeholders(task.template)  # its text as it is: blank lines and indentation are text too
         column = task.columns.get(name, name)
-        return Example({name: cells.plain_text_of(row[column], column, place)})
+        return Example({name: cells.plain_text_of(row[column], column, place)}, where=place)
     fields = task.fields(row, place)
     if task.kind == GENERATION:
-        return Example(fields, references=cells.answers_of(row[task.target_column], task.target_column, place))
+        references = cells.answers_of(row[task.target_column], task.target_column, place)
+        return Example(fields, references=references, where=place)
     label = task.label_of(row[task.label_column], place)
     if label is None:
         raise ZOError(
             f"{place}: label {row[task.label_column]!r} is unknown; this task's labels are {', '.join(task.labels)}."
         )
-    return Example(fields, label)
+    return Example(fields, label, where=place)
 
 
 def check_text(examples: Sequence[Example], task: Task, source: str) -> None:

@@ -144,12 +144,17 @@ def placeholders(template: str) -> list[str]:
         ) from error
 
 
+def as_letters(text: str) -> str:
+    """A text in which braces are letters, as a template has them."""
+    return text.replace("{", "{{").replace("}", "}}")
+
+
 def custom_task(
     labels: Sequence[str], *, text_column: str, label_column: str, template: str | None, verbalizers: str | None
 ) -> Task:
     """A task for the user's own table: ``{text}`` in the template is the text column, any other name a column."""
     template = check_template(template if template is not None else "{text}\nLabel:")
-    words = parse_verbalizers(verbalizers, labels) if verbalizers is not None else {label: label for label in labels}
+    words = parse_verbalizers(verbalizers, labels) if verbalizers is not None else {v: as_letters(v) for v in labels}
     return Task("custom", template, words, label_column=label_column, columns={"text": text_column})
 
 
@@ -172,7 +177,7 @@ def check_template(template: str) -> str:
 
 
 def parse_verbalizers(text: str, labels: Sequence[str]) -> dict[str, str]:
-    """Label words from ``label=word,label=word`` or, in the labels' sorted order, ``word,word``.
+    """Label words from ``label=word,label=word`` or, in the labels' sorted order, ``word,word``; braces in them are letters.
 
     >>> parse_verbalizers("0=terrible,1=great", ["0", "1"])
     {'0': 'terrible', '1': 'great'}
@@ -194,4 +199,4 @@ def parse_verbalizers(text: str, labels: Sequence[str]) -> dict[str, str]:
         )
     if "" in words.values() or len(set(words.values())) < len(words):
         raise ZOError(f"verbalizers {text!r} must be different words, none empty.")
-    return words
+    return {label: as_letters(word) for label, word in words.items()}

@@ -32,6 +32,7 @@ from zo_opt.training.config import TrainConfig
 from zo_opt.training.private import make_privacy
 from zo_opt.training.regression import regression_accuracy
 from zo_opt.training.resume import keeps_journal, resume, resumed_config
+from zo_opt.training.row_record import RowRecord, check_resumed
 from zo_opt.training.setup import Tools, build_tools, load_examples
 from zo_opt.training.stepper import Stepper
 from zo_opt.training.stop import InterruptedRunError, StopSignals
@@ -64,13 +65,16 @@ def train(
     with StopSignals() as stop, output_directory(directory, resume=config.resume, unique=unique) as output_dir:
         try:
             examples = load_examples(config, reporter)
+            rows = RowRecord.of(examples.task, examples.train, examples.held_out, private=config.private)
+            if record is not None:
+                check_resumed(record, rows, f"the run in {output_dir}", reporter.say)
             tools = build_tools(config, examples, reporter)
             config = replace(config, steps=tools.steps)
             stepper = Stepper(config, tools, make_privacy(config, tools.train, reporter.say))
             reporter.say(f"{tools.model.trainable_summary()}, frozen base in {tools.precision} on {tools.device.type}")
             if record is None:
-                record = _new_record(config, command, tools)
-            run = _Run(config, reporter, record, output_dir, tools, stepper, stop)
+                record = _new_record(config, command, tools, rows)
+            run = _Run(config, reporter, record, rows, output_dir, tools, stepper, stop)
             run.prepare()
             return run.finish(), output_dir
         except KeyboardInterrupt as request:
@@ -87,13 +91,14 @@ class _Run:
         config: TrainConfig,
         reporter: Reporter,
         record: dict[str, Any],
+        rows: RowRecord,
         output_dir: Path,
         tools: Tools,
         stepper: Stepper,
         stop: StopSignals,
     ) -> None:
         self.config, self.reporter, self.record, self.output_dir = config, reporter, record, output_dir
-        self.tools, self.stepper, self.progress, self.stop = tools, stepper, Progress(), stop
+        self.rows, self.tools, self.stepper, self.progress, self.stop = rows, tools, stepper, Progress(), stop
         self.optimizer = stepper.optimizer
         self.done_before: list[dict[str, Any]] = []  # steps beyond the checkpoint that were not lost
         self._training = False
@@ -172,7 +177,9 @@ class _Run:
             self._save()  # as the killed run was about to
 
     def _write_record(self) -> None:
-        write_atomically(self.output_dir / RUN_NAME, (json.dumps(self.record, indent=2) + "\n").encode())
+        """run.json: the checkpoints' record, and each training row's hash besides."""
+        record = self.record | ({"rows": self.rows.to_plain(each=True)} if "rows" in self.record else {})
+        write_atomically(self.output_dir / RUN_NAME, (json.dumps(record, indent=2) + "\n").encode())
 
     def _evaluate(self, what: str) -> Evaluation:
         with self.reporter.track(what, len(self.tools.held_out), "rows") as tracker:
@@ -250,7 +257,7 @@ class _Run:
         return note + (f"  dropped {dropped}" if dropped else "")
 
 
-def _new_record(config: TrainConfig, command: str, tools: Tools) -> dict[str, Any]:
+def _new_record(config: TrainConfig, command: str, tools: Tools, rows: RowRecord) -> dict[str, Any]:
     """What run.json says, and every checkpoint: how the run was made."""
     task = tools.train.scorer.task
     return {
@@ -258,6 +265,7 @@ def _new_record(config: TrainConfig, command: str, tools: Tools) -> dict[str, An
         "command": command,
         "config": config.to_dict(),
         "resolved": {"precision": tools.precision, "labels": len(task.labels), "task": task.to_dict()},
+        "rows": rows.to_plain(each=False),
         "versions": versions(),
         "started": _now(),
     }

@@ -17,14 +17,16 @@ from zo_opt.record.output import RUN_NAME
 from zo_opt.record.progress import Reporter
 from zo_opt.tasks.evaluation import Evaluation, Prepared, evaluate
 from zo_opt.tasks.metrics import CLASSIFICATION
-from zo_opt.tasks.rows import Example, Row, make_examples, make_prompts, read_rows
+from zo_opt.tasks.rows import Example, Row, check_text, make_examples, make_prompts, read_rows
 from zo_opt.tasks.scoring import Scorer
 from zo_opt.tasks.tasks import Task
 from zo_opt.training.config import TrainConfig
+from zo_opt.training.row_record import RowRecord, say_of_held_out
 from zo_opt.training.run_record import config_of, read_record, task_in
 from zo_opt.training.setup import Examples, load_base, load_examples
 from zo_opt.training.writing import Form, Prompt, check_writes, prompt_tokens, write
 
+_NO_RECORD = "this run has no record of its rows, being of an earlier version; which it was trained on is not known for sure."
 CHUNK = 1024  # rows that are put into batches of like length together, before the first of them is answered
 
 
@@ -60,6 +62,7 @@ class Run:
         task: its template, label words and columns.
         model: the model of transformers with the adapter in it, in evaluation mode.
         scorer: how the model learned the task.
+        rows: which rows it was trained and measured on; None of a run of an earlier version.
         tokenizer: the model's.
 
     Raises:
@@ -75,6 +78,7 @@ class Run:
         record, path = read_record(self.directory), self.directory / RUN_NAME
         config = config_of(record, path, trust_remote_code=trust_remote_code)
         task = task_in(record, path)
+        self.rows = RowRecord.from_plain(record.get("rows"))
         self.config: TrainConfig = config if device is None else replace(config, device=device)
         self.task: Task = task if task is not None else self._own_examples.task
         precision = record.get("resolved", {}).get("precision", config.precision).partition(", ")[0]
@@ -166,14 +170,33 @@ class Run:
         Raises:
             ZOError: the rows cannot be read or do not fit the task.
         """
-        if rows is None:
-            examples: Sequence[Example] = self._own_examples.held_out
-        else:
-            read, source = rows_of(rows)
-            examples = make_examples(read, self.task, source)
-        prepared = Prepared(examples, self.scorer, self.device, None)
+        examples, trained_on = self._own_held_out() if rows is None else self._others(rows)
+        prepared = Prepared(examples, self.scorer, self.device, None, trained_on=trained_on)
         with self.reporter.track("evaluation", len(prepared), "rows") as tracker:
             return evaluate(self.model, prepared, self.config.eval_batch_size, tracker.advance)
+
+    def _own_held_out(self) -> tuple[Sequence[Example], int | None]:
+        """The run's held-out rows, and how many of them it was trained on; training rows are read only where they were cut from these."""
+        if self.config.eval_file is None or self.config.validation:
+            examples = self._own_examples.held_out
+        else:
+            examples = make_examples(read_rows(self.config.eval_file), self.task, str(self.config.eval_file))
+        if self.rows is None:
+            self.reporter.say(_NO_RECORD)
+            return examples, None
+        now = RowRecord.of(self.task, [], examples, private=self.config.private)
+        self.rows.check(now, "this run", training=False)
+        return examples, self.rows.trained_on
+
+    def _others(self, rows: Sequence[Row] | str | Path) -> tuple[Sequence[Example], int | None]:
+        read, source = rows_of(rows)
+        examples = make_examples(read, self.task, source)
+        check_text(examples, self.task, source)
+        trained_on = None if self.rows is None else self.rows.trained_on_of(examples, self.task)
+        if self.rows is None:
+            self.reporter.say(_NO_RECORD)
+        say_of_held_out(len(examples), trained_on, self.reporter.say)
+        return examples, trained_on
 
 
 def load_run(

@@ -26,7 +26,7 @@ from zo_opt.tasks.evaluation import Prepared
 from zo_opt.tasks.metrics import CLASSIFICATION, GENERATION, LANGUAGE_MODELLING
 from zo_opt.tasks.objectives import make_objective
 from zo_opt.tasks.rows import Example
-from zo_opt.tasks.scoring import Scorer, make_scorer
+from zo_opt.tasks.scoring import LabelScorer, Scorer, make_scorer
 from zo_opt.tasks.tasks import (
     Task,
     check_template,
@@ -39,17 +39,17 @@ from zo_opt.training.budget import steps_of
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.options import WHOLE_MODEL, FirstOptions
 from zo_opt.training.recipe import Recipe, resolve
-
-FEW = 100  # held-out rows below which a share's standard error may be more than five points
+from zo_opt.training.row_record import hashes_of, say_of_held_out, seen
 
 
 @dataclass(frozen=True)
 class Examples:
-    """A task with its training and held-out examples."""
+    """A task with its training and held-out examples; and how many of the latter are trained on, None where nobody looked."""
 
     task: Task
     train: Sequence[Example]
     held_out: Sequence[Example]
+    trained_on: int | None = 0
 
 
 @dataclass(frozen=True)
@@ -163,11 +163,9 @@ def load_examples(config: TrainConfig, reporter: Reporter) -> Examples:
         )
     for examples, source in ((train, sources[0]), (held_out, sources[1])):
         data.check_text(examples, task, source)
-    if len(held_out) < FEW:
-        reporter.say(
-            f"{len(held_out)} held-out row{'s are' if len(held_out) > 1 else ' is'} few: read the figures with their standard error."
-        )
-    return Examples(task, train, held_out)
+    trained_on = None if config.private else seen(held_out, task, set(hashes_of(train, task)))
+    say_of_held_out(len(held_out), trained_on, reporter.say)
+    return Examples(task, train, held_out, trained_on)
 
 
 def load_base(config: TrainConfig, task: Task, reporter: Reporter) -> Base:
@@ -206,6 +204,9 @@ def build_tools(config: TrainConfig, examples: Examples, reporter: Reporter) -> 
     """
     base = load_base(config, examples.task, reporter)
     scorer, device = base.scorer, base.device
+    if isinstance(scorer, LabelScorer):
+        for note in scorer.notes():
+            reporter.say(note)
     objective = make_objective(config.objective, scorer)
     if objective is not None and config.compile and objective.writes(scorer):
         raise ZOError(
@@ -226,12 +227,16 @@ def build_tools(config: TrainConfig, examples: Examples, reporter: Reporter) -> 
     model.eval()
     prompts = model.prompt_forward() if config.prompt_cache != "off" and config.prompt_cache_mb else None
     train = Prepared(examples.train, scorer, device, prompts, objective)
-    held_out = Prepared(examples.held_out, scorer, device, prompts)
+    held_out = Prepared(examples.held_out, scorer, device, prompts, trained_on=examples.trained_on)
     for name, prepared in (("training", train), ("held-out", held_out)):
         if prepared.truncated:
             reporter.say(
-                f"{prepared.truncated} of {len(prepared)} {name} prompts were longer than {scorer.max_length} tokens; "
-                "their longest column was cut, template and label words are whole."
+                f"{prepared.truncated} of {len(prepared)} {name} prompts were too long for {scorer.max_length} tokens with what follows them; "
+                "the end of their longest columns was cut, template and label words are whole."
+            )
+        if prepared.shortened:
+            reporter.say(
+                f"{prepared.shortened} of {len(prepared)} {name} targets were too long for {scorer.max_length} tokens; their beginnings are learned."
             )
     return Tools(model, train, held_out, prompts, base.precision, device, recipe, config.steps)
 

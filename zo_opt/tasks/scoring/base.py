@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from zo_opt.errors import ZOError
 from zo_opt.tasks.rows import Example
+from zo_opt.tasks.scoring.spelling import Markup, preceding, space_before
 from zo_opt.tasks.tasks import Task, placeholders
 
 Batch = dict[str, Tensor]
@@ -30,8 +32,9 @@ class Encoded:
         prompts: one token list, or one a label where label words are part of the sequence.
         words: the label words' tokens, one list a label; of a text to learn, one list of its tokens.
         label: the right label's number.
-        truncated: whether text was cut to fit the context.
+        truncated: whether text of the prompt was cut to fit the context.
         references: the right texts: of a generation task, or the right label's words.
+        shortened: whether the text to learn was cut.
     """
 
     prompts: list[list[int]]
@@ -39,6 +42,7 @@ class Encoded:
     label: int = 0
     truncated: bool = False
     references: tuple[str, ...] = ()
+    shortened: bool = False
 
 
 @dataclass
@@ -69,6 +73,7 @@ class Scorer(ABC):
     def __init__(self, model: Any, tokenizer: Any, task: Task, max_length: int | None = None) -> None:
         self.tokenizer, self.task = tokenizer, task
         self.max_length = context_length(model, tokenizer, max_length)
+        self.markup = Markup(tokenizer)
         self.forward_arguments = set(inspect.signature(model.forward).parameters)
         if tokenizer.pad_token_id is None:
             if tokenizer.eos_token_id is None:
@@ -126,7 +131,7 @@ class Scorer(ABC):
 
     def prompt_text(self, example: Example, room: int, **extra: str) -> tuple[str, bool]:
         """The filled template with at least ``room`` tokens of the context to spare; its longest fields are cut if need be."""
-        fields, truncated = dict(example.fields), False
+        fields, truncated = self.letters(example.fields), False
         while True:
             text = self.task.template.format(**fields, **extra)
             excess = len(self.tokens_of(text)) + room - self.max_length
@@ -136,7 +141,8 @@ class Scorer(ABC):
                 return text, truncated
             if not fields[longest]:
                 raise ZOError(
-                    f"the template alone needs {excess} tokens more than the context of {self.max_length}; shorten it or raise max_length."
+                    f"{example.where}: the template and what follows it need {excess} tokens more than the context of {self.max_length}; "
+                    "shorten them or raise max_length."
                 )
             fields[longest], truncated = self._cut(fields[longest], excess), True
 
@@ -151,29 +157,100 @@ class Scorer(ABC):
             end = len(text) * keep // (keep + tokens)
         return text[: min(end, len(text) - 1)].rstrip()
 
-    def tokens_of(self, text: str, special: bool = True) -> list[int]:
-        """Tokens of a text, with those that the tokenizer adds to it or without."""
-        return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    def letters(self, fields: Mapping[str, str]) -> dict[str, str]:
+        """A row's texts, in which nothing is markup."""
+        return {name: self.markup.as_letters(text) for name, text in fields.items()}
 
-    def words_of(self, example: Example) -> list[list[int]]:
-        """Tokens of each label's words as they follow the prompt: with the space before them where the template ends in text."""
-        words = []
-        for label, text in self.task.verbalizers.items():
-            filled = text.format(**example.fields)
-            ids = self.following(filled)
-            if not ids:
+    def tokens_of(self, text: str, special: bool = True) -> list[int]:
+        """Tokens of a text, with those that the tokenizer adds to it or without; a start or end token of the template's is not doubled."""
+        ids = list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+        if not special:
+            return ids
+        starts, ends = (
+            {getattr(self.tokenizer, name) for name in names} - {None}
+            for names in (("bos_token_id", "cls_token_id"), ("eos_token_id", "sep_token_id"))
+        )
+        if len(ids) > 1 and ids[0] == ids[1] and ids[0] in starts:
+            ids = ids[1:]
+        return ids[:-1] if len(ids) > 1 and ids[-1] == ids[-2] and ids[-1] in ends else ids
+
+    def prompt_ids(self, text: str, example: Example) -> list[int]:
+        """Tokens of a filled template.
+
+        Raises:
+            ZOError: there are none.
+        """
+        if ids := self.tokens_of(text):
+            return ids
+        raise ZOError(
+            f"{example.where}: the prompt {text!r} has no tokens; give the row a text, or the template words."
+        )
+
+    @cached_property
+    def fixed_words(self) -> list[list[int]] | None:
+        """Tokens of each label's words, where they are the same in all rows.
+
+        Raises:
+            ZOError: two labels' words are the same tokens, or the tokenizer does not know a word.
+        """
+        if any(map(placeholders, self.task.verbalizers.values())):
+            return None
+        texts = [text.format() for text in self.task.verbalizers.values()]
+        words = self._words(texts, "the task")
+        for text, ids in zip(texts, words, strict=True):
+            if self.tokenizer.unk_token_id in ids:
                 raise ZOError(
-                    f"the label words {filled!r} of label {label!r} have no tokens; choose other verbalizers."
+                    f"the tokenizer does not know all of the label words {text!r}, which become {self.tokenizer.unk_token}; "
+                    "choose other words with --verbalizers."
                 )
-            words.append(ids)
         return words
 
+    def words_of(self, example: Example) -> list[list[int]]:
+        """Tokens of each label's words as they follow the prompt.
+
+        Raises:
+            ZOError: they have none, or two labels the same.
+        """
+        if self.fixed_words is not None:
+            return self.fixed_words
+        return self._words([text.format(**example.fields) for text in self.task.verbalizers.values()], example.where)
+
+    def _words(self, texts: Sequence[str], where: str) -> list[list[int]]:
+        words: dict[tuple[int, ...], str] = {}
+        for label, text in zip(self.task.labels, texts, strict=True):
+            ids = tuple(self.following(text))
+            if not ids:
+                raise ZOError(
+                    f"{where}: the label words {text!r} of label {label!r} have no tokens; choose other verbalizers."
+                )
+            if ids in words:
+                raise ZOError(
+                    f"{where}: the label words {words[ids]!r} and {text!r} are the same tokens to this tokenizer, so that no model can tell "
+                    "these labels apart; choose other verbalizers."
+                )
+            words[ids] = text
+        return [list(ids) for ids in words]
+
     def following(self, text: str) -> list[int]:
-        """Tokens of a text as it follows the prompt."""
-        stem = "a" + self.task.template[len(self.task.template.rstrip()) :]
-        space = "" if stem != "a" else " "
-        before, both = self.tokens_of(stem, special=False), self.tokens_of(stem + space + text, special=False)
-        return both[len(before) :] if both[: len(before)] == before else self.tokens_of(space + text, special=False)
+        """Tokens of a text as it follows the prompt: with a space before it where what precedes it asks for one."""
+        before, after_field = preceding(self.task.template)
+        if self.markup.ends(before):
+            return self.after("", "", text)
+        return self.after(before, space_before("a" + before if after_field else before), text)
+
+    def after(self, before: str, space: str, text: str) -> list[int]:
+        """Tokens of a text behind another and a space, to which it may belong.
+
+        Args:
+            before: the template's letters that precede it.
+            space: what stands between them.
+            text: a row's text, or label words.
+        """
+        text = self.markup.as_letters(text)
+        white = before[len(before.rstrip()) :]
+        stem = "a" + white if white or space else before[-1:]
+        head, both = self.tokens_of(stem, special=False), self.tokens_of(stem + space + text, special=False)
+        return both[len(head) :] if both[: len(head)] == head else self.tokens_of(space + text, special=False)
 
 
 def context_length(model: Any, tokenizer: Any, max_length: int | None) -> int:

@@ -52,9 +52,9 @@ class Causal(Writer):
             own = own.new_zeros(N)
         return torch.arange(S, device=own.device) >= (S - 1 - own).unsqueeze(1)
 
-    def _prompt_ids(self, text: str) -> list[int]:
+    def prompt_ids(self, text: str, example: Example) -> list[int]:
         """Tokens of a prompt, without the end token that some tokenizers append."""
-        ids = self.tokens_of(text)
+        ids = super().prompt_ids(text, example)
         return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
 
     def _hidden(self, model: Any, batch: Batch, positions: int) -> Tensor:
@@ -79,7 +79,7 @@ class CausalScorer(Causal, LabelScorer):
         words = self.words_of(example)
         longest = max(map(len, words))
         text, truncated = self.prompt_text(example, room=longest)
-        prompt = self._prompt_ids(text)
+        prompt = self.prompt_ids(text, example)
         references = (list(self.task.verbalizers.values())[example.label].format(**example.fields),)
         prompts = [prompt] if longest == 1 else [prompt + w for w in words]
         return Encoded(prompts, words, example.label, truncated, references)
@@ -129,11 +129,14 @@ class CausalGenerator(CausalText):
 
     def encode(self, example: Example) -> Encoded:
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
-        whole, most = self.following(example.references[0]) + end, max(self.max_length // 2, 1)
-        target = whole[:most]  # of one that is longer the first tokens are learned
+        whole = self.following(example.references[0]) + end
+        # The row's text gives way to the target; where nothing of it would be left, each takes half.
+        empty = self.tokens_of(self.task.template.format(**dict.fromkeys(example.fields, "")))
+        fits = len(empty) + len(whole) < self.max_length
+        target = whole if fits else whole[: max(self.max_length // 2 - len(end), 1)] + end
         text, truncated = self.prompt_text(example, room=max(len(target), self.task.max_new_tokens))
-        prompts = [self._prompt_ids(text) + target]
-        return Encoded(prompts, [target], truncated=truncated or target != whole, references=example.references)
+        prompts = [self.prompt_ids(text, example) + target]
+        return Encoded(prompts, [target], truncated=truncated, references=example.references, shortened=target != whole)
 
 
 class LanguageModeller(CausalText):
@@ -157,7 +160,8 @@ class LanguageModeller(CausalText):
         return self.encode_all([example])[0]
 
     def encode_all(self, examples: Sequence[Example]) -> list[Encoded]:
-        ids = self.tokens_of("\n".join(text for e in examples for text in e.fields.values()), special=False)
+        lines = (text for e in examples for text in self.letters(e.fields).values())
+        ids = self.tokens_of("\n".join(lines), special=False)
         room = self.max_length - len(self._start)
         blocks = [self._start + ids[i : i + room] for i in range(0, len(ids), room)]
         if blocks and len(blocks[-1]) < 2:

@@ -22,6 +22,18 @@ from zo_opt.tasks.tasks import placeholders
 class LabelScorer(Scorer):
     """How one kind of model scores labels."""
 
+    def notes(self) -> list[str]:
+        """What is to be said of its label words: how many tokens they take, where that costs something."""
+        words = self.fixed_words
+        if words is None or max(map(len, words)) == 1:
+            return []
+        texts = [text.format() for text in self.task.verbalizers.values()]
+        counts = ", ".join(f"{text!r} {len(ids)}" for text, ids in zip(texts, words, strict=True))
+        return [
+            f"label words take several tokens ({counts}): the model runs {len(words)} sequences a row, one a label, in place of one; words of "
+            "one token each are cheaper."
+        ]
+
     @abstractmethod
     def scores(self, model: Any, batch: Batch) -> Tensor:
         """Scores of the labels, float32, shape (B, C)."""
@@ -43,10 +55,13 @@ class LabelScorer(Scorer):
 class ClassificationScorer(LabelScorer):
     """Models with a classification head: the prompt alone, the head's logits as scores."""
 
+    def notes(self) -> list[str]:
+        return []
+
     def encode(self, example: Example) -> Encoded:
         mask = {"mask": self.tokenizer.mask_token or ""} if "mask" in placeholders(self.task.template) else {}
         text, truncated = self.prompt_text(example, room=0, **mask)
-        return Encoded([self.tokens_of(text)], [], example.label, truncated)
+        return Encoded([self.prompt_ids(text, example)], [], example.label, truncated)
 
     def scores(self, model: Any, batch: Batch) -> Tensor:
         logits: Tensor = model(**self.inputs(batch)).logits.float()

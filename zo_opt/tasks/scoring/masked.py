@@ -13,6 +13,7 @@ from zo_opt.errors import ZOError
 from zo_opt.tasks.rows import Example
 from zo_opt.tasks.scoring.base import Batch, Encoded
 from zo_opt.tasks.scoring.labels import LabelScorer, sequence_scores, word_logits
+from zo_opt.tasks.scoring.spelling import preceding
 from zo_opt.tasks.tasks import Task, placeholders
 
 
@@ -25,11 +26,19 @@ class MaskedScorer(LabelScorer):
         super().__init__(model, tokenizer, task, max_length)
         if tokenizer.mask_token_id is None:
             raise ZOError("the tokenizer of this masked model has no mask token; choose another model.")
+        if tokenizer.mask_token in task.template:
+            raise ZOError(
+                f"the template {task.template!r} holds {tokenizer.mask_token}, the token that is predicted; write {{mask}} in its place."
+            )
+
+    def following(self, text: str) -> list[int]:
+        """Tokens of a text in the mask's place."""
+        before, _ = preceding(self.task.template, "mask")
+        before = before if "mask" in placeholders(self.task.template) else before + " "
+        letters = before.rstrip(" ")  # many mask tokens take up the space before them
+        return self.after(letters, before[len(letters) :][:1], text)
 
     def encode(self, example: Example) -> Encoded:
-        # A mask in the text itself would be taken for the label position.
-        clean = {name: text.replace(self.tokenizer.mask_token, "") for name, text in example.fields.items()}
-        example = replace(example, fields=clean)
         words = self.words_of(example)
         longest = max(map(len, words))
         counts = [1] if longest == 1 else [len(w) for w in words]
@@ -45,7 +54,7 @@ class MaskedScorer(LabelScorer):
                     example, room=longest - count + len(self.tokens_of(ending, special=False))
                 )
                 text += ending
-            prompts.append(self.tokens_of(text))
+            prompts.append(self.prompt_ids(text, example))
             cut |= truncated
         return Encoded(prompts, words, example.label, cut)
 

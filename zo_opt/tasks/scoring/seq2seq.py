@@ -21,7 +21,7 @@ class Seq2SeqScorer(LabelScorer):
 
     def encode(self, example: Example) -> Encoded:
         text, truncated = self.prompt_text(example, room=0)
-        return Encoded([self.tokens_of(text)], self.words_of(example), example.label, truncated)
+        return Encoded([self.prompt_ids(text, example)], self.words_of(example), example.label, truncated)
 
     def scores(self, model: Any, batch: Batch) -> Tensor:
         from transformers.modeling_outputs import BaseModelOutput
@@ -50,10 +50,15 @@ class Seq2SeqGenerator(Writer, TextScorer):
 
     def encode(self, example: Example) -> Encoded:
         text, truncated = self.prompt_text(example, room=0)
-        target = self.tokens_of(example.references[0])
-        if len(target) > self.max_length:
-            target, truncated = target[: self.max_length - 1] + target[-1:], True
-        return Encoded([self.tokens_of(text)], [target], truncated=truncated, references=example.references)
+        whole = self.tokens_of(self.markup.as_letters(example.references[0]))
+        target = whole if len(whole) <= self.max_length else whole[: self.max_length - 1] + whole[-1:]
+        return Encoded(
+            [self.prompt_ids(text, example)],
+            [target],
+            truncated=truncated,
+            references=example.references,
+            shortened=target != whole,
+        )
 
     def token_losses(self, model: Any, batch: Batch) -> Tensor:
         targets_BT = batch["words"][:, 0]
