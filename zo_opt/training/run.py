@@ -26,7 +26,9 @@ from zo_opt.training.run_record import config_of, read_record, task_in
 from zo_opt.training.setup import Examples, load_base, load_examples
 from zo_opt.training.writing import Form, Prompt, check_writes, prompt_tokens, write
 
-_NO_RECORD = "this run has no record of its rows, being of an earlier version; which it was trained on is not known for sure."
+_NO_RECORD = (
+    "this run has no record of its rows, being of an earlier version; which it was trained on is not known for sure."
+)
 CHUNK = 1024  # rows that are put into batches of like length together, before the first of them is answered
 
 
