@@ -40,8 +40,8 @@ from zo_opt.record.watch import Watched
 from zo_opt.tasks.rows import column_values, hold_out, make_examples, read_rows
 from zo_opt.tasks.tasks import custom_task
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.evaluate_run import read_config
 from zo_opt.training.parsing import Parser, parse_arguments
+from zo_opt.training.run_record import read_config
 
 SEPARATOR = b"\n=====\n"
 Run = Callable[[bytes, Path], None]

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
         ZOSign,
     )
     from zo_opt.privacy import GaussianPrivacy
+    from zo_opt.training.run import Run, load_run
 
 __version__ = "0.1.0"
 
@@ -78,6 +79,7 @@ __all__ = [
     "MeZO",
     "MeZOSVRG",
     "NonFiniteLossError",
+    "Run",
     "SparseMeZO",
     "SpectralConfig",
     "SubZero",
@@ -93,6 +95,7 @@ __all__ = [
     "ZOSign",
     "get_adapter_model",
     "load_adapter_model",
+    "load_run",
     "lora_plus_groups",
     "set_precision",
     "trainable_parameters",
@@ -104,10 +107,20 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
+    return getattr(importlib.import_module(f"zo_opt.{_where(name)}"), name)
+
+
+def _where(name: str) -> str:
+    """The folder or module of zo_opt that has a name."""
+    if name in ("Run", "load_run"):
+        return "training.run"
     if name == "set_precision":
-        return importlib.import_module("zo_opt.models.precision").set_precision
-    where = "adapters" if name.endswith("Config") or name in _ADAPTERS else "privacy" if "Privacy" in name else "optim"
-    return getattr(importlib.import_module(f"zo_opt.{where}"), name)
-
-
-_ADAPTERS = ("get_adapter_model", "load_adapter_model", "lora_plus_groups", "trainable_parameters")
+        return "models.precision"
+    if name.endswith("Config") or name in (
+        "get_adapter_model",
+        "load_adapter_model",
+        "lora_plus_groups",
+        "trainable_parameters",
+    ):
+        return "adapters"
+    return "privacy" if "Privacy" in name else "optim"

@@ -10,14 +10,14 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
 from zo_opt import __version__
 from zo_opt.choices import did_you_mean
 from zo_opt.errors import NonFiniteLossError, RankError, ZOError
-from zo_opt.training.options import COMPARISONS_OWN, GROUPS, PARTS
+from zo_opt.training.options import COMPARISONS_OWN, GROUPS, PARTS, NonNegativeInt, PositiveFloat, PositiveInt
 from zo_opt.training.parsing import parse_arguments
 from zo_opt.training.sentences import Parser
 from zo_opt.training.stop import InterruptedRunError
@@ -144,7 +144,57 @@ def _add_eval(parser: Parser) -> None:
     parser.add_argument(
         "--precision", type=str | None, help="of the base: mixed, fp32 or auto; the run's own if left out"
     )
+    _add_device(parser)
     _add_trust(parser)
+
+
+def _add_predict(parser: Parser) -> None:
+    parser.add_argument("run_dir", type=Path, help="the run's output_dir")
+    parser.add_argument(
+        "--file", type=Path | None, help="rows with the columns of the run's prompt; labels are not needed"
+    )
+    parser.add_argument("--out", type=Path | None, help="a new .jsonl file; else to the terminal")
+    parser.add_argument(
+        "--batch_size", type=PositiveInt | None, help="rows in a batch; the run's eval_batch_size if not given"
+    )
+    _add_device(parser)
+    _add_trust(parser)
+
+
+def _add_generate(parser: Parser) -> None:
+    parser.add_argument("run_dir", type=Path, help="the run's output_dir")
+    parser.add_argument("--prompt", type=str | None, help="a text")
+    parser.add_argument(
+        "--file",
+        type=Path | None,
+        help="rows with the columns of the run's prompt, or a .txt file of texts, a line each",
+    )
+    parser.add_argument(
+        "--chat", type=bool, default=False, help="a conversation: lines from the terminal, each answered"
+    )
+    parser.add_argument(
+        "--form", type=Literal["run", "chat", "plain"], default="run",
+        help="run: in the run's own prompt; chat: as what a user says, in the tokenizer's chat template; plain: as it is",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path | None, help="a new .jsonl file; else to the terminal, while it is written")
+    parser.add_argument(
+        "--max_new_tokens", type=PositiveInt | None, help="the most tokens written; the task's own, else 64"
+    )
+    parser.add_argument(
+        "--do_sample", type=bool | None, help="draw tokens; else the checkpoint's own way, mostly the likeliest token"
+    )
+    parser.add_argument("--temperature", type=PositiveFloat | None, help="of sampling")
+    parser.add_argument(
+        "--top_p", type=PositiveFloat | None, help="of sampling: from the likeliest tokens of this share"
+    )
+    parser.add_argument("--top_k", type=PositiveInt | None, help="of sampling: from so many of the likeliest tokens")
+    parser.add_argument("--seed", type=NonNegativeInt, default=0, help="of sampling")
+    _add_device(parser)
+    _add_trust(parser)
+
+
+def _add_device(parser: Parser) -> None:
+    parser.add_argument("--device", type=str | None, help="cpu, cuda or auto; the run's if not given")
 
 
 def _add_diagnose(parser: Parser) -> None:
@@ -220,6 +270,16 @@ COMMANDS = {
     ),
     "eval": Command(
         "evaluate a run again, or on other rows", "Evaluate the model that a run of zo-opt train made.", _add_eval
+    ),
+    "predict": Command(
+        "label new rows with a run's model",
+        "The label of each row of a file, with probabilities, by the model that a run of zo-opt train made.",
+        _add_predict,
+    ),
+    "generate": Command(
+        "write with a run's model",
+        "What the model that a run of zo-opt train made writes after a prompt.",
+        _add_generate,
     ),
     "diagnose": Command(
         "find zo_eps, lr and precision before training",

@@ -12,7 +12,7 @@ from zo_opt.errors import ZOError
 from zo_opt.models.quantisation import adopt, quantised_layers
 from zo_opt.record.output import RUN_NAME, output_directory
 from zo_opt.record.progress import Reporter
-from zo_opt.training.evaluate_run import config_of, load_plain_base, load_tuned, read_record
+from zo_opt.training.run_record import config_of, load_plain_base, load_tuned, read_record
 
 FORMS = ("model", "lora")
 

@@ -11,7 +11,7 @@ from zo_opt.models.models import pick_device
 from zo_opt.models.precision import set_precision
 from zo_opt.record.output import RUN_NAME, START_NAME, output_directory
 from zo_opt.record.progress import Reporter
-from zo_opt.training.evaluate_run import config_of, load_plain_base, load_tuned, read_config, read_record
+from zo_opt.training.run_record import config_of, load_plain_base, load_tuned, read_config, read_record
 
 
 def run(options: Namespace, command: str) -> None:

@@ -72,6 +72,21 @@ def make_examples(rows: Sequence[Row], task: Task, source: str) -> list[Example]
     return examples
 
 
+def make_prompts(rows: Sequence[Row], task: Task, source: str) -> list[Example]:
+    """Rows without label or target as examples: what the template shows of them.
+
+    Raises:
+        ZOError: a column that is shown is missing, or holds no text.
+    """
+    prompts = []
+    for number, row in enumerate(rows, start=1):
+        place = f"{source}, row {number}"
+        for column in task.shown_columns():
+            _check_column(row, column, place)
+        prompts.append(Example(task.fields(row, place), references=("",)))
+    return prompts
+
+
 def _make_example(row: Row, task: Task, place: str) -> Example:
     if task.kind == LANGUAGE_MODELLING:
         [name] = placeholders(task.template)  # its text as it is: blank lines and indentation are text too

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from string import Formatter
 from typing import Any, Literal
 
@@ -64,6 +64,31 @@ class Task:
         """Itself: where a function that makes a task will do, so does a task."""
         return self
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for run.json; where its own rows come from is left out."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "source"}
+        return {name: dict(value) if isinstance(value, Mapping) else value for name, value in plain.items()}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Task:
+        """What :meth:`to_dict` gave.
+
+        Raises:
+            ZOError: its template is not well formed; or it holds something else.
+        """
+        for name, kind in (
+            ("template", str),
+            ("verbalizers", dict),
+            ("columns", dict),
+            ("substitutions", dict),
+            ("max_new_tokens", int),
+        ):
+            if not isinstance(plain[name], kind):
+                raise TypeError(f"its {name} is {plain[name]!r}")
+        task = cls(**dict(plain) | {"metrics": tuple(plain["metrics"])})
+        check_template(task.template)
+        return task
+
     @property
     def labels(self) -> list[str]:
         """Label names; a label's number is its position."""
@@ -74,10 +99,14 @@ class Task:
         texts = [self.template, *self.verbalizers.values()]
         return list(dict.fromkeys(name for text in texts for name in placeholders(text) if name != "mask"))
 
+    def shown_columns(self) -> list[str]:
+        """Columns that a row must have for its prompt."""
+        return [self.columns.get(name, name) for name in self.shown()]
+
     def required_columns(self) -> list[str]:
         """Columns that a row must have, that of the label or the target included."""
         asked_for = {CLASSIFICATION: [self.label_column], GENERATION: [self.target_column], LANGUAGE_MODELLING: []}
-        return [self.columns.get(name, name) for name in self.shown()] + asked_for[self.kind]
+        return self.shown_columns() + asked_for[self.kind]
 
     def fields(self, row: Mapping[str, Any], where: str = "this row") -> dict[str, str]:
         """Placeholder -> text for one row.

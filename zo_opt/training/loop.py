@@ -261,17 +261,11 @@ class _Run:
 def _new_record(config: TrainConfig, command: str, tools: Tools, rows: RowRecord) -> dict[str, Any]:
     """What run.json says, and every checkpoint: how the run was made."""
     scorer = tools.train.scorer
-    task = scorer.task
     return {
         "id": uuid.uuid4().hex[:16],
         "command": command,
         "config": config.to_dict(),
-        "resolved": {
-            "precision": tools.precision,
-            "labels": len(task.labels),
-            "task": task.name,
-            "verbalizers": dict(task.verbalizers),
-        }
+        "resolved": {"precision": tools.precision, "labels": len(scorer.task.labels), "task": scorer.task.to_dict()}
         | ({"outputs": scorer.names} if isinstance(scorer, ClassificationScorer) else {}),
         "rows": rows.to_plain(each=False),
         "versions": versions(),

@@ -17,8 +17,8 @@ from zo_opt.record.metrics import Line, read_lines
 from zo_opt.record.output import RUN_NAME, never_begun
 from zo_opt.record.progress import Reporter
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.evaluate_run import config_of, read_record
 from zo_opt.training.parsing import own_code
+from zo_opt.training.run_record import config_of, read_record
 
 # What a resumed run can be told otherwise.
 _ANEW = (

@@ -67,7 +67,7 @@ class Parser(ArgumentParser):
     def let_flags_stand_alone(self) -> None:
         """``--resume`` means ``--resume true``."""
         for action in self._actions:
-            if getattr(action, "_typehint", None) is bool:
+            if getattr(action, "_typehint", None) in (bool, bool | None):
                 action.nargs, action.const = "?", True
 
     def unknown(self, name: str) -> str:

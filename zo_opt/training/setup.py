@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -171,19 +170,6 @@ def load_examples(config: TrainConfig, reporter: Reporter) -> Examples:
     return Examples(task, train, held_out, trained_on)
 
 
-def recorded_task(config: TrainConfig, resolved: Mapping[str, Any]) -> Task | None:
-    """The task of a run on rows of the user's own, from its record; None where the training file is needed to know it.
-
-    Args:
-        config: the run's options.
-        resolved: what its record says of what followed from them.
-    """
-    words = resolved.get("verbalizers")
-    if config.train_file is None or not isinstance(words, dict) or not all(isinstance(w, str) for w in words.values()):
-        return None
-    return _task_for_file(config, None, words if resolved.get("task") == "custom" else {})
-
-
 def load_base(config: TrainConfig, task: Task, reporter: Reporter) -> Base:
     """Load the frozen model in its precision, and what learns the task with it.
 
@@ -267,16 +253,8 @@ def _begin(model: AdapterModel, config: TrainConfig, rows: Prepared) -> None:
     rows.loss(model, rows.batch(first))
 
 
-def _task_for_file(
-    config: TrainConfig, rows: Sequence[data.Row] | None, recorded: Mapping[str, str] = MappingProxyType({})
-) -> Task:
-    """The user's own task if a template or column is named or the built-in columns are not there.
-
-    Args:
-        config: the options.
-        rows: those of the training file; None where it is recorded what they said.
-        recorded: the label words of the user's own task; none of another.
-    """
+def _task_for_file(config: TrainConfig, rows: Sequence[data.Row]) -> Task:
+    """The user's own task if a template or column is named or the built-in columns are not there."""
     if config.target_column is not None:
         own = custom_generation_task(
             text_column=config.text_column, target_column=config.target_column, template=config.template
@@ -290,15 +268,6 @@ def _task_for_file(
             raise ZOError(
                 f"{path} is plain text, which has no labels; add --task {OWN_TEXT} to learn the text, or give a .jsonl, .csv or .tsv file."
             )
-    if rows is None:
-        own = custom_task(
-            list(recorded),
-            text_column=config.text_column,
-            label_column=config.label_column,
-            template=config.template,
-            verbalizers=None,
-        )
-        return replace(own, verbalizers=recorded) if recorded else task
     columns = set(rows[0])
     named = (config.template, config.verbalizers, config.text_column, config.label_column)
     if named == (None, None, "text", "label") and set(task.required_columns()) <= columns:
