@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,9 +13,12 @@ import torch
 from zo_opt.errors import ZOError, reason_of
 from zo_opt.models import builtin
 from zo_opt.models.agreement import decoder_start, padding_id
+from zo_opt.models.gguf_file import lazy_tensors
 from zo_opt.models.load_report import heed_report
 from zo_opt.models.quantisation import quiet
+from zo_opt.models.streaming import read_one_by_one
 from zo_opt.system.checksum import plain_parts
+from zo_opt.system.memory import MappedFiles, pieces
 
 Head = Literal["lm", "classification"]
 HEADS: tuple[str, ...] = get_args(Head)
@@ -27,6 +30,7 @@ def load_model(
     head: str = "lm",
     labels: int = 2,
     trust_remote_code: bool = False,
+    mixed: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> tuple[Any, Any]:
     """A model of transformers and its tokenizer, in evaluation mode, weights in the checkpoint's dtype.
@@ -37,6 +41,7 @@ def load_model(
         head: "lm" (label words; causal, masked or encoder-decoder, by the checkpoint's architecture) or "classification".
         labels: number of classes of a classification head.
         trust_remote_code: let the checkpoint's own Python code run; never the default.
+        mixed: of a GGUF file, whether the base is to be in mixed precision: its matrices are bf16 as they are read then.
         say: told what is fetched.
 
     Raises:
@@ -53,16 +58,27 @@ def load_model(
     options = {"trust_remote_code": trust_remote_code} | file
     try:
         # Of GGUF files transformers draws a progress bar that it cannot be told to leave.
-        with quiet(stderr=bool(file)), torch.random.fork_rng():  # a new head is drawn from the global random state
+        reading = read_one_by_one(narrow=mixed) if file else nullcontext()
+        # A new head is drawn from the global random state.
+        with quiet(stderr=bool(file)), reading, torch.random.fork_rng():
             config = transformers.AutoConfig.from_pretrained(source, **options)
             if file:  # which names no architecture
                 config.architectures = ["ForCausalLM"]
             auto = auto_class(transformers, config, head, name_or_path)
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-            model, loaded = auto.from_pretrained(
-                source, dtype=torch.float32 if file else "auto", use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
-                **options, **({"num_labels": labels} if head == "classification" else {}),
-            )  # fmt: skip
+            loading = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+            if file and head == "classification":
+                config.num_labels = labels
+            if file and (lazy := lazy_tensors(Path(name_or_path), config, auto)) is not None:
+                kind, tensors = lazy
+                model, loaded = kind.from_pretrained(
+                    None, config=config, state_dict=tensors, dtype=torch.float32, **loading
+                )
+            else:
+                model, loaded = auto.from_pretrained(
+                    source, dtype=torch.float32 if file else "auto", use_safetensors=True, **loading, **options,
+                    **({"num_labels": labels} if head == "classification" else {}),
+                )  # fmt: skip
     except (ZOError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of damaged files their readers raise whatever they come upon; tokenizers an Exception
@@ -77,8 +93,9 @@ def load_model(
         model.config._name_or_path = name_or_path
     heed_report(loaded, model, head, config, name_or_path, say)
     _draw_new_weights(model, sorted(loaded["missing_keys"]))
+    files = MappedFiles()
     for name, parameter in model.named_parameters():
-        if not all(_is_finite(part) for _, part in plain_parts(name, parameter)):
+        if not all(_is_finite(part, files) for _, part in plain_parts(name, parameter)):
             raise ZOError(f"model {name_or_path!r} holds NaN or infinity in {name!r}; load sound weights.")
     if head == "classification":
         _complete(transformers, model, tokenizer, source)
@@ -111,14 +128,20 @@ def _source(name_or_path: str, say: Callable[[str], None]) -> tuple[str, dict[st
     return name_or_path, {}
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all entries are numbers; those of eight bits, which torch cannot be asked about, are widened.
+def _is_finite(tensor: torch.Tensor, files: MappedFiles) -> bool:
+    """Whether all entries are numbers; those of eight bits, which torch cannot be asked about, are widened. A piece at a time.
 
-    >>> _is_finite(torch.ones(2).to(torch.float8_e4m3fn)), _is_finite(torch.tensor([1.0, float("nan")]).to(torch.float8_e5m2))
-    (True, False)
+    >>> _is_finite(torch.ones(2).to(torch.float8_e4m3fn), MappedFiles())
+    True
+    >>> _is_finite(torch.tensor([1.0, float("nan")]).to(torch.float8_e5m2), MappedFiles())
+    False
     """
     narrow = tensor.is_floating_point() and tensor.element_size() == 1
-    return bool((tensor.float() if narrow else tensor).isfinite().all())
+    for piece in pieces(tensor):
+        if not (piece.float() if narrow else piece).isfinite().all():
+            return False
+        files.let_go(piece)
+    return True
 
 
 def classification_heads(model: Any) -> list[str]:

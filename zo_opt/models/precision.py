@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from zo_opt.errors import ZOError
 from zo_opt.models.quantisation import adopt, quantise, quantised_layers
 from zo_opt.system.layers import layer_of
+from zo_opt.system.memory import MappedFiles, pieces
 
 Precision = Literal["auto", "mixed", "fp32"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
@@ -54,8 +55,8 @@ def set_precision(model: nn.Module, precision: str, device: torch.device) -> str
         ZOError: a precision or a quantisation that there is not, or that the model cannot be brought into.
     """
     precision, _, kind = precision.partition(", ")
-    if check_precision(precision) == "auto":
-        precision = "mixed" if bf16_is_fast(device) else "fp32"
+    precision = taken_precision(check_precision(precision), device)
+    files = MappedFiles()
     products = torch.bfloat16 if precision == "mixed" else torch.float32
     adopt(model, products)
     if kind:
@@ -67,15 +68,30 @@ def set_precision(model: nn.Module, precision: str, device: torch.device) -> str
     for name, module in model.named_modules() if precision == "mixed" else ():
         if type(module) in kinds and module.weight.is_floating_point() and layer_of(name):
             module.__class__ = kinds[type(module)]  # names, hooks and isinstance checks stay as they are
-            module.weight.data = module.weight.data.to(torch.bfloat16)
+            module.weight.data = _converted(module.weight.data, torch.bfloat16, files)
             kept.add(id(module.weight))
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.is_floating_point() and id(tensor) not in kept:
-            # In mixed form a copy lets go of the checkpoint's file, which otherwise stays mapped into memory as a whole.
-            tensor.data = tensor.data.float() if precision == "fp32" else tensor.data.to(torch.float32, copy=True)
+            tensor.data = _converted(tensor.data, torch.float32, files)
     taken = f"{precision}, {kind}" if kind else precision
     model.base_precision = taken  # type: ignore[assignment]  # which adapters are saved with
     return taken
+
+
+def _converted(tensor: Tensor, dtype: torch.dtype, files: MappedFiles) -> Tensor:
+    """A tensor in another dtype, of which and of whose old form no whole second copy is ever resident."""
+    if tensor.dtype == dtype:
+        return tensor
+    new = torch.empty_like(tensor, dtype=dtype)
+    for old, piece in zip(pieces(tensor), pieces(new), strict=True):
+        piece.copy_(old)
+        files.let_go(old)
+    return new
+
+
+def taken_precision(precision: Precision, device: torch.device) -> Precision:
+    """What a precision is on a device: "auto" is mixed where bf16 matrices are multiplied in hardware, else fp32."""
+    return precision if precision != "auto" else "mixed" if bf16_is_fast(device) else "fp32"
 
 
 def check_precision(name: str) -> Precision:

@@ -17,6 +17,7 @@ from zo_opt.adapters.weights import is_quantised
 from zo_opt.errors import ZOError
 from zo_opt.models.quantised_layers import QuantisedEmbedding, QuantisedLinear, bitsandbytes_layers
 from zo_opt.system.layers import layer_of
+from zo_opt.system.memory import MappedFiles, trim
 
 # kind -> the package that it needs
 KINDS = {"int8": "torchao", "int4": "torchao", "bnb-int8": "bitsandbytes", "bnb-nf4": "bitsandbytes"}
@@ -69,10 +70,16 @@ def quantise(model: Any, kind: str, device: torch.device, dtype: torch.dtype) ->
     make = _by_torchao if KINDS[kind] == "torchao" else _by_bitsandbytes
     with quiet(stderr=True):
         try:
-            for name, module in linear.items():
+            files = MappedFiles()
+            for name in list(linear):
+                module = linear.pop(name)
+                old = module.weight.data
                 model.set_submodule(name, make(module.to(device), kind, dtype))
+                files.let_go(old)
+                del module, old
+                trim()
             if KINDS[kind] == "torchao":
-                _quantise_embeddings(model, device, dtype)
+                _quantise_embeddings(model, device, dtype, files)
         except ImportError as error:
             raise ZOError(
                 f"the installed {KINDS[kind]} cannot be used for quantise={kind!r} ({error}); install the version in constraints.txt."
@@ -168,7 +175,7 @@ def _by_bitsandbytes(layer: nn.Linear, kind: str, dtype: torch.dtype) -> nn.Modu
     return made
 
 
-def _quantise_embeddings(model: Any, device: torch.device, dtype: torch.dtype) -> None:
+def _quantise_embeddings(model: Any, device: torch.device, dtype: torch.dtype, files: MappedFiles) -> None:
     """Input embedding and output head in int8: once where the head is the embedding's weight."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if type(embedding) is not nn.Embedding:  # one that scales its rows, say
@@ -176,14 +183,21 @@ def _quantise_embeddings(model: Any, device: torch.device, dtype: torch.dtype) -
 
     def int8(weight: Tensor) -> Any:
         """A few rows at a time: they do not depend on each other, and quantising takes several times their memory."""
-        parts: list[Any] = []
-        for some in weight.detach().split(ROWS):
+        whole: dict[str, Tensor] = {}
+        for start in range(0, len(weight), ROWS):
+            some = weight.detach()[start : start + ROWS]
             carrier = nn.Linear(some.shape[1], some.shape[0], bias=False, device="meta")
             carrier.weight = nn.Parameter(some.to(device, dtype), requires_grad=False)
-            parts.append(_torchao_weight(carrier, "int8"))
-        names, context = parts[0].__tensor_flatten__()
-        whole = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
-        return type(parts[0]).__tensor_unflatten__(whole, context, None, None)
+            part: Any = _torchao_weight(carrier, "int8")
+            files.let_go(some)
+            trim()
+            names, context = part.__tensor_flatten__()
+            for name in names:
+                rows = getattr(part, name)
+                if name not in whole:
+                    whole[name] = rows.new_empty(len(weight), *rows.shape[1:])
+                whole[name][start : start + len(rows)] = rows
+        return type(part).__tensor_unflatten__(whole, context, None, None)
 
     rows, weight = int8(embedding.weight), embedding.weight
     model.set_input_embeddings(QuantisedEmbedding(rows))

@@ -15,7 +15,7 @@ from zo_opt.adapters.kept import KeptForward
 from zo_opt.errors import ZOError
 from zo_opt.models.compilation import compile_layers, running_layers
 from zo_opt.models.models import load_model, pick_device
-from zo_opt.models.precision import set_precision
+from zo_opt.models.precision import set_precision, taken_precision
 from zo_opt.models.quantisation import quantised_layers
 from zo_opt.prompts.store import FILE_NAME, FileStore, MemoryStore
 from zo_opt.record.progress import Reporter
@@ -177,18 +177,18 @@ def load_base(config: TrainConfig, task: Task, reporter: Reporter) -> Base:
         ZOError: it cannot be loaded, or has no head for the task.
     """
     device = pick_device(config.device)
+    # Weights that are trained in place must be the checkpoint's, not rounded ones.
+    taken = "fp32" if config.adapter_name in WHOLE_MODEL else taken_precision(config.precision, device)
     model, tokenizer = load_model(
         config.model_name_or_path,
         head=config.head,
         labels=len(task.labels),
         trust_remote_code=config.trust_remote_code,
+        mixed=taken == "mixed",
         say=reporter.say,
     )
-    # Weights that are trained in place must be the checkpoint's, not rounded ones.
-    precision: str = "fp32" if config.adapter_name in WHOLE_MODEL else config.precision
-    if config.quantise is not None:
-        precision += f", {config.quantise}"
-    precision = set_precision(model, precision, device)
+    form = taken if config.quantise is None else f"{taken}, {config.quantise}"
+    precision = set_precision(model, form, device)
     if config.private and any(getattr(layer, "mixes_rows", False) for layer in quantised_layers(model)):
         raise ZOError(
             f"model {config.model_name_or_path!r} is quantised so that each row is rounded by what the other rows of its batch are, which "
