@@ -32,6 +32,7 @@ class Task:
         target_column: generation: the column of the text to write, or of a list of texts that are all right (the first is learned).
         max_new_tokens: generation: the most tokens that are written in an evaluation.
         metrics: those it reports, the primary one first; all of its kind if empty.
+        conversation: the columns of a conversation, ("messages",) or ("prompt", "completion"); of other tasks none.
         source: a function that gives the rows of a split, "train" or "held_out"; without one, rows come from the user's files.
 
     >>> task = Task("mine", "{text} It was", {"0": "bad", "1": "good"}, source=lambda split: [{"text": "a film", "label": 1}])
@@ -49,6 +50,7 @@ class Task:
     target_column: str = "target"
     max_new_tokens: int = 32
     metrics: tuple[str, ...] = ()
+    conversation: tuple[str, ...] = ()
     source: Callable[[Split], Iterable[dict[str, Any]]] | None = None
 
     def __post_init__(self) -> None:
@@ -82,7 +84,7 @@ class Task:
         ):
             if not isinstance(plain[name], kind):
                 raise TypeError(f"its {name} is {plain[name]!r}")
-        task = cls(**dict(plain) | {"metrics": tuple(plain["metrics"])})
+        task = cls(**dict(plain) | {name: tuple(plain.get(name, ())) for name in ("metrics", "conversation")})
         check_template(task.template)
         return task
 
@@ -102,6 +104,8 @@ class Task:
 
     def required_columns(self) -> list[str]:
         """Columns that a row must have, that of the label or the target included."""
+        if self.conversation:
+            return list(self.conversation)
         asked_for = {CLASSIFICATION: [self.label_column], GENERATION: [self.target_column], LANGUAGE_MODELLING: []}
         return self.shown_columns() + asked_for[self.kind]
 

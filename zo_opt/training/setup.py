@@ -22,11 +22,13 @@ from zo_opt.record.progress import Reporter
 from zo_opt.tasks import builtin
 from zo_opt.tasks import rows as data
 from zo_opt.tasks.builtin import OWN_TEXT, get_task
+from zo_opt.tasks.chat import chat_task
 from zo_opt.tasks.evaluation import Prepared
 from zo_opt.tasks.metrics import CLASSIFICATION, GENERATION, LANGUAGE_MODELLING
 from zo_opt.tasks.objectives import make_objective
 from zo_opt.tasks.rows import Example
 from zo_opt.tasks.scoring import LabelScorer, Scorer, make_scorer
+from zo_opt.tasks.tables import Rows
 from zo_opt.tasks.tasks import (
     Task,
     check_template,
@@ -37,6 +39,7 @@ from zo_opt.tasks.tasks import (
 )
 from zo_opt.training.budget import steps_of
 from zo_opt.training.config import TrainConfig
+from zo_opt.training.given import GivenRows, own_rows
 from zo_opt.training.options import WHOLE_MODEL, FirstOptions
 from zo_opt.training.recipe import Recipe, resolve
 from zo_opt.training.row_record import hashes_of, say_of_held_out, seen
@@ -126,26 +129,25 @@ class Tools:
         store.close(remove=config.prompt_cache_dir is None)
 
 
-def load_examples(config: TrainConfig, reporter: Reporter) -> Examples:
-    """Read and check the rows.
+def load_examples(config: TrainConfig, reporter: Reporter, given: GivenRows | None = None) -> Examples:
+    """Read and check the rows; ``given``: those from Python, where the files are ``IN_PYTHON``.
 
     Raises:
         ZOError: on the first thing wrong with files, columns or labels.
     """
-    if config.train_file is None:
+    if config.rows_name is None:
         task = _with_prompt(get_task(config.task), config)
         _check_kind(config, task)
         train_rows = builtin.task_rows(config.task, reporter.say)
         held_out_rows = builtin.task_rows(config.task, reporter.say, "held_out")
         sources = (f"built-in {config.task}",) * 2
     else:
-        train_rows = data.read_rows(config.train_file)
-        held_out_rows = data.read_rows(config.eval_file) if config.eval_file is not None else []
-        task = _task_for_file(config, train_rows)
+        own = own_rows(config, given)
+        train_rows, held_out_rows, sources = own.train, own.held_out, own.sources
+        task = _task_for_file(config, own.train)
         _check_kind(config, task)
-        sources = (str(config.train_file), str(config.eval_file or config.train_file))
-        if config.eval_file is None and len(train_rows) < 2:
-            raise ZOError(f"{config.train_file} has one row only; give more, or an eval_file.")
+        if not held_out_rows and len(train_rows) < 2:
+            raise ZOError(f"{sources[0]} has one row only; give more, or an eval_file.")
     # Before rows are held out, so that a sentence has the row's number in its file.
     train = data.make_examples(train_rows, task, sources[0])
     held_out = data.make_examples(held_out_rows, task, sources[1])
@@ -232,7 +234,11 @@ def build_tools(config: TrainConfig, examples: Examples, reporter: Reporter) -> 
         if prepared.truncated:
             reporter.say(
                 f"{prepared.truncated} of {len(prepared)} {name} prompts were too long for {scorer.max_length} tokens with what follows them; "
-                "the end of their longest columns was cut, template and label words are whole."
+                + (
+                    "the beginning of the conversation was cut."
+                    if examples.task.conversation
+                    else "the end of their longest columns was cut, template and label words are whole."
+                )
             )
         if prepared.shortened:
             reporter.say(
@@ -241,7 +247,7 @@ def build_tools(config: TrainConfig, examples: Examples, reporter: Reporter) -> 
     return Tools(model, train, held_out, prompts, base.precision, device, recipe, config.steps)
 
 
-def _task_for_file(config: TrainConfig, rows: Sequence[data.Row]) -> Task:
+def _task_for_file(config: TrainConfig, rows: Rows) -> Task:
     """The user's own task if a template or column is named or the built-in columns are not there."""
     if config.target_column is not None:
         own = custom_generation_task(
@@ -260,20 +266,27 @@ def _task_for_file(config: TrainConfig, rows: Sequence[data.Row]) -> Task:
     named = (config.template, config.verbalizers, config.text_column, config.label_column)
     if named == (None, None, "text", "label") and set(task.required_columns()) <= columns:
         return task
+    chat = chat_task(columns) if (*named, config.task) == (None, None, "text", "label", FirstOptions.task) else None
+    if chat is not None:
+        return _with_length(chat, config)
     if config.task != FirstOptions.task:
         raise ZOError(
             f"task={config.task!r} takes rows with the columns {', '.join(task.required_columns())} and has its own prompt and label words; "
             "leave --task out for other rows, a template, verbalizers or columns of your own."
         )
-    labels = data.column_values(rows, config.label_column, str(config.train_file))
+    labels = data.column_values(rows, config.label_column, str(config.rows_name))
     if len(labels) > 100:
         raise ZOError(
             f"column {config.label_column!r} holds {len(labels)} different labels; name the label column with --label_column."
         )
-    return custom_task(
+    own = custom_task(
         labels, text_column=config.text_column, label_column=config.label_column,
         template=config.template, verbalizers=config.verbalizers,
     )  # fmt: skip
+    names = rows.names.get(config.label_column)
+    if names is None or config.verbalizers is not None or labels != [str(i) for i in range(len(names))]:
+        return own
+    return replace(own, verbalizers=dict(zip(labels, names, strict=True)))  # what the table calls its labels
 
 
 def _check_kind(config: TrainConfig, task: Task) -> None:
