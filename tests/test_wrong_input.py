@@ -179,7 +179,7 @@ CASES: dict[str, Case] = {
     "empty csv": (lambda p: {"train_file": p.file("a.csv", "")}, r"a\.csv is empty"),
     "header only": (lambda p: {"train_file": p.file("a.csv", "text,label\n")}, r"a\.csv is empty"),
     "empty eval file": (lambda p: {"eval_file": p.file("a.tsv", "\n")}, r"a\.tsv is empty"),
-    "another kind of file": (lambda p: {"train_file": p.file("a.parquet", "x")}, r"\.jsonl, \.csv or \.tsv"),
+    "another kind of file": (lambda p: {"train_file": p.file("a.xlsx", "x")}, r"\.jsonl, .*\.parquet"),
     "not UTF-8": (lambda p: {"train_file": p.file("a.csv", b"text,label\n\xe9,0\n")}, "UTF-8"),
     "not JSON": (lambda p: {"train_file": p.file("a.jsonl", '{"text": "a", "label": 0}\n{text\n')}, "line 2"),
     "one row": (lambda p: {"train_file": p.rows("a.jsonl", A), "eval_file": None}, "one"),

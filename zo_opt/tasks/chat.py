@@ -64,6 +64,21 @@ def turns_of(row: Mapping[str, Any], conversation: tuple[str, ...], where: str) 
     return turns
 
 
+def asked_of(row: Mapping[str, Any], conversation: tuple[str, ...], where: str) -> list[dict[str, str]]:
+    """The messages of a row up to where the assistant is to speak: an answer that stands there last is left out.
+
+    Raises:
+        ZOError: the row has no such column, or what it holds is no conversation.
+    """
+    column = conversation[0]
+    if column not in row:
+        raise ZOError(f"{where}: there is no column {column!r}; its columns are {', '.join(map(str, row))}.")
+    if column == PROMPT:
+        return messages_of(_side(row[PROMPT], PROMPT, "user", where))
+    turns = _messages(row[MESSAGES], MESSAGES, where, learned=False)
+    return messages_of(turns[:-1] if turns[-1].role == ASSISTANT else turns)
+
+
 def messages_of(turns: Iterable[Turn]) -> list[dict[str, str]]:
     """As chat templates take them."""
     return [{"role": turn.role, "content": turn.content} for turn in turns]

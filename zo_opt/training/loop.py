@@ -35,6 +35,7 @@ from zo_opt.training.regression import regression_accuracy
 from zo_opt.training.resume import keeps_journal, resume, resumed_config
 from zo_opt.training.row_record import RowRecord, check_resumed
 from zo_opt.training.setup import Tools, build_tools, load_examples
+from zo_opt.training.shown import show
 from zo_opt.training.stepper import Stepper
 from zo_opt.training.stop import InterruptedRunError, StopSignals
 from zo_opt.training.summarise import summarise
@@ -79,7 +80,10 @@ def train(
             stepper = Stepper(config, tools, make_privacy(config, tools.train, reporter.say))
             reporter.say(f"{tools.model.trainable_summary()}, frozen base in {tools.precision} on {tools.device.type}")
             if record is None:
-                record = _new_record(config, command, tools, hashes)
+                shown = show(tools.train.scorer, tools.train.encoded[0], private=config.private)
+                for line in shown.lines():
+                    reporter.say(line)
+                record = _new_record(config, command, tools, hashes) | {"shown": shown.to_plain()}
             run = _Run(config, reporter, record, hashes, output_dir, tools, stepper, stop)
             run.prepare()
             return run.finish(), output_dir
