@@ -16,9 +16,10 @@ from zo_opt.system.plain_json import read_object
 from zo_opt.tasks.evaluation import Evaluation, Prepared, evaluate
 from zo_opt.tasks.rows import check_text, make_examples, read_rows
 from zo_opt.training.config import TrainConfig
+from zo_opt.training.examples import Examples, load_examples, recorded_task
 from zo_opt.training.parsing import own_code
 from zo_opt.training.row_record import RowRecord, say_of_held_out
-from zo_opt.training.setup import Examples, load_base, load_examples, recorded_task
+from zo_opt.training.setup import load_base
 
 
 def read_config(run_dir: Path, *, trust_remote_code: bool = False) -> TrainConfig:
