@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import transformers
-from conftest import run_main
+from conftest import make_model, run_main, tokenizer_for
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from zo_opt import ZOError
