@@ -29,12 +29,13 @@ from zo_opt.system.files import write_atomically
 from zo_opt.system.memory import current_memory, peak_memory, readable, reset_peak_memory
 from zo_opt.tasks.evaluation import Evaluation, evaluate
 from zo_opt.training.config import TrainConfig
+from zo_opt.training.examples import load_examples
 from zo_opt.training.given import GivenRows
 from zo_opt.training.private import make_privacy
 from zo_opt.training.regression import regression_accuracy
 from zo_opt.training.resume import keeps_journal, resume, resumed_config
 from zo_opt.training.row_record import RowRecord, check_resumed
-from zo_opt.training.setup import Tools, build_tools, load_examples
+from zo_opt.training.setup import Tools, build_tools
 from zo_opt.training.shown import show
 from zo_opt.training.stepper import Stepper
 from zo_opt.training.stop import InterruptedRunError, StopSignals

@@ -22,11 +22,12 @@ from zo_opt.tasks.scoring import Scorer
 from zo_opt.tasks.tables import Rows, rows_given
 from zo_opt.tasks.tasks import Task
 from zo_opt.training.config import TrainConfig
+from zo_opt.training.examples import Examples, load_examples
 from zo_opt.training.given import GivenRows, given_rows, held_out_apart
 from zo_opt.training.loop import train as run_training
 from zo_opt.training.row_record import RowRecord, say_of_held_out
 from zo_opt.training.run_record import config_of, read_record, task_in
-from zo_opt.training.setup import Examples, load_base, load_examples
+from zo_opt.training.setup import load_base
 from zo_opt.training.writing import Form, Prompt, check_writes, prompt_tokens, write
 
 _NO_RECORD = (
