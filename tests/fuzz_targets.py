@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from odd_tables import odd_tables, read_odd_table
 from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
@@ -416,6 +417,7 @@ TARGETS = {
     "checkpoint": Target(checkpoints, read_checkpoint),
     "metrics": Target(metrics, read_metric_lines),
     "rows": Target(tables, read_table),
+    "tables": Target(odd_tables, read_odd_table),
     "options": Target(option_files, read_options),
     "comparison": Target(comparisons, read_comparison),
 }

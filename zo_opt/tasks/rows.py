@@ -15,10 +15,11 @@ import torch
 
 from zo_opt.errors import ZOError
 from zo_opt.tasks import cells
+from zo_opt.tasks.chat import Turn, turns_of
 from zo_opt.tasks.metrics import GENERATION, LANGUAGE_MODELLING
+from zo_opt.tasks.tables import IN_PYTHON, Row, Rows, hub_name, read_dataset, read_parquet
 from zo_opt.tasks.tasks import Task, placeholders
 
-Row = dict[str, Any]
 T = TypeVar("T")
 
 
@@ -30,19 +31,37 @@ class Example:
     label: int = 0
     references: tuple[str, ...] = ()
     where: str = field(default="this row", compare=False)
+    turns: tuple[Turn, ...] = ()  # of a conversation
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Rows of a .jsonl, .csv or .tsv file (header line first), or the lines of a .txt file as rows with one column "text".
+def read_rows(path: Path, column_names: Sequence[str] | None = None) -> Rows:
+    """Rows of a .jsonl, .json (an array), .csv, .tsv or .parquet file; the lines of a .txt file as rows with one column "text"; or the train
+    split of a data set of the hub, ``org/name``.
+
+    Args:
+        path: the file.
+        column_names: of a .csv or .tsv file without a header line; elsewhere that line has them.
 
     Raises:
         ZOError: the file is missing, empty, of another kind, or a line cannot be read.
     """
+    if path == IN_PYTHON:
+        raise ZOError("the rows were given in Python and are in no file; give them again.")
+    if (name := hub_name(path)) is not None:
+        return read_dataset(name, None, None)
     if not path.is_file():
-        raise ZOError(f"{path} does not exist or is no file; give the path of a .jsonl, .csv or .tsv file.")
+        raise ZOError(
+            f"{path} does not exist or is no file; give the path of a .jsonl, .json, .csv, .tsv or .parquet file, or org/name of the hub."
+        )
+    if column_names is not None and path.suffix not in (".csv", ".tsv"):
+        raise ZOError(
+            f"column_names are of .csv and .tsv files without a header line, and {path} is none; leave them out."
+        )
+    if path.suffix == ".parquet":
+        return read_parquet(path)
     if path.suffix not in _READERS:
         raise ZOError(
-            f"{path} ends in {path.suffix or 'nothing'!r}; give a .jsonl, .csv or .tsv file, or a .txt file as plain text."
+            f"{path} ends in {path.suffix or 'nothing'!r}; give a .jsonl, .json, .csv, .tsv or .parquet file, or a .txt file as plain text."
         )
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -50,11 +69,11 @@ def read_rows(path: Path) -> list[Row]:
         raise ZOError(f"{path} cannot be read ({error}); give a readable file in UTF-8.") from error
     if "\0" in text:
         raise ZOError(f"{path} holds NUL characters, as a file in UTF-16 does; save it in UTF-8.")
-    rows = _READERS[path.suffix](path, text)
+    rows = _READERS[path.suffix](path, text) if column_names is None else _read_table(path, text, column_names)
     if not rows:
         needs = {".txt": "text", ".jsonl": "at least one row"}
         raise ZOError(f"{path} is empty; it needs {needs.get(path.suffix, 'at least one row under its header line')}.")
-    return rows
+    return Rows(rows)
 
 
 def make_examples(rows: Sequence[Row], task: Task, source: str) -> list[Example]:
@@ -83,7 +102,7 @@ def make_prompts(rows: Sequence[Row], task: Task, source: str) -> list[Example]:
         place = f"{source}, row {number}"
         for column in task.shown_columns():
             _check_column(row, column, place)
-        prompts.append(Example(task.fields(row, place), references=("",)))
+        prompts.append(Example(task.fields(row, place), references=("",), where=place))
     return prompts
 
 
@@ -92,6 +111,9 @@ def _make_example(row: Row, task: Task, place: str) -> Example:
         [name] = placeholders(task.template)  # its text as it is: blank lines and indentation are text too
         column = task.columns.get(name, name)
         return Example({name: cells.plain_text_of(row[column], column, place)}, where=place)
+    if task.conversation:
+        turns = turns_of(row, task.conversation, place)
+        return Example({}, references=tuple(t.content for t in turns if t.learned), where=place, turns=turns)
     fields = task.fields(row, place)
     if task.kind == GENERATION:
         references = cells.answers_of(row[task.target_column], task.target_column, place)
@@ -188,12 +210,26 @@ def _repeated(names: Sequence[str]) -> str | None:
     return next((name for name, times in Counter(names).items() if name and times > 1), None)
 
 
-def _read_table(path: Path, text: str) -> list[Row]:
+def _read_array(path: Path, text: str) -> list[Row]:
+    if text.lstrip()[:1] != "[":
+        return _read_jsonl(path, text)  # which many call .json
+    try:
+        rows = json.loads(text, object_pairs_hook=_each_once)
+        json.dumps(rows, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise ZOError(f"{path}: not JSON ({error}); give an array of objects, or one object a line.") from error
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise ZOError(f"{path}, row {number}: a {type(row).__name__}; each row must be one JSON object.")
+    return list(rows)
+
+
+def _read_table(path: Path, text: str, names: Sequence[str] | None = None) -> list[Row]:
     # GLUE's .tsv files hold bare quotation marks; in .csv they delimit fields.
     if path.suffix == ".tsv":
-        reader = csv.DictReader(text.split("\n"), delimiter="\t", quoting=csv.QUOTE_NONE)
+        reader = csv.DictReader(text.split("\n"), names, delimiter="\t", quoting=csv.QUOTE_NONE)
     else:
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        reader = csv.DictReader(io.StringIO(text, newline=""), names, strict=True)
     rows = []
     try:
         if twice := _repeated(reader.fieldnames or []):
@@ -213,4 +249,4 @@ def _read_lines(_path: Path, text: str) -> list[Row]:
     return [{"text": line} for line in text.replace("\r\n", "\n").rstrip("\n").split("\n")] if text.strip() else []
 
 
-_READERS = {".jsonl": _read_jsonl, ".csv": _read_table, ".tsv": _read_table, ".txt": _read_lines}
+_READERS = {".jsonl": _read_jsonl, ".json": _read_array, ".csv": _read_table, ".tsv": _read_table, ".txt": _read_lines}

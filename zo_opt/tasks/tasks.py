@@ -34,6 +34,7 @@ class Task:
         metrics: those it reports, the primary one first; all of its kind if empty.
         numbered: whether a label may be given by its number, which counts the labels in their order: of a user's own rows the order is the
             alphabet's, and a number would mean whatever it happens to.
+        conversation: the columns of a conversation, ("messages",) or ("prompt", "completion"); of other tasks none.
         source: a function that gives the rows of a split, "train" or "held_out"; without one, rows come from the user's files.
 
     >>> task = Task("mine", "{text} It was", {"0": "bad", "1": "good"}, source=lambda split: [{"text": "a film", "label": 1}])
@@ -52,6 +53,7 @@ class Task:
     max_new_tokens: int = 32
     metrics: tuple[str, ...] = ()
     numbered: bool = True
+    conversation: tuple[str, ...] = ()
     source: Callable[[Split], Iterable[dict[str, Any]]] | None = None
 
     def __post_init__(self) -> None:
@@ -85,7 +87,7 @@ class Task:
         ):
             if not isinstance(plain[name], kind):
                 raise TypeError(f"its {name} is {plain[name]!r}")
-        task = cls(**dict(plain) | {"metrics": tuple(plain["metrics"])})
+        task = cls(**dict(plain) | {name: tuple(plain.get(name, ())) for name in ("metrics", "conversation")})
         check_template(task.template)
         return task
 
@@ -105,6 +107,8 @@ class Task:
 
     def required_columns(self) -> list[str]:
         """Columns that a row must have, that of the label or the target included."""
+        if self.conversation:
+            return list(self.conversation)
         asked_for = {CLASSIFICATION: [self.label_column], GENERATION: [self.target_column], LANGUAGE_MODELLING: []}
         return self.shown_columns() + asked_for[self.kind]
 

@@ -144,6 +144,11 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
     # --- what the names stand for ---
 
     @property
+    def rows_name(self) -> str | None:
+        """What the user's own rows are called; None where they are the task's own."""
+        return self.dataset if self.train_file is None else str(self.train_file)
+
+    @property
     def adapter_name(self) -> str:
         """The adapter's name."""
         return split("adapter", self.adapter)[0]

@@ -14,8 +14,9 @@ from zo_opt.errors import ZOError
 from zo_opt.record import checkpoint
 from zo_opt.record.progress import Reporter
 from zo_opt.training.config import TrainConfig
+from zo_opt.training.examples import load_examples
 from zo_opt.training.resume import resumed_config
-from zo_opt.training.setup import Tools, build_tools, load_examples
+from zo_opt.training.setup import Tools, build_tools
 from zo_opt.training.stepper import Stepper
 from zo_opt.training.stop import InterruptedRunError, StopSignals
 

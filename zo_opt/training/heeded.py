@@ -19,7 +19,8 @@ def check_heeded(config: TrainConfig) -> None:
         ZOError: beside another option, nothing does.
     """
     no_privacy = (not config.private, "without privacy_epsilon or privacy_noise; add one of them, or leave it out")
-    no_rows = (config.train_file is None, "without train_file; give both, or neither for the built-in rows")
+    no_rows = (config.rows_name is None, "without train_file; give both, or neither for the built-in rows")
+    no_data_set = (config.dataset is None, "without dataset; give both, or a file's own name")
     unheeded: dict[str, tuple[bool, str]] = {  # option -> whether it is, and what to say then
         "steps": (
             config.budget_forwards is not None and not config.resume,  # a run under way has both
@@ -30,6 +31,16 @@ def check_heeded(config: TrainConfig) -> None:
             f"with queries on activations and objective={config.objective!r}, whose cost only the run shows; give steps",
         ),
         "eval_file": no_rows,
+        "train_file": (config.dataset is not None, "with dataset; leave one out"),
+        "dataset_config": no_data_set,
+        "split": no_data_set,
+        "eval_split": no_data_set
+        if config.dataset is None
+        else (config.eval_file is not None, "with eval_file; leave one out"),
+        "column_names": (
+            config.train_file is None,
+            "without train_file, a .csv or .tsv file that has no header line; leave it out",
+        ),
         "target_column": no_rows,
         "label_column": no_rows,
         "verbalizers": (
@@ -41,8 +52,8 @@ def check_heeded(config: TrainConfig) -> None:
             "with target_column, which makes a task of its own; leave one out",
         ),
         "held_out": (
-            config.eval_file is not None and not config.validation,
-            "with eval_file, whose rows are the held-out ones; leave one out, or add --validation",
+            (config.eval_file or config.eval_split) is not None and not config.validation,
+            f"with {'eval_split' if config.eval_file is None else 'eval_file'}, whose rows are held out; leave one out, or add --validation",
         ),
         "precision": (
             config.precision == "mixed" and config.adapter_name in WHOLE_MODEL,

@@ -30,18 +30,25 @@ from zo_opt.system.memory import current_memory, peak_memory, readable, reset_pe
 from zo_opt.tasks.evaluation import Evaluation, evaluate
 from zo_opt.tasks.scoring import ClassificationScorer
 from zo_opt.training.config import TrainConfig
+from zo_opt.training.examples import load_examples
+from zo_opt.training.given import GivenRows
 from zo_opt.training.private import make_privacy
 from zo_opt.training.regression import regression_accuracy
 from zo_opt.training.resume import keeps_journal, resume, resumed_config
 from zo_opt.training.row_record import RowRecord, check_resumed
-from zo_opt.training.setup import Tools, build_tools, load_examples
+from zo_opt.training.setup import Tools, build_tools
+from zo_opt.training.shown import show
 from zo_opt.training.stepper import Stepper
 from zo_opt.training.stop import InterruptedRunError, StopSignals
 from zo_opt.training.summarise import summarise
 
 
 def train(
-    config: TrainConfig, reporter: Reporter, command: str, given: Collection[str] | None = None
+    config: TrainConfig,
+    reporter: Reporter,
+    command: str,
+    given: Collection[str] | None = None,
+    rows: GivenRows | None = None,
 ) -> tuple[Summary, Path]:
     """One run from options to report; returns what it measured and where it wrote.
 
@@ -50,6 +57,7 @@ def train(
         reporter: told and shown what happens.
         command: the command line, for the record.
         given: of a resumed run: names of the options that were given, as in :func:`~zo_opt.training.resume.resumed_config`.
+        rows: those given in Python, for which ``train_file`` is ``IN_PYTHON``.
 
     Raises:
         ZOError: a mistake in the options or files, or a full disk; what was written before is intact.
@@ -65,17 +73,20 @@ def train(
     unique = config.output_dir is None
     with StopSignals() as stop, output_directory(directory, resume=config.resume, unique=unique) as output_dir:
         try:
-            examples = load_examples(config, reporter)
-            rows = RowRecord.of(examples.task, examples.train, examples.held_out, private=config.private)
+            examples = load_examples(config, reporter, rows)
+            hashes = RowRecord.of(examples.task, examples.train, examples.held_out, private=config.private)
             if record is not None:
-                check_resumed(record, rows, f"the run in {output_dir}", reporter.say)
+                check_resumed(record, hashes, f"the run in {output_dir}", reporter.say)
             tools = build_tools(config, examples, reporter)
             config = replace(config, steps=tools.steps)
             stepper = Stepper(config, tools, make_privacy(config, tools.train, reporter.say))
             reporter.say(f"{tools.model.trainable_summary()}, frozen base in {tools.precision} on {tools.device.type}")
             if record is None:
-                record = _new_record(config, command, tools, rows)
-            run = _Run(config, reporter, record, rows, output_dir, tools, stepper, stop)
+                shown = show(tools.train.scorer, tools.train.encoded[0], private=config.private)
+                for line in shown.lines():
+                    reporter.say(line)
+                record = _new_record(config, command, tools, hashes) | {"shown": shown.to_plain()}
+            run = _Run(config, reporter, record, hashes, output_dir, tools, stepper, stop)
             run.prepare()
             return run.finish(), output_dir
         except KeyboardInterrupt as request:
@@ -274,7 +285,7 @@ def _new_record(config: TrainConfig, command: str, tools: Tools, rows: RowRecord
 
 
 def _default_directory(config: TrainConfig) -> Path:
-    task = config.task if config.train_file is None else config.train_file.stem
+    task = config.task if config.rows_name is None else Path(config.rows_name).stem.replace(" ", "-")
     return Path("runs") / f"{task}-{config.optimizer_name}-{_now().replace(':', '')}"
 
 

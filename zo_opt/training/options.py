@@ -28,7 +28,7 @@ class FirstOptions:
         task: a built-in task (docs/tasks.md): labels (sst2, rte, cb, boolq, copa, mrpc, piqa), generation (arithmetic, nq_open, sciq) or
             language modelling (sciq-text; lm: on your own --train_file); or module:name, your own. Its prompt is used for
             --train_file too unless --template is given.
-        train_file: your own rows, .jsonl, .csv or .tsv; for language modelling also .txt.
+        train_file: your own rows, .jsonl, .json, .csv, .tsv or .parquet, or org/name of a data set of the hub; for language modelling also .txt.
         eval_file: held-out rows; without it some training rows are held out.
         template: prompt with columns in braces, such as "{text} It was".
         verbalizers: label words, as "label=word,label=word" or in the labels' sorted order "word,word".
@@ -59,6 +59,11 @@ class RowOptions:
     """Rows and what is learned of them.
 
     Args:
+        dataset: in place of train_file: a data set of the hub, org/name, or a directory that save_to_disk of datasets wrote.
+        dataset_config: its configuration, where it has several.
+        split: its rows to train on: train if not given; "train[:1000]" and the like, too.
+        eval_split: its rows to hold out, such as validation; without it, and without eval_file, some training rows are held out.
+        column_names: of a .csv or .tsv file without a header line, as "text,label".
         text_column: the column that {text} in the template stands for.
         label_column: the column of the label.
         target_column: the column of the text to write: makes your own rows a generation task.
@@ -74,6 +79,11 @@ class RowOptions:
         batch_order: shuffled, or balanced (classes take turns).
     """
 
+    dataset: str | None = None
+    dataset_config: str | None = None
+    split: str | None = None
+    eval_split: str | None = None
+    column_names: str | None = None
     text_column: str = "text"
     label_column: str = "label"
     target_column: str | None = None

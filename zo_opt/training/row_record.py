@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from zo_opt.errors import ZOError
@@ -128,7 +128,10 @@ def hashes_of(examples: Sequence[Example], task: Task) -> list[str]:
     """The hash of each row."""
     names: Sequence[str] = task.labels or [""]
     return [
-        checksum([json.dumps([sorted(e.fields.items()), names[e.label], e.references]).encode()], DIGITS)
+        checksum(
+            [json.dumps([sorted(e.fields.items()), names[e.label], e.references, *map(astuple, e.turns)]).encode()],
+            DIGITS,
+        )
         for e in examples
     ]
 
@@ -136,7 +139,9 @@ def hashes_of(examples: Sequence[Example], task: Task) -> list[str]:
 def seen(examples: Sequence[Example], task: Task, trained: set[str]) -> int:
     """How many rows are among those trained on; blank lines of running text are not counted."""
     found = zip(examples, hashes_of(examples, task), strict=True)
-    return sum(row in trained and any(text.strip() for text in e.fields.values()) for e, row in found)
+    return sum(
+        row in trained and (bool(e.turns) or any(text.strip() for text in e.fields.values())) for e, row in found
+    )
 
 
 def say_of_held_out(rows: int, trained_on: int | None, say: Callable[[str], None]) -> None:

@@ -18,14 +18,18 @@ from zo_opt.record.progress import Reporter
 from zo_opt.tasks.evaluation import Evaluation, Prepared, evaluate
 from zo_opt.tasks.metrics import CLASSIFICATION
 from zo_opt.tasks.padding import try_padding
-from zo_opt.tasks.rows import Example, Row, check_text, make_examples, make_prompts, read_rows
+from zo_opt.tasks.rows import Example, check_text, make_examples, make_prompts, read_rows
 from zo_opt.tasks.scoring import Scorer
+from zo_opt.tasks.tables import Rows, rows_given
 from zo_opt.tasks.tasks import Task
 from zo_opt.training.config import TrainConfig
+from zo_opt.training.examples import Examples, load_examples
+from zo_opt.training.given import GivenRows, given_rows, held_out_apart
+from zo_opt.training.loop import train as run_training
 from zo_opt.training.options import WHOLE_MODEL
 from zo_opt.training.row_record import RowRecord, say_of_held_out
 from zo_opt.training.run_record import config_of, load_tuned, read_record, task_in
-from zo_opt.training.setup import Examples, load_base, load_examples
+from zo_opt.training.setup import load_base
 from zo_opt.training.writing import Form, Prompt, check_writes, prompt_tokens, write
 
 _NO_RECORD = (
@@ -61,6 +65,7 @@ class Run:
         zero_shot: leave the adapter out.
         trust_remote_code: let the base model's own Python code run, whatever the run was started with.
         reporter: told what happens; nobody if None.
+        given: the rows of a run on rows from Python.
 
     Attributes:
         config: the run's options.
@@ -76,9 +81,9 @@ class Run:
 
     def __init__(
         self, directory: str | Path, *, device: str | None = None, precision: str | None = None, zero_shot: bool = False,
-        trust_remote_code: bool = False, reporter: Reporter | None = None,
+        trust_remote_code: bool = False, reporter: Reporter | None = None, given: GivenRows | None = None,
     ) -> None:  # fmt: skip
-        self.directory = Path(directory)
+        self.directory, self._given = Path(directory), given
         self.reporter = reporter if reporter is not None else Reporter(Console(quiet=True))
         record, path = read_record(self.directory), self.directory / RUN_NAME
         config = config_of(record, path, trust_remote_code=trust_remote_code)
@@ -108,13 +113,14 @@ class Run:
 
     @cached_property
     def _own_examples(self) -> Examples:
-        return load_examples(self.config, self.reporter)
+        return load_examples(self.config, self.reporter, self._given)
 
-    def predict(self, rows: Sequence[Row] | str | Path, *, batch_size: int | None = None) -> list[Prediction]:
+    def predict(self, rows: Any, *, batch_size: int | None = None) -> list[Prediction]:
         """The label of each row, with probabilities.
 
         Args:
-            rows: rows with the columns that the run's template shows, or a file of them; a label in them is not looked at.
+            rows: rows with the columns that the run's template shows (a list of mappings or a ``datasets.Dataset``), or a file of them; a
+                label in them is not looked at.
             batch_size: rows in a batch; the run's ``eval_batch_size`` if None.
 
         Raises:
@@ -123,7 +129,7 @@ class Run:
         return list(self.predictions(rows, batch_size=batch_size))
 
     def predictions(
-        self, rows: Sequence[Row] | str | Path, *, batch_size: int | None = None, source: str | None = None
+        self, rows: Any, *, batch_size: int | None = None, source: str | None = None
     ) -> Iterator[Prediction]:
         """As :meth:`predict`, one after the other, while they are made; all rows are checked before the first is answered.
 
@@ -177,7 +183,7 @@ class Run:
             written.append(str(self.tokenizer.decode(new, skip_special_tokens=True)))
         return written
 
-    def evaluate(self, rows: Sequence[Row] | str | Path | None = None) -> Evaluation:
+    def evaluate(self, rows: Any | None = None) -> Evaluation:
         """Metrics and loss on the run's held-out rows, or on others with its columns.
 
         Raises:
@@ -200,10 +206,8 @@ class Run:
 
     def _own_held_out(self) -> tuple[Sequence[Example], int | None]:
         """The run's held-out rows, and how many of them it was trained on; training rows are read only where they were cut from these."""
-        if self.config.eval_file is None or self.config.validation:
-            examples = self._own_examples.held_out
-        else:
-            examples = make_examples(read_rows(self.config.eval_file), self.task, str(self.config.eval_file))
+        apart = None if self.config.validation else held_out_apart(self.config, self._given)
+        examples = self._own_examples.held_out if apart is None else make_examples(apart[0], self.task, apart[1])
         if self.rows is None:
             self.reporter.say(_NO_RECORD)
             return examples, None
@@ -211,7 +215,7 @@ class Run:
         self.rows.check(now, "this run", training=False)
         return examples, self.rows.trained_on
 
-    def _others(self, rows: Sequence[Row] | str | Path) -> tuple[Sequence[Example], int | None]:
+    def _others(self, rows: Any) -> tuple[Sequence[Example], int | None]:
         read, source = rows_of(rows)
         examples = make_examples(read, self.task, source)
         check_text(examples, self.task, source)
@@ -238,8 +242,33 @@ def load_run(
     return Run(directory, device=device, precision=precision, zero_shot=zero_shot, trust_remote_code=trust_remote_code)
 
 
-def rows_of(rows: Sequence[Row] | str | Path) -> tuple[Sequence[Row], str]:
+def train(rows: Any = None, eval_rows: Any = None, *, quiet: bool = False, **options: Any) -> Run:
+    """Tune a model, as ``zo-opt train`` does, and give the run.
+
+    Args:
+        rows: what to learn: a list of mappings from columns to values, a ``datasets.Dataset``, or a file; the task's own rows if None.
+        eval_rows: held-out rows, likewise; some of the others are held out if None.
+        quiet: say nothing.
+        **options: of :class:`~zo_opt.training.TrainConfig`; those of a part in a mapping, as in ``adapter={"name": "lora", "rank": 4}``.
+
+    Raises:
+        ZOError: a mistake in the options or rows.
+        NonFiniteLossError: training failed; the last checkpoint is intact.
+        InterruptedRunError: SIGINT or SIGTERM; a checkpoint was left, unless no step was made yet.
+    """
+    given, named = given_rows(rows, eval_rows)
+    if twice := named.keys() & options.keys():
+        raise ZOError(
+            f"{min(twice)} and {'eval_rows' if 'eval_file' in twice else 'rows'} were both given; leave one out."
+        )
+    config = TrainConfig.from_dict(named | options)
+    reporter = Reporter(Console(quiet=True)) if quiet else Reporter()
+    _, directory = run_training(config, reporter, "zo_opt.train", config.given(), given)
+    return Run(directory, trust_remote_code=config.trust_remote_code, given=given)
+
+
+def rows_of(rows: Any) -> tuple[Rows, str]:
     """Rows, and what they are called in sentences."""
     if isinstance(rows, str | Path):
         return read_rows(Path(rows)), str(rows)
-    return rows, "the rows given"
+    return rows_given(rows, "the rows given"), "the rows given"

@@ -1,9 +1,8 @@
-"""From options to things: task and rows, model with adapters, batches."""
+"""From options and examples to things: model with adapters, scorer, batches."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,39 +18,17 @@ from zo_opt.models.precision import set_precision, taken_precision
 from zo_opt.models.quantisation import quantised_layers
 from zo_opt.prompts.store import FILE_NAME, FileStore, MemoryStore
 from zo_opt.record.progress import Reporter
-from zo_opt.tasks import builtin
-from zo_opt.tasks import rows as data
 from zo_opt.tasks.batches import BatchOrder
-from zo_opt.tasks.builtin import OWN_TEXT, get_task
 from zo_opt.tasks.evaluation import Prepared
-from zo_opt.tasks.metrics import CLASSIFICATION, GENERATION, LANGUAGE_MODELLING
 from zo_opt.tasks.objectives import make_objective
 from zo_opt.tasks.padding import check_shapes, try_padding
-from zo_opt.tasks.rows import Example
 from zo_opt.tasks.scoring import LabelScorer, Scorer, make_scorer
-from zo_opt.tasks.tasks import (
-    Task,
-    check_template,
-    custom_generation_task,
-    custom_task,
-    parse_verbalizers,
-    placeholders,
-)
+from zo_opt.tasks.tasks import Task
 from zo_opt.training.budget import steps_of
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.options import WHOLE_MODEL, FirstOptions
+from zo_opt.training.examples import Examples, load_examples
+from zo_opt.training.options import WHOLE_MODEL
 from zo_opt.training.recipe import Recipe, resolve
-from zo_opt.training.row_record import hashes_of, say_of_held_out, seen
-
-
-@dataclass(frozen=True)
-class Examples:
-    """A task with its training and held-out examples; and how many of the latter are trained on, None where nobody looked."""
-
-    task: Task
-    train: Sequence[Example]
-    held_out: Sequence[Example]
-    trained_on: int | None = 0
 
 
 @dataclass(frozen=True)
@@ -128,48 +105,6 @@ class Tools:
         store.close(remove=config.prompt_cache_dir is None)
 
 
-def load_examples(config: TrainConfig, reporter: Reporter) -> Examples:
-    """Read and check the rows.
-
-    Raises:
-        ZOError: on the first thing wrong with files, columns or labels.
-    """
-    if config.train_file is None:
-        task = _with_prompt(get_task(config.task), config)
-        _check_kind(config, task)
-        train_rows = builtin.task_rows(config.task, reporter.say)
-        held_out_rows = builtin.task_rows(config.task, reporter.say, "held_out")
-        sources = (f"built-in {config.task}",) * 2
-    else:
-        train_rows = data.read_rows(config.train_file)
-        held_out_rows = data.read_rows(config.eval_file) if config.eval_file is not None else []
-        task = _task_for_file(config, train_rows)
-        _check_kind(config, task)
-        sources = (str(config.train_file), str(config.eval_file or config.train_file))
-        if config.eval_file is None and len(train_rows) < 2:
-            raise ZOError(f"{config.train_file} has one row only; give more, or an eval_file.")
-    # Before rows are held out, so that a sentence has the row's number in its file.
-    train = data.make_examples(train_rows, task, sources[0])
-    held_out = data.make_examples(held_out_rows, task, sources[1])
-    last = task.kind == LANGUAGE_MODELLING
-    if not held_out:
-        train, held_out = data.hold_out(train, config.held_out, last=last)
-    if config.validation:
-        if len(train) < 2:
-            raise ZOError("validation needs at least two training rows; give more.")
-        train, held_out = data.hold_out(train, config.held_out, last=last)
-    train = train[: config.max_train_rows] if config.max_train_rows is not None else train
-    if task.kind == CLASSIFICATION and (missing := data.check_classes(train, task, sources[0])):
-        reporter.say(
-            f"no training row has the label{'s' if len(missing) > 1 else ''} {', '.join(missing)}, which the run cannot learn."
-        )
-    for examples, source in ((train, sources[0]), (held_out, sources[1])):
-        data.check_text(examples, task, source)
-    trained_on = None if config.private else seen(held_out, task, set(hashes_of(train, task)))
-    say_of_held_out(len(held_out), trained_on, reporter.say)
-    return Examples(task, train, held_out, trained_on)
-
-
 def load_base(config: TrainConfig, task: Task, reporter: Reporter) -> Base:
     """Load the frozen model in its precision, and what learns the task with it.
 
@@ -236,12 +171,17 @@ def build_tools(config: TrainConfig, examples: Examples, reporter: Reporter) -> 
     for name, prepared in (("training", train), ("held-out", held_out)):
         if prepared.truncated:
             reporter.say(
-                f"{prepared.truncated} of {len(prepared)} {name} prompts were too long for {scorer.max_length} tokens with what follows them; "
-                "the end of their longest columns was cut, template and label words are whole."
+                f"{prepared.truncated} of {len(prepared)} {name} prompts were longer than {scorer.max_length} tokens with what follows them; "
+                + (
+                    "the beginning of the conversation was cut."
+                    if examples.task.conversation
+                    else "the end of their longest columns was cut, template and label words are whole."
+                )
             )
         if prepared.shortened:
             reporter.say(
-                f"{prepared.shortened} of {len(prepared)} {name} targets were too long for {scorer.max_length} tokens; their beginnings are learned."
+                f"{prepared.shortened} of {len(prepared)} {name} targets were longer than {scorer.max_length} tokens have room for; "
+                "their beginnings are learned."
             )
     return Tools(model, train, held_out, prompts, base.precision, device, recipe, config.steps)
 
@@ -253,77 +193,4 @@ def _begin(model: AdapterModel, config: TrainConfig, rows: Prepared) -> None:
     rows.loss(model, rows.batch(first))
 
 
-def _task_for_file(config: TrainConfig, rows: Sequence[data.Row]) -> Task:
-    """The user's own task if a template or column is named or the built-in columns are not there."""
-    if config.target_column is not None:
-        own = custom_generation_task(
-            text_column=config.text_column, target_column=config.target_column, template=config.template
-        )
-        return _with_length(own, config)
-    task = get_task(config.task)
-    if task.kind != CLASSIFICATION:
-        return _with_prompt(task, config)
-    for path in (config.train_file, config.eval_file):
-        if path is not None and path.suffix == ".txt":
-            raise ZOError(
-                f"{path} is plain text, which has no labels; add --task {OWN_TEXT} to learn the text, or give a .jsonl, .csv or .tsv file."
-            )
-    columns = set(rows[0])
-    named = (config.template, config.verbalizers, config.text_column, config.label_column)
-    if named == (None, None, "text", "label") and set(task.required_columns()) <= columns:
-        return task
-    if config.task != FirstOptions.task:
-        raise ZOError(
-            f"task={config.task!r} takes rows with the columns {', '.join(task.required_columns())} and has its own prompt and label words; "
-            "leave --task out for other rows, a template, verbalizers or columns of your own."
-        )
-    labels = data.column_values(rows, config.label_column, str(config.train_file))
-    if len(labels) > 100:
-        raise ZOError(
-            f"column {config.label_column!r} holds {len(labels)} different labels; name the label column with --label_column."
-        )
-    return custom_task(
-        labels, text_column=config.text_column, label_column=config.label_column,
-        template=config.template, verbalizers=config.verbalizers,
-    )  # fmt: skip
-
-
-def _check_kind(config: TrainConfig, task: Task) -> None:
-    """Options that this task has no use for."""
-    if config.text_column != TrainConfig.text_column and "text" not in task.shown():
-        raise ZOError("text_column was given, and the template shows no {text}; put it there, or leave the column out.")
-    if task.kind == CLASSIFICATION:
-        if config.max_new_tokens is not None:
-            raise ZOError(
-                f"max_new_tokens was given, but task {task.name!r} has labels and writes nothing; leave it out."
-            )
-        return
-    if config.head == "classification":
-        raise ZOError(f"head='classification' scores labels, of which a {task.kind} task has none; leave it out.")
-    given = [
-        name for name, unused in (("verbalizers", None), ("label_column", "label")) if getattr(config, name) != unused
-    ]
-    if task.kind == LANGUAGE_MODELLING:
-        given += [name for name in ("template", "target_column", "max_new_tokens") if getattr(config, name) is not None]
-    if given:
-        raise ZOError(f"{given[0]} was given, of which a {task.kind} task makes no use; leave it out.")
-    if config.compile and task.kind == GENERATION:
-        raise ZOError("compiled layers cannot write with a key-value cache; leave --compile out for a generation task.")
-
-
-def _with_length(task: Task, config: TrainConfig) -> Task:
-    return task if config.max_new_tokens is None else replace(task, max_new_tokens=config.max_new_tokens)
-
-
-def _with_prompt(task: Task, config: TrainConfig) -> Task:
-    """A built-in task under the user's template or label words; what is not given stays the task's own."""
-    template = check_template(config.template) if config.template is not None else task.template
-    words = task.verbalizers
-    if config.verbalizers is not None:
-        words = parse_verbalizers(config.verbalizers, task.labels)
-    columns = dict(task.columns)
-    if "text" in placeholders(template) and "text" not in columns:
-        columns["text"] = placeholders(task.template)[0]  # the text of a task with one text column
-    if "text" in placeholders(template) and config.text_column != TrainConfig.text_column:
-        columns["text"] = config.text_column
-    return _with_length(replace(task, template=template, verbalizers=words, columns=columns), config)
+__all__ = ["Base", "Examples", "Tools", "build_tools", "load_base", "load_examples"]

@@ -31,7 +31,7 @@ def summarise(
         model=config.model_name_or_path,
         kind=tools.train.scorer.task.kind,
         metric=after.primary,
-        task=config.task if config.train_file is None else str(config.train_file),
+        task=config.rows_name or config.task,
         optimizer=config.optimizer_name,
         adapter=tools.model.trainable_summary(),
         trainable=trainable,

@@ -9,10 +9,12 @@ import torch
 
 from zo_opt.errors import ZOError, reason_of
 from zo_opt.system.plain_json import is_number
+from zo_opt.tasks.chat import asked_of
 from zo_opt.tasks.metrics import GENERATION, LANGUAGE_MODELLING
 from zo_opt.tasks.rows import make_prompts
-from zo_opt.tasks.scoring import Scorer, Writer
+from zo_opt.tasks.scoring import ChatGenerator, Scorer, Writer
 from zo_opt.tasks.scoring.base import context_length
+from zo_opt.tasks.scoring.chat import rendered
 
 Form = Literal["run", "chat", "plain"]
 FORMS = get_args(Form)
@@ -57,6 +59,13 @@ def prompt_tokens(scorer: Scorer, prompt: Prompt, form: Form, where: str) -> lis
     task = scorer.task
     if isinstance(prompt, Sequence) and not isinstance(prompt, str):
         return chat_tokens(scorer, prompt, where)
+    if form == "run" and isinstance(scorer, ChatGenerator):
+        messages = (
+            [{"role": "user", "content": prompt}]
+            if isinstance(prompt, str)
+            else asked_of(prompt, task.conversation, where)
+        )
+        return scorer.chat_prompt(messages, where)
     if form == "chat":
         return chat_tokens(scorer, [{"role": "user", "content": _text(prompt, form, where)}], where)
     if form == "plain" or task.kind == LANGUAGE_MODELLING:
@@ -82,10 +91,7 @@ def chat_tokens(scorer: Scorer, messages: Sequence[Mapping[str, Any]], where: st
     """
     if not getattr(scorer.tokenizer, "chat_template", None):
         raise ZOError("this model's tokenizer has no chat template; give --form run or plain.")
-    try:
-        text = scorer.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # templates raise what they like
-        raise ZOError(f"{where} does not fit the tokenizer's chat template ({reason_of(error)}).") from error
+    text = rendered(scorer.tokenizer, messages, where, answers=True)
     return scorer.tokens_of(text, special=False)  # the template has them in it
 
 

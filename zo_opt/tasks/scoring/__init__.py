@@ -8,6 +8,7 @@ from zo_opt.errors import ZOError
 from zo_opt.tasks.metrics import CLASSIFICATION, GENERATION, LANGUAGE_MODELLING
 from zo_opt.tasks.scoring.base import Batch, Encoded, Measured, Scorer
 from zo_opt.tasks.scoring.causal import CausalGenerator, CausalScorer, LanguageModeller
+from zo_opt.tasks.scoring.chat import ChatGenerator
 from zo_opt.tasks.scoring.labels import ClassificationScorer, LabelScorer
 from zo_opt.tasks.scoring.masked import MaskedScorer
 from zo_opt.tasks.scoring.seq2seq import Seq2SeqGenerator, Seq2SeqScorer
@@ -44,6 +45,13 @@ def make_scorer(model: Any, tokenizer: Any, task: Task, max_length: int | None =
         ZOError: the model has no head for this kind of task.
     """
     architecture = type(model).__name__
+    if task.conversation:
+        if not architecture.endswith(("ForCausalLM", "LMHeadModel")):
+            raise ZOError(
+                f"{architecture} does not take conversations; load a causal model, or name the columns of a prompt and an answer with "
+                "--text_column and --target_column."
+            )
+        return ChatGenerator(model, tokenizer, task, max_length)
     for ending, kind in SCORERS[task.kind].items():
         if architecture.endswith(ending):
             if "mask" in placeholders(task.template) and kind not in (MaskedScorer, ClassificationScorer):
@@ -54,4 +62,6 @@ def make_scorer(model: Any, tokenizer: Any, task: Task, max_length: int | None =
     raise ZOError(f"{architecture} {_NEEDS[task.kind]}.")
 
 
-__all__ = ["Batch", "ClassificationScorer", "Encoded", "LabelScorer", "Measured", "Scorer", "Writer", "make_scorer"]
+__all__ = [
+    "Batch", "ChatGenerator", "ClassificationScorer", "Encoded", "LabelScorer", "Measured", "Scorer", "Writer", "make_scorer",
+]  # fmt: skip

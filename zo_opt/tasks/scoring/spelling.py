@@ -33,7 +33,7 @@ class Markup:
         self._pattern = re.compile("|".join(found)) if found else None
 
     def as_letters(self, text: str) -> str:
-        """A row's text in which the tokenizer finds no special token: behind the first letter of each stands a space.
+        """A row's text in which the tokenizer finds no special token: behind the first letter of each stands a space (of one letter: another).
 
         >>> from types import SimpleNamespace as Of
         >>> Markup(Of(all_special_tokens=["</s>"], added_tokens_decoder={})).as_letters("good </s> day")
@@ -41,7 +41,7 @@ class Markup:
         """
         if self._pattern is None:
             return text
-        return self._pattern.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+        return self._pattern.sub(lambda found: f"{found[0][0]} {found[0][1:]}" if len(found[0]) > 1 else "\ufffd", text)
 
     def ends(self, text: str) -> bool:
         """Whether a text ends in a special token."""

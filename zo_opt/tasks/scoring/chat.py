@@ -1,0 +1,116 @@
+"""Answers in a conversation, each learned after all that was said before it, in the tokenizer's chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from zo_opt.errors import ZOError, reason_of
+from zo_opt.tasks.chat import MESSAGES, Turn, messages_of
+from zo_opt.tasks.rows import Example
+from zo_opt.tasks.scoring.base import Encoded
+from zo_opt.tasks.scoring.causal import CausalText
+from zo_opt.tasks.tasks import Task
+
+
+class ChatGenerator(CausalText):
+    """Each answer that is learned is a row of its own: its prompt is what ``generate`` gives the model, its target the answer and the token
+    that ends it.
+
+    [choice] So the loss is of the assistant's words alone, and adapters on answers act where they act in generation. Prompt and completion
+    as texts stand as they are where the tokenizer has no chat template.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, task: Task, max_length: int | None = None) -> None:
+        super().__init__(model, tokenizer, task, max_length)
+        self._in_template = bool(getattr(tokenizer, "chat_template", None))
+        if not self._in_template and task.conversation == (MESSAGES,):
+            raise ZOError(
+                "the rows hold messages, and this model's tokenizer has no chat template; give an instruct model, or rows with prompt and "
+                "completion as texts."
+            )
+        ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        self._ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+
+    def encode(self, example: Example) -> Encoded:
+        """The last answer of a conversation."""
+        return self.encode_all([example])[-1]
+
+    def encode_all(self, examples: Sequence[Example]) -> list[Encoded]:
+        return [
+            self._encode(e.turns[:i], turn, e.where)
+            for e in examples
+            for i, turn in enumerate(e.turns)
+            if turn.learned and i > 0
+        ]
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, str]], where: str) -> list[int]:
+        """The tokens of a conversation up to where the assistant is to speak."""
+        if not self._in_template:
+            return self._plain("".join(m["content"] for m in messages))
+        return self.tokens_of(rendered(self.tokenizer, messages, where, answers=True), special=False)
+
+    def _encode(self, before: Sequence[Turn], answer: Turn, where: str) -> Encoded:
+        turns = [replace(turn, content=self.markup.as_letters(turn.content)) for turn in (*before, answer)]
+        prompt, whole = self._tokens(turns, where) if self._in_template else self._plain_tokens(turns)
+        most = max(self.max_length // 2, 1)
+        target = whole[:most]
+        room = self.max_length - max(len(target), min(self.task.max_new_tokens, most))
+        kept = prompt[-room:] if room > 0 else prompt[-1:]
+        return Encoded(
+            [kept + target], [target], truncated=kept != prompt, shortened=target != whole, references=(answer.content,)
+        )
+
+    def _tokens(self, turns: Sequence[Turn], where: str) -> tuple[list[int], list[int]]:
+        """Tokens of the prompt and of the answer with its end, in the chat template."""
+        messages = messages_of(turns)
+        asked = rendered(self.tokenizer, messages[:-1], where, answers=True)
+        said = rendered(self.tokenizer, messages, where, answers=False)
+        if not said.startswith(asked):
+            raise ZOError(
+                f"{where}: this tokenizer's chat template does not write an answer where it asks for one, so that it cannot be learned there; "
+                "give rows with prompt and completion as texts under another model."
+            )
+        prompt, target = self._split(asked, said)
+        end = next((i for i, token in enumerate(target) if token in self._ends), None)
+        if end is not None:  # a template may go on with a line end
+            return prompt, target[: end + 1]
+        return prompt, target + self._end()
+
+    def _plain_tokens(self, turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
+        text = "".join(turn.content for turn in turns[:-1])
+        prompt = self._plain(text)
+        alone = self.tokens_of(text, special=False)
+        whole = self.tokens_of(text + turns[-1].content, special=False)
+        follows = whole[: len(alone)] == alone
+        target = whole[len(alone) :] if follows else self.tokens_of(turns[-1].content, special=False)
+        return prompt, target + self._end()
+
+    def _plain(self, text: str) -> list[int]:
+        """A text as it is, with the start token that the tokenizer gives it and without an end token."""
+        ids = self.tokens_of(text)
+        return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
+
+    def _split(self, before: str, whole: str) -> tuple[list[int], list[int]]:
+        prompt, ids = self.tokens_of(before, special=False), self.tokens_of(whole, special=False)
+        if ids[: len(prompt)] == prompt:
+            return prompt, ids[len(prompt) :]
+        return prompt, self.tokens_of(whole[len(before) :], special=False)
+
+    def _end(self) -> list[int]:
+        return [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+
+
+def rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]], where: str, *, answers: bool) -> str:
+    """A conversation in a tokenizer's chat template; ``answers``: up to where the assistant is to speak.
+
+    Raises:
+        ZOError: the template does not take these messages.
+    """
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=answers, tokenize=False))
+    except Exception as error:  # templates raise what they like
+        raise ZOError(
+            f"{where} does not fit the tokenizer's chat template ({reason_of(error)}); change the order of its messages, or remove it."
+        ) from error
