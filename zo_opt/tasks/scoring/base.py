@@ -141,8 +141,8 @@ class Scorer(ABC):
                 return text, truncated
             if not fields[longest]:
                 raise ZOError(
-                    f"{example.where}: the template and what follows it need {excess} tokens more than the context of {self.max_length}; "
-                    "shorten them or raise max_length."
+                    f"{example.where}: the template alone needs, with what follows it, {excess} tokens more than the context of {self.max_length}; "
+                    "shorten it or raise max_length."
                 )
             fields[longest], truncated = self._cut(fields[longest], excess), True
 
