@@ -522,17 +522,19 @@ def test_an_attack_stays_below_epsilon(batch_size: int, noise: float) -> None:
     assert 0.1 < found <= claimed < 5
 
 
-@pytest.mark.parametrize("fault", ["noise for one query", "too little noise", "no clipping"])
+@pytest.mark.parametrize(
+    "fault", ["a quarter of the noise", "rows clipped at five times the clip"]
+)
 def test_the_attack_finds_noise_that_is_wrong(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     release, clipped = GaussianPrivacy.release, GaussianPrivacy.clipped_sum
 
     def quieter(self: GaussianPrivacy, derivatives: torch.Tensor, step: int, query: int) -> float:
         total = self.clipped_sum(derivatives) / GRID / self.batch_size
-        return total + (release(self, derivatives, step, query) - total) / (4 if fault == "too little noise" else 3)
+        return total + (release(self, derivatives, step, query) - total) / 4
 
-    if fault == "no clipping":
+    if fault.startswith("rows"):
         monkeypatch.setattr(GaussianPrivacy, "clipped_sum", lambda self, d: 5 * clipped(self, d))
     else:
         monkeypatch.setattr(GaussianPrivacy, "release", quieter)
-    found, claimed = attacked(1e-2, 400, noise_multiplier=3.0, examples=4, batch_size=4)
+    found, claimed = attacked(1e-2, 240, noise_multiplier=3.0, examples=4, batch_size=4)
     assert found > claimed
