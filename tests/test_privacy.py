@@ -522,9 +522,7 @@ def test_an_attack_stays_below_epsilon(batch_size: int, noise: float) -> None:
     assert 0.1 < found <= claimed < 5
 
 
-@pytest.mark.parametrize(
-    "fault", ["a quarter of the noise", "rows clipped at five times the clip"]
-)
+@pytest.mark.parametrize("fault", ["a quarter of the noise", "rows clipped at five times the clip"])
 def test_the_attack_finds_noise_that_is_wrong(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     release, clipped = GaussianPrivacy.release, GaussianPrivacy.clipped_sum
 
