@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 # Slow readers get fewer inputs; the sum is above 10^5.
 INPUTS = {
     "adapter": 8000, "peft": 8000, "safetensors": 8000, "journal": 15_000, "raw_journal": 20_000, "run": 10_000, "checkpoint": 4000,
-    "metrics": 20_000, "rows": 20_000, "tables": 100_000, "options": 1500,
+    "metrics": 20_000, "rows": 20_000, "tables": 100_000, "options": 1500, "lines": 10_000,
     "comparison": 6000,
 }  # fmt: skip
 SECONDS, ROOM = 10, 1 << 30  # for an input; of address space beyond what the process has at its start

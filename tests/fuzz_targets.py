@@ -12,7 +12,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,9 @@ from zo_opt.record.watch import Watched
 from zo_opt.tasks.rows import column_values, hold_out, make_examples, read_rows
 from zo_opt.tasks.tasks import custom_task
 from zo_opt.training.config import TrainConfig
+from zo_opt.training.options import GROUPS, PARTS
 from zo_opt.training.parsing import Parser, parse_arguments
+from zo_opt.training.parts import TABLES, own_options
 from zo_opt.training.run_record import read_config
 
 SEPARATOR = b"\n=====\n"
@@ -362,6 +364,31 @@ def read_options(content: bytes, directory: Path) -> None:
     TrainConfig(**parse_arguments(line, lambda: Parser(prog="zo-opt train"))).check()
 
 
+# --- command lines ---
+
+ODD_VALUES = (
+    "", " ", "0", "1", "-1", "2", "16", "1e400", "nan", "-inf", "1e-3", "1.5", "true", "null", "none", "[]", "[0]", "[0.0, 1.0]", "{}", '{"name": "adam"}',
+    "{", "*x", "!!python/object:os.system", "a:b", "os:system", "lora", "tt", "full", "lisa", "mezo", "zo-adam", "adamw", "grzo", "forward-gradient",
+    "adam", "gaussian", "low-rank", "linear", "stepwise", "every-example", "variance", "clip", "split", "batched", "distributed", "data", "2x4",
+    "classification", "generation", "accuracy", "f1", "int4", "disk", "sst2", "arithmetic", "lm", "{text} It was", "0=a,1=b", "\x00", "\ud800", "é" * 9, "9" * 400,
+)  # fmt: skip
+LINE_OPTIONS = [f.name for group in GROUPS for f in fields(group)]
+OWN_OPTIONS = [
+    f"{part}.{option}" for part in PARTS for name in TABLES[part] for option in own_options(part, TABLES[part][name])
+]
+
+
+def read_line(content: bytes, directory: Path) -> None:
+    """A line drawn with the content as seed: some options, of the run and of its parts, with odd values."""
+    rng, line = random.Random(content), []
+    for _ in range(rng.randint(1, 7)):
+        name = rng.choice(LINE_OPTIONS if rng.random() < 0.7 else OWN_OPTIONS)
+        name = name[:-1] if rng.random() < 0.05 else name
+        value = rng.choice(ODD_VALUES)
+        line += [[f"--{name}", value], [f"--{name}={value}"], [f"--{name}"]][rng.choices((0, 1, 2), (8, 3, 1))[0]]
+    TrainConfig(**parse_arguments(line, lambda: Parser(prog="zo-opt train"))).check()
+
+
 # --- a comparison's directory ---
 
 
@@ -419,6 +446,7 @@ TARGETS = {
     "rows": Target(tables, read_table),
     "tables": Target(odd_tables, read_odd_table),
     "options": Target(option_files, read_options),
+    "lines": Target(lambda directory: [b"73", b"140"], read_line),
     "comparison": Target(comparisons, read_comparison),
 }
 

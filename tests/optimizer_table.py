@@ -52,7 +52,7 @@ ROWS = {
     "hizoo": Row(
         partial(twins.hizoo, smoothing=0.05), {"smoothing": 0.05}, forwards=lambda step, queries: 2 * queries + 1
     ),
-    "lozo": Row(partial(twins.lozo, rank=2), {"rank": 2, "interval": 7}, {"directions": LowRank(2, 7)}),
+    "lozo": Row(twins.mezo, {"rank": 2, "interval": 7}, {"directions": LowRank(2, 7)}),
     "subzero": Row(twins.mezo, {"rank": 3, "interval": 7}, {"directions": Subspace(3, 7)}),
     "fzoo": Row(
         twins.fzoo, {"query_schedule": constant_queries(4)}, {"directions": "rademacher", "queries": FOUR},

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from optimizer_problem import BATCH, COLUMNS, EPS, MATRIX, ROWS_, TOTAL, Model, examples_of, flat, loss_of
 
-from zo_opt.directions import DIRECTIONS, Stream, gaussian, spanned
+from zo_opt.directions import DIRECTIONS, LowRank, Stream, gaussian, spanned
 from zo_opt.optim import agzo as agzo_module
 
 RANGES = ((0, MATRIX), (MATRIX, TOTAL))  # the parameters
@@ -42,6 +42,11 @@ class Setting:
     def z(self, step, query):
         shapes = ((ROWS_, COLUMNS), (ROWS_,))
         return self.directions.draw(Stream(self.seed, step, query), shapes, 0, TOTAL, torch.device("cpu")).tolist()
+
+    def moved(self, z):
+        """z over the variance of its entries; of LOZO's U V^T that is r."""
+        r = self.directions.rank if isinstance(self.directions, LowRank) else 1
+        return [x / r if i < MATRIX else x for i, x in enumerate(z)]
 
     def _weights(self, theta):
         theta = torch.tensor(theta, dtype=torch.float64)
@@ -147,21 +152,11 @@ RULES = {"sgd": sgd, "sign": sign, "momentum": momentum, "adam": adam, "amsgrad"
 
 def mezo(run, steps):
     """g = (L(t + eps z) - L(t - eps z)) / (2 eps); t -= lr * mean_q g_q z_q. With other queries, directions and rules: AdaZeta,
-    SubZero, and ZO-SGD with sign, momentum, Adam."""
+    LOZO (losses at W +- eps U V^T, W -= lr * g * U V^T / r), SubZero, and ZO-SGD with sign, momentum, Adam."""
     theta = run.start
     for k in range(steps):
         zs = [run.z(k, q) for q in range(run.queries(k))]
-        theta = run.after(k, theta, weighted_mean([run.two_sided(theta, z) for z in zs], zs))
-    return theta
-
-
-def lozo(run, steps, rank):
-    """g from losses at W +- eps U V^T (no 1/r), W -= lr * g * U V^T / r; vectors as in MeZO."""
-    theta = run.start
-    for k in range(steps):
-        z = run.z(k, 0)
-        moved = [x / rank if i < MATRIX else x for i, x in enumerate(z)]
-        theta = run.after(k, theta, weighted_mean([run.two_sided(theta, z)], [moved]))
+        theta = run.after(k, theta, weighted_mean([run.two_sided(theta, z) for z in zs], list(map(run.moved, zs))))
     return theta
 
 

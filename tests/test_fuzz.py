@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from zo_opt.record.metrics import read_metrics
 
-EXAMPLES = {"options": 10, "adapter": 25, "peft": 25, "safetensors": 30, "checkpoint": 20}
+EXAMPLES = {"options": 10, "lines": 10, "adapter": 25, "peft": 25, "safetensors": 30, "checkpoint": 20}
 
 
 @pytest.fixture(scope="module")

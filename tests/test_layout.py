@@ -234,7 +234,12 @@ def draws_nothing_from_the_global_random_state(module):
         name = ast.unparse(call.func)
         last = name.rpartition(".")[2]
         draws = (within(name, "torch") and last in DRAWS) or last in DRAWS_IN_PLACE
-        numpys = within(name, "np.random", "numpy.random") and last not in {"default_rng", "Philox"}
+        numpys = within(name, "np.random", "numpy.random") and last not in {
+            "default_rng",
+            "Philox",
+            "get_state",
+            "set_state",
+        }
         if (draws and all(k.arg != "generator" for k in call.keywords)) or name in GLOBAL or numpys:
             yield f"line {call.lineno}: {name}"
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from conftest import run_main
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import brentq
-from scipy.stats import kstest, norm
+from scipy.stats import beta, kstest, norm
 
 from zo_opt import AdaZeta, GaussianPrivacy, MeZO, ZOError
 from zo_opt.adapters.storage import WEIGHTS_NAME
@@ -217,7 +219,7 @@ def test_queries_of_a_step_are_one_release() -> None:
     optimizer = AdaZeta([theta], lr=0.01, query_schedule=constant_queries(3), privacy=(hidden := privacy()))
     optimizer.step(lambda: distances(theta)(ROWS[hidden.batch(0)]))
     assert hidden.spent == {3: 1} and optimizer.last_record is not None
-    assert optimizer.last_record.forwards == 6
+    assert optimizer.last_record.forwards == 7  # one of them to see that the closure is not random
 
 
 def linear_case(**options: Any) -> MeZO:
@@ -229,10 +231,15 @@ def wrong_closure(value: Any) -> None:
     linear_case().step(lambda: value)
 
 
+def sampled(optimizer: MeZO) -> torch.Tensor:
+    assert optimizer.setting.privacy is not None
+    return torch.zeros(len(optimizer.setting.privacy.batch(optimizer.step_count)))
+
+
 def twice() -> None:
     optimizer = linear_case()
-    optimizer.estimate(lambda: torch.zeros(3))
-    optimizer.estimate(lambda: torch.zeros(3))
+    optimizer.estimate(lambda: sampled(optimizer))
+    optimizer.estimate(lambda: sampled(optimizer))
 
 
 def shared() -> None:
@@ -386,3 +393,146 @@ def test_privacy_can_be_given_again_after_a_refused_optimizer() -> None:
     with pytest.raises(ZOError, match="sequential"):
         MeZO([torch.nn.Parameter(torch.zeros(3))], lr=0.1, query_mode="auto", privacy=given)
     MeZO([torch.nn.Parameter(torch.zeros(3))], lr=0.1, privacy=given)
+
+
+# --- batches that were not accounted for ---
+
+
+def test_the_whole_data_in_the_place_of_a_sample() -> None:
+    """Twenty steps on all 1000 rows at the price of one in a hundred: epsilon 28.4, not 0.455."""
+    hidden = GaussianPrivacy(1.0, 1.0, 1000, 10)
+    theta = torch.nn.Parameter(torch.zeros(3))
+    optimizer = MeZO([theta], lr=0.1, privacy=hidden)
+    rows = ROWS.repeat(10, 1)
+    with pytest.raises(ZOError, match=r"step 0 saw 1000 rows without batch\(0\) being asked for"):
+        optimizer.step(distances(theta), rows)
+    with pytest.raises(ZOError, match=rf"saw 1000 rows, and batch\(0\) has {len(hidden.batch(0))}"):
+        optimizer.step(distances(theta), rows)
+    assert torch.equal(theta.detach(), torch.zeros(3)) and hidden.spent == {} and hidden.epsilon(1e-5) == 0
+    assert 28.3 < epsilon_of(1.0, {1: 20}, 1e-5, examples=1000, batch_size=1000) < 28.5
+
+
+WRONG_ROWS: dict[str, Callable[[GaussianPrivacy, int], list[int]]] = {
+    "fixed size": lambda hidden, step: [(20 * step + i) % 100 for i in range(20)],
+    "one row more": lambda hidden, step: [*hidden.batch(step), 0],
+    "rows repeated": lambda hidden, step: 2 * hidden.batch(step),
+    "a micro-batch": lambda hidden, step: hidden.batch(step)[::2],
+    "always the first sample": lambda hidden, step: hidden.batch(0),
+    "those of the next step": lambda hidden, step: hidden.batch(step + 1),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_ROWS)
+def test_other_rows_than_the_sample(wrong: str) -> None:
+    """What cannot be told by its size at once is told within a few steps; nothing of that step is released."""
+    theta, hidden = torch.nn.Parameter(torch.zeros(3)), privacy()
+    optimizer = MeZO([theta], lr=0.03, privacy=hidden)
+    with pytest.raises(ZOError, match=r"privacy: step \d+ saw \d+ rows"):
+        for step in range(20):
+            before, spent = theta.detach().clone(), dict(hidden.spent)
+            optimizer.step(distances(theta), ROWS[WRONG_ROWS[wrong](hidden, step)])
+    assert torch.equal(theta.detach(), before) and hidden.spent == spent
+
+
+def test_what_is_released_anew_is_accounted_for_anew() -> None:
+    """A run that is taken back in its process and goes on otherwise has released both; the same once more tells nothing."""
+    theta, hidden = torch.nn.Parameter(torch.zeros(3)), privacy()
+    optimizer = MeZO([theta], lr=0.03, privacy=hidden)
+    start, weights = optimizer.state_dict(), theta.detach().clone()
+    grads = []
+    for scale, spent in ((1.0, 3), (1.0, 3), (0.5, 6)):
+        theta.data.copy_(weights)
+        optimizer.load_state_dict(start)
+        for step in range(3):
+            rows = ROWS[hidden.batch(step)]
+            optimizer.step(lambda rows=rows, scale=scale: scale * distances(theta)(rows))
+        grads.append(optimizer.last_record.projected_grads)  # type: ignore[union-attr]
+        assert hidden.spent == {1: spent}
+    assert grads[0] == grads[1] != grads[2]
+
+
+def test_copies_and_adaptive_schedules_are_refused() -> None:
+    hidden = privacy()
+    optimizer = MeZO([torch.nn.Parameter(torch.zeros(3))], lr=0.1, privacy=hidden)
+    for thing in (hidden, optimizer):
+        for copied in (copy.deepcopy, copy.copy, pickle.dumps):
+            with pytest.raises(ZOError, match="accounted for once"):
+                copied(thing)
+    with pytest.raises(ZOError, match="cannot depend on what was measured"):
+        MeZO([torch.nn.Parameter(torch.zeros(3))], lr=0.1, privacy=privacy(), query_schedule="variance")
+
+
+# --- an attack ---
+
+
+def clopper_pearson(hits: int, trials: int, confidence: float) -> tuple[float, float]:
+    """Bounds on a probability, each at this confidence."""
+    low = 0.0 if hits == 0 else float(beta.ppf(1 - confidence, hits, trials - hits + 1))
+    return low, 1.0 if hits == trials else float(beta.ppf(confidence, hits + 1, trials - hits))
+
+
+def attacked(delta: float, trials: int, **options: Any) -> tuple[float, float]:
+    """A lower bound on epsilon, from telling runs with one row from runs without it, and the epsilon that is claimed.
+
+    The other rows have no slope, the target's is clipped: the worst case that the account is about. Who attacks knows directions,
+    sampling rate and all releases, and takes the likelihood ratio. Half of the runs choose its threshold, the other half count;
+    each of both error rates is bounded at 99 %, so that the bound holds in 98 % of tests.
+    """
+    scores: dict[bool, list[float]] = {}
+    claimed = 0.0
+    for member in (False, True):
+        scores[member] = []
+        for trial in range(trials):
+            hidden = GaussianPrivacy(clip=1.0, key=f"{member} {trial} and sixteen".encode(), **options)
+            theta = torch.nn.Parameter(torch.zeros(1))
+            optimizer = MeZO(
+                [theta],
+                lr=0.0,
+                directions="rademacher",
+                privacy=hidden,
+                query_schedule={"name": "constant", "queries": 2},
+                seed=1,
+            )
+            rate, sigma, score = hidden.batch_size / hidden.examples, hidden.noise_multiplier, 0.0
+            for step in range(3):
+                slopes = torch.tensor([float(member and row == 0) for row in hidden.batch(step)])
+                optimizer.step(lambda slopes=slopes, theta=theta: 100 * slopes * theta.detach())
+                signs = [float(optimizer.directions_of(step).range(q, 0, 1)) for q in range(2)]
+                sums = np.array(optimizer.last_update.coefficients) * 2 * hidden.batch_size  # type: ignore[union-attr]
+                along = float(sums @ np.array(signs)) / sigma**2 - 2 / (2 * sigma**2)
+                score += math.log(1 - rate + rate * math.exp(min(along, 500))) if rate < 1 else along
+            scores[member].append(score)
+        claimed = hidden.epsilon(delta)
+
+    def bound(first: list[float], second: list[float], threshold: float) -> float:
+        """Epsilon at least, if FPR and TPR of score > threshold are what was counted."""
+        high = clopper_pearson(sum(s > threshold for s in first), len(first), 0.99)[1]
+        low = clopper_pearson(sum(s > threshold for s in second), len(second), 0.99)[0]
+        return math.log((low - delta) / high) if low > delta else 0.0
+
+    half = trials // 2
+    without, with_it = scores[False], scores[True]
+    best = max(sorted(without[:half] + with_it[:half]), key=lambda t: bound(without[:half], with_it[:half], t))
+    return max(0.0, bound(without[half:], with_it[half:], best)), claimed
+
+
+@pytest.mark.parametrize(("batch_size", "noise"), [(4, 2.5), (2, 1.2)], ids=["all rows", "every other"])
+def test_an_attack_stays_below_epsilon(batch_size: int, noise: float) -> None:
+    found, claimed = attacked(1e-2, 400, noise_multiplier=noise, examples=4, batch_size=batch_size)
+    assert 0.1 < found <= claimed < 5
+
+
+@pytest.mark.parametrize("fault", ["a quarter of the noise", "rows clipped at five times the clip"])
+def test_the_attack_finds_noise_that_is_wrong(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    release, clipped = GaussianPrivacy.release, GaussianPrivacy.clipped_sum
+
+    def quieter(self: GaussianPrivacy, derivatives: torch.Tensor, step: int, query: int) -> float:
+        total = self.clipped_sum(derivatives) / GRID / self.batch_size
+        return total + (release(self, derivatives, step, query) - total) / 4
+
+    if fault.startswith("rows"):
+        monkeypatch.setattr(GaussianPrivacy, "clipped_sum", lambda self, d: 5 * clipped(self, d))
+    else:
+        monkeypatch.setattr(GaussianPrivacy, "release", quieter)
+    found, claimed = attacked(1e-2, 240, noise_multiplier=3.0, examples=4, batch_size=4)
+    assert found > claimed

@@ -202,10 +202,10 @@ def subclasses():
     return [nn.Parameter(torch.randn(4, 3).as_subclass(Fancy)), nn.Parameter(torch.randn(5))]
 
 
-ODD = [several_dtypes, overlapping, the_same_memory, shared_between_processes, subclasses]
+ODD = [several_dtypes, shared_between_processes, subclasses]
 
 
-@pytest.mark.parametrize("make", [*ODD, several_devices])
+@pytest.mark.parametrize("make", [*ODD, several_devices, overlapping, the_same_memory])
 def test_what_cannot_be_gathered_is_left_alone(make):
     parameters = make()
     addresses = [p.data_ptr() for p in parameters]

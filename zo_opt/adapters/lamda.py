@@ -107,7 +107,7 @@ class LaMDA(Delta):
 
     def forward(self, x: Tensor) -> Tensor:
         u = F.linear(x, self.lora_A)
-        columns = self.lora_B
+        columns: Tensor = self.lora_B
         if self._kept is not None and not torch.is_grad_enabled():
             # A query that moves frozen columns must not see it: they would add noise to what is learned of the others.
             columns = torch.cat([self._kept.to(columns.device), columns[:, self.frozen :]], dim=1)

@@ -17,8 +17,8 @@ from zo_opt.errors import ZOError
 from zo_opt.estimators.base import Estimate, Estimator
 from zo_opt.estimators.feedback import Feedback, spsa
 from zo_opt.queries.activations import Observed, Sites, sites_of
+from zo_opt.queries.losses import as_scalar, taken
 from zo_opt.queries.modes import Evaluator
-from zo_opt.queries.perturbation import as_scalar
 
 TRIES = 3  # of the scale of shifts, before the first step
 AT_ONCE = 4  # queries in one forward: the same for any number of processes, so that they compute the same bits
@@ -71,7 +71,8 @@ class Activations(Estimator):
                 "queries on activations share queries."
             )
         sites = sites_of(evaluate.module)
-        call = evaluate.closure if evaluate.batch is None else lambda: evaluate.closure(evaluate.batch)
+        closure, batch = evaluate.closure, evaluate.batch
+        call = lambda: taken(closure() if batch is None else closure(batch))  # noqa: E731
         seen = sites.observe(call)
         valid_NT = seen.valid_NT
         if seen.slope_NTH is not None:  # the answer's last token says nothing of the loss

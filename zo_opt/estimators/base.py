@@ -12,6 +12,9 @@ from torch import Tensor
 
 from zo_opt.queries.modes import Evaluator, Losses
 
+# A derivative along a direction beyond this is as good as infinite: its square, times a direction's, must fit in float32 (Adam's state).
+LARGEST = 1e17
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -19,7 +22,8 @@ class Estimate:
 
     Attributes:
         loss: mean loss over the queries with finite losses (nan where there is none).
-        projected_grads: float64, shape (queries,); the derivative along each direction, nan where a loss was not finite.
+        projected_grads: float64, shape (queries,); the derivative along each direction, nan where a loss was not finite or it is beyond
+            ``LARGEST``.
         weights: float64, shape (queries,); the weight of each direction in the mean gradient, ones unless split unevenly.
         forwards: forward passes spent.
         curvatures: float64, shape (queries,): (l+ + l- - 2 l0) / zo_eps^2, the second derivative along each direction; None
@@ -36,9 +40,13 @@ class Estimate:
     gradient: Tensor | None = None
     tokens: int = 0
 
+    def __post_init__(self) -> None:
+        usable = torch.where(self.projected_grads.abs() <= LARGEST, self.projected_grads, torch.nan)
+        object.__setattr__(self, "projected_grads", usable)
+
     @property
     def dropped(self) -> int:
-        """Queries whose losses were not finite."""
+        """Queries whose losses were not finite, or too far apart."""
         return int(self.projected_grads.isnan().sum())
 
 

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zo_opt.errors import ZOError, reason_of
 from zo_opt.estimators.base import Estimate, Estimator, estimate_of
+from zo_opt.queries.losses import taken
 from zo_opt.queries.modes import Evaluator, Losses
 from zo_opt.queries.perturbation import Perturbed
 from zo_opt.queries.substitution import Substitution
@@ -65,7 +66,7 @@ def directional_derivative(perturbed: Perturbed, call: Callable[[], Any], query:
         try:
             # The fused attention kernels have no forward-mode derivative.
             with sdpa_kernel(SDPBackend.MATH), Substitution(trainables.index, dual):
-                loss = call()
+                loss = taken(call())
         except (NotImplementedError, RuntimeError) as error:
             if not any(name in str(error) for name in ("forward AD", "forward mode AD", "forward-mode")):
                 raise
@@ -74,7 +75,7 @@ def directional_derivative(perturbed: Perturbed, call: Callable[[], Any], query:
                 "use an optimizer that needs losses alone, such as MeZO."
             ) from error
         tangent = forward_ad.unpack_dual(loss).tangent if isinstance(loss, Tensor) else None
-        if tangent is None:
+        if tangent is None or not isinstance(loss, Tensor):
             raise ZOError(
                 "the closure's loss carries no derivative; return a tensor that torch functions make from the "
                 "trainables, or use an optimizer that needs losses alone, such as MeZO."

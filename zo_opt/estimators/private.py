@@ -10,7 +10,9 @@ from torch import Tensor
 
 from zo_opt.errors import ZOError
 from zo_opt.estimators.base import Estimate, Estimator
+from zo_opt.estimators.spsa import TwoSided
 from zo_opt.privacy.gaussian import GaussianPrivacy
+from zo_opt.queries.losses import taken
 from zo_opt.queries.modes import Evaluator
 from zo_opt.queries.perturbation import Point
 
@@ -24,7 +26,7 @@ class PrivateTwoSided(Estimator):
         privacy: clips and hides, and keeps the account.
 
     Raises:
-        ZOError: the closure's losses are no vector, or of another length on the other side.
+        ZOError: the closure's losses are no vector, of another length on the other side, or not of the rows that were sampled.
     """
 
     query_modes: ClassVar[tuple[str, ...] | None] = ("sequential",)
@@ -38,7 +40,7 @@ class PrivateTwoSided(Estimator):
         found: list[Tensor] = []
 
         def call() -> float:
-            losses = evaluate.closure() if evaluate.batch is None else evaluate.closure(evaluate.batch)
+            losses = taken(evaluate.closure() if evaluate.batch is None else evaluate.closure(evaluate.batch))
             if not isinstance(losses, Tensor) or losses.ndim != 1:
                 given = (
                     f"a tensor of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
@@ -58,11 +60,8 @@ class PrivateTwoSided(Estimator):
             raise ZOError(
                 "the closure returned losses of different numbers of examples within a step; give it one batch."
             )
-        self.charge(directions.step, queries)
-        grads = [
-            self.privacy.release((up - down) / (2 * zo_eps), directions.step, query)
-            for query, (up, down) in enumerate(zip(losses[::2], losses[1::2], strict=True))
-        ]
+        pairs = zip(losses[::2], losses[1::2], strict=True)
+        grads = self.privacy.release_all([(up - down) / (2 * zo_eps) for up, down in pairs], directions.step)
         ones = torch.ones(queries, dtype=torch.float64)
         return Estimate(float("nan"), torch.tensor(grads, dtype=torch.float64), ones, 2 * queries)
 
@@ -74,3 +73,27 @@ class PrivateTwoSided(Estimator):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.privacy.load_state_dict(state)
+
+
+def made_private(estimator: Estimator, privacy: GaussianPrivacy, schedule: object, *, alone: bool) -> PrivateTwoSided:
+    """What takes the place of an estimator with privacy.
+
+    Args:
+        estimator: the optimizer's.
+        privacy: clips and hides.
+        schedule: of its queries.
+        alone: whether it is evaluated sequentially, in one process, and the rows are seen by nothing else.
+
+    Raises:
+        ZOError: more than clipped two-sided differences would leave a step.
+    """
+    if not alone or type(estimator) is not TwoSided:
+        raise ZOError(
+            "privacy clips each example's two-sided difference: use query_mode='sequential' in one process, no line search, "
+            "and an optimizer that needs no other losses, such as MeZO or AdaZeta."
+        )
+    if getattr(schedule, "reads_measurements", False):
+        raise ZOError(
+            "with privacy the number of queries cannot depend on what was measured; give another query_schedule."
+        )
+    return PrivateTwoSided(privacy)

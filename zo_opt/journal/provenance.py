@@ -19,7 +19,7 @@ from zo_opt.optim.choices import PARTS
 
 # What decides coefficients and not what they do: no part of a replay, where coefficients are given. The key to privacy's noise
 # is among it, which must never be in a journal.
-_DECIDING = ("seed", "zo_eps", "history", "failed_steps", "dropped_queries", "step_control", "estimator")
+_DECIDING = ("seed", "zo_eps", "history", "failed_steps", "dropped_queries", "step_control", "estimator", "choices")
 _TABLES = {part: PARTS[part] for part in ("directions", "update_rule")}  # of the choices, what a replay needs
 _MACHINES: Table[Any] = Table(
     "machine",

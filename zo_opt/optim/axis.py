@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -14,7 +14,7 @@ from zo_opt.optim.choices import Choices, Setting
 from zo_opt.optim.counting import CountingOptimizer, check_finite
 from zo_opt.optim.records import Update
 from zo_opt.optim.slots import Slots
-from zo_opt.queries.trainables import Piece, Trainables
+from zo_opt.queries.trainables import Piece, Trainables, check_parameters
 
 Directed = Mapping[int, StepDirections]  # step -> its directions
 
@@ -50,6 +50,8 @@ class AxisOptimizer(CountingOptimizer):
         if self._trainables is None or not self._trainables.is_current(parameters):
             if not parameters:
                 raise ZOError("no parameter requires grad; give the optimizer trainable_parameters(model).")
+            check_parameters(parameters)
+            self._check_shapes(parameters)
             trainables = Trainables(parameters)
             if not self._checked:
                 check_finite(piece.values for piece in trainables.pieces())
@@ -57,6 +59,17 @@ class AxisOptimizer(CountingOptimizer):
             self._trainables = trainables
             self.forget_axis()
         return self._trainables
+
+    def _check_shapes(self, parameters: Sequence[Tensor]) -> None:
+        """Whether trainables found anew have the shapes in which they were moved: directions and state are of those."""
+        before = (
+            {} if self._trainables is None else dict(zip(self._trainables.index, self._trainables.shapes, strict=True))
+        )
+        for p in parameters:
+            if self.step_count and before.get(id(p), tuple(p.shape)) != tuple(p.shape):
+                raise ZOError(
+                    f"a trainable of shape {before[id(p)]} has shape {tuple(p.shape)} after {self.step_count} steps; make a new optimizer for it."
+                )
 
     def slots(self) -> Slots:
         """The method's and the update rule's tensors of the parameters' shapes."""

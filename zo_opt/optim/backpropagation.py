@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +12,9 @@ from torch.optim import AdamW
 
 from zo_opt.errors import ZOError
 from zo_opt.optim.choices import CHOICES, Method
-from zo_opt.optim.counting import CountingOptimizer, check_finite
+from zo_opt.optim.counting import CountingOptimizer, check_closure, check_finite
 from zo_opt.optim.records import StepRecord
+from zo_opt.queries.losses import taken
 
 FORWARDS_PER_STEP = 3  # a forward pass, and a backward pass that costs as much as two
 
@@ -43,7 +44,7 @@ class Backpropagation(CountingOptimizer, AdamW):
     (True, 300)
     """
 
-    method: ClassVar[Method] = Method(
+    method: Method = Method(
         "adamw", fixes=frozenset(CHOICES) - {"lr", "weight_decay"}, own=("beta1", "beta2", "max_grad_norm")
     )
 
@@ -80,10 +81,20 @@ class Backpropagation(CountingOptimizer, AdamW):
         """
         if closure is None:
             raise ZOError("step() was called without a closure; pass one that returns the loss.")
+        check_closure(closure)
         self.zero_grad()
         with torch.enable_grad():
-            loss = closure(batch)
+            loss = taken(closure(batch))
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            given = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else "a number"
+            raise ZOError(
+                f"the closure returned {given}; return one loss (a scalar tensor), whose gradient is followed."
+            )
         finite = bool(loss.isfinite())
+        if finite and not loss.requires_grad:
+            raise ZOError(
+                "the closure returned a loss without a gradient; make it from the parameters by torch functions, outside of no_grad."
+            )
         if finite:
             loss.backward()
             finite = self._clip()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from operator import index
 from typing import Any
 
 from torch import nn
@@ -64,6 +65,9 @@ class Choices:
     query_mode: QueryMode = "sequential"
 
     def __post_init__(self) -> None:
+        for name in ("lr", "weight_decay", "zo_eps"):
+            if not hasattr(getattr(self, name), "__float__"):  # a text, None
+                raise ZOError(f"{name}={getattr(self, name)!r} is not possible; give a number.")
         for name in ("lr", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ZOError(f"{name}={getattr(self, name)} is not possible; give a finite number of at least 0.")
@@ -144,6 +148,13 @@ class Setting:
     privacy: GaussianPrivacy | None = None
 
     def __post_init__(self) -> None:
+        for name in ("seed", "steps_per_epoch", "max_failed_steps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not hasattr(value, "__index__"):
+                raise ZOError(f"{name}={value!r} is not possible; give a whole number.")
+            object.__setattr__(self, name, index(value))  # of numpy, say
+        if not -(2**63) <= self.seed < 2**64:
+            raise ZOError(f"seed={self.seed} is not possible; give a whole number of at most 64 bits, such as 0.")
         if self.steps_per_epoch < 1:
             raise ZOError(
                 f"steps_per_epoch={self.steps_per_epoch} is not possible; give ceil(examples / batch size), at least 1."

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from zo_opt.errors import NonFiniteLossError, ZOError
+from zo_opt.optim.choices import Method
 from zo_opt.optim.records import StepRecord
 from zo_opt.schedules import History
 
@@ -24,6 +25,22 @@ def check_finite(tensors: Iterable[Tensor]) -> None:
         raise ZOError("a trainable holds NaN or infinity before training; load sound weights first.")
 
 
+def check_closure(closure: object) -> None:
+    """Whether it can be called.
+
+    Raises:
+        ZOError: it is the loss itself, say.
+    """
+    if not callable(closure):
+        raise ZOError(
+            f"a {type(closure).__name__} was given in place of a closure; give what computes the loss, which is asked for at several points: "
+            "step(lambda: model(**batch).loss)."
+        )
+
+
+_WRAPPERS = ("step", "_opt_called", "_zero_grad_profile_name", "_wrapped_by_lr_sched")
+
+
 class CountingOptimizer(Optimizer):
     """A ``torch.optim.Optimizer`` whose ``step`` takes a closure and a batch, and whose state holds all that the next step depends on.
 
@@ -36,6 +53,9 @@ class CountingOptimizer(Optimizer):
         steps_per_epoch: optimizer steps in an epoch.
         max_failed_steps: so many failed steps in a row end the run.
     """
+
+    method: Method = Method("optimizer")
+    axis_state: ClassVar[frozenset[str]] = frozenset()  # names of state that is no parameter's own
 
     def start_counting(self, steps_per_epoch: int, max_failed_steps: int) -> None:
         """Before the first step."""
@@ -73,6 +93,7 @@ class CountingOptimizer(Optimizer):
             "history": asdict(self.history),
             "failed_steps": self.failed_steps,
             "dropped_queries": self.dropped_queries,
+            "choices": self.described(),
         }
 
     def load_progress(self, zo: dict[str, Any]) -> None:
@@ -84,13 +105,59 @@ class CountingOptimizer(Optimizer):
         """torch's state with one more entry, ``"zo"``: everything the next step depends on besides the trainables."""
         return super().state_dict() | {"zo": self.progress()}
 
+    def described(self) -> dict[str, Any]:
+        """What a state must have in common with the optimizer that takes it, as plain values."""
+        return {"method": self.method.name}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where ``state_dict`` was taken, to the same bits.
 
         Raises:
-            ZOError: it was not written by an optimizer of zo_opt.
+            ZOError: it was not written by an optimizer of zo_opt, or by one of other choices or parameters; nothing has changed.
         """
         if "zo" not in state_dict:
             raise ZOError("this state was not written by a zeroth-order optimizer (it has no entry 'zo').")
+        kept = dict(vars(self))
+        try:
+            self.check_state(state_dict)
+            self.take_state(state_dict)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            vars(self).clear()
+            vars(self).update(kept)
+            if isinstance(error, ZOError):
+                raise
+            raise ZOError(f"this state does not fit the optimizer ({type(error).__name__}: {error}).") from error
+
+    def check_state(self, state_dict: dict[str, Any]) -> None:
+        """Whether a state is of an optimizer like this one; states of earlier versions do not say all.
+
+        Raises:
+            ZOError: it is of another.
+        """
+        ours, theirs = self.described(), state_dict["zo"].get("choices", {})
+        for name in theirs:
+            if theirs[name] != ours.get(name):
+                raise ZOError(
+                    f"this state was written with {name}={theirs[name]!r}, and the optimizer has {ours.get(name)!r}; make it with the same."
+                )
+        groups = state_dict["param_groups"]
+        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
+            raise ZOError("this state is of other parameter groups than the optimizer's; give it the same parameters.")
+        packed = [i for group in groups for i in group["params"]]
+        for index, parameter in zip(packed, (p for g in self.param_groups for p in g["params"]), strict=True):
+            for name, tensor in state_dict["state"].get(index, {}).items():
+                if tensor.ndim and name not in self.axis_state and tensor.shape != parameter.shape:
+                    raise ZOError(
+                        f"this state has {name} of shape {tuple(tensor.shape)} for a parameter of shape {tuple(parameter.shape)}; give the "
+                        "optimizer the parameters that it had."
+                    )
+
+    def take_state(self, state_dict: dict[str, Any]) -> None:
+        """Put a checked state in the place of one's own."""
         super().load_state_dict({k: v for k, v in state_dict.items() if k not in ("zo", "memory")})
         self.load_progress(state_dict["zo"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has, pickled or not: as torch's, without hooks and what learning-rate schedulers put around ``step``."""
+        torchs = super().__getstate__()
+        return {k: v for k, v in vars(self).items() if not k.startswith("_optimizer_") and k not in _WRAPPERS} | torchs

@@ -12,12 +12,15 @@ from torch import Tensor
 
 from zo_opt.directions import Stream
 from zo_opt.errors import ZOError
-from zo_opt.estimators import Estimate, TwoSided, combine
-from zo_opt.estimators.private import PrivateTwoSided
-from zo_opt.optim.axis import AxisOptimizer, Directed
+from zo_opt.estimators import Estimate, combine
+from zo_opt.estimators.private import made_private
+from zo_opt.optim.axis import Directed
 from zo_opt.optim.choices import Method
+from zo_opt.optim.counting import check_closure
 from zo_opt.optim.records import StepRecord, Update
+from zo_opt.optim.repeatable import Repeatable
 from zo_opt.optim.rounding import round_into
+from zo_opt.optim.state import KeepsState
 from zo_opt.optim.update_rules import UpdateRule
 from zo_opt.optim.write_grad import WritesGrad
 from zo_opt.queries import modes
@@ -25,10 +28,10 @@ from zo_opt.queries.copies import Limits
 from zo_opt.queries.modes import Evaluator
 from zo_opt.queries.nesting import batch_size
 from zo_opt.queries.perturbation import Perturbed, Transform
-from zo_opt.queries.trainables import Piece
+from zo_opt.queries.trainables import Piece, Trainables
 
 
-class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
+class ZerothOrderOptimizer(WritesGrad, KeepsState):
     """A ``torch.optim.Optimizer`` whose gradients come from forward passes.
 
     Two phases: ``estimate`` perturbs, queries and restores; ``step`` applies the mean of the estimates made since the last step.
@@ -77,13 +80,14 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
                 "query_schedule with it."
             )
         if setting.privacy is not None:
-            alone = self.mode == "sequential" and self.ranks is None and choices.line_search is None
-            if not alone or self.own_estimates or type(choices.estimator) is not TwoSided:
-                raise ZOError(
-                    "privacy clips each example's two-sided difference: use query_mode='sequential' in one process, no line search, "
-                    "and an optimizer that needs no other losses, such as MeZO or AdaZeta."
-                )
-            self.choices = choices = replace(choices, estimator=PrivateTwoSided(setting.privacy))
+            alone = (
+                self.mode == "sequential"
+                and self.ranks is None
+                and choices.line_search is None
+                and not self.own_estimates
+            )
+            estimator = made_private(choices.estimator, setting.privacy, choices.query_schedule, alone=alone)
+            self.choices = choices = replace(choices, estimator=estimator)
         super().__init__(params, {"lr": choices.lr, "weight_decay": choices.weight_decay})
         self.start_counting(setting.steps_per_epoch, setting.max_failed_steps)
         self.start_axis()
@@ -92,6 +96,7 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
         self._control: list[dict[str, float]] = [{} for _ in choices.step_control]
         self.pending: list[tuple[Estimate, Evaluator]] = []
         self._queries, self._limits = 0, Limits()
+        self._repeatable = False  # whether the closure was seen to be
         self.estimator_memory: dict[str, Tensor] = {}  # the estimator's, from step to step
         if setting.privacy is not None:
             setting.privacy.attach()  # last: who is refused has taken nothing into use
@@ -114,7 +119,8 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
         Returns:
             The mean loss over finite queries, a float32 scalar on the CPU (nan where none was finite).
         """
-        trainables = self.trainables()
+        check_closure(closure)
+        trainables = self._trainables_of_step()
         if self.pending and self.choices.estimator.own_closure:
             raise ZOError("with privacy one step() follows each estimate(); evaluate micro-batches within the closure.")
         if not self.pending:  # estimates before one step share their directions, hence their number
@@ -122,12 +128,15 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
             if self.ranks is not None:
                 self.ranks.begin_step(self.step_count, self._in_words(), trainables, batch)
         perturbed = Perturbed(trainables, self.directions_of(self.step_count), self.transform())
+        first = self._first(closure)
         evaluator = Evaluator(
-            perturbed, closure, batch, self.mode, self.setting.module, self.ranks,
+            perturbed, first or closure, batch, self.mode, self.setting.module, self.ranks,
             limits=self._limits, memory=self.estimator_memory,
         )  # fmt: skip
         with self._evaluation_mode():
             estimate = self.estimate_from(evaluator, self._queries)
+        if first is not None:
+            self._repeatable, estimate = True, replace(estimate, forwards=estimate.forwards + first.extra)
         self.pending.append((estimate, evaluator))
         return torch.tensor(estimate.loss)
 
@@ -154,6 +163,7 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
         """From the estimates made since the last step to the update: lost queries, records, step control, line search."""
         if not self.pending:
             raise ZOError("step() was called without an estimate; pass a closure, or call estimate(closure) first.")
+        self._trainables_of_step()
         estimate, evaluators = combine([e for e, _ in self.pending]), [e for _, e in self.pending]
         record = StepRecord(
             self.step_count, self.epoch, estimate.loss, len(estimate.projected_grads), estimate.dropped,
@@ -247,6 +257,8 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
         estimator, search = self.choices.estimator, self.choices.line_search
         split = self.mode == "split"
         cost = estimator.forwards_per_query * queries + estimator.forwards_per_step
+        if step == 0 and self.setting.module is None:
+            cost += 1  # its first point twice
         cost = estimator.forwards_split if split else cost + (estimator.forwards_at_start if step == 0 else 0)
         return cost + (len(search.multipliers) if search is not None else 0)
 
@@ -284,6 +296,31 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
 
     # --- the machine ---
 
+    def _trainables_of_step(self) -> Trainables:
+        """The trainables, which must be those of the estimates made for this step.
+
+        Raises:
+            ZOError: they are others; the estimates are let go.
+        """
+        try:
+            trainables = self.trainables()
+            if self.pending and not self.pending[0][1].perturbed.trainables.same_kinds(trainables.parameters):
+                raise ZOError(
+                    "the trainables are no longer those that this step's estimates were made for (one was frozen, thawed, or is of another "
+                    "shape, dtype or device); these estimates are dropped: estimate anew, then step."
+                )
+        except ZOError:
+            self.pending = []
+            raise
+        return trainables
+
+    def _first(self, closure: Callable[..., Any]) -> Repeatable | None:
+        """The run's first closure, to be seen giving one loss at one point; copies in one forward need a module, whose dropout is off."""
+        given = self.setting.module is not None
+        if self._repeatable or self.step_count or self.choices.estimator.gives_gradient:
+            return None
+        return Repeatable(closure, in_evaluation=given) if self.mode == "sequential" or not given else None
+
     def _in_words(self) -> str:
         """What the processes of a run must agree on at a step."""
         return (
@@ -311,47 +348,3 @@ class ZerothOrderOptimizer(WritesGrad, AxisOptimizer):
         finally:
             for m in training:
                 m.training = True
-
-    # --- state ---
-
-    def progress(self) -> dict[str, Any]:
-        if self.pending:
-            raise ZOError("state_dict() was called between estimate() and step(); call step() first.")
-        return super().progress() | {
-            "seed": self.setting.seed,
-            "zo_eps": self.choices.zo_eps,
-            "updates": self.update_count,
-            "step_control": [dict(memory) for memory in self._control],
-            "estimator": self.choices.estimator.state_dict(),
-        }
-
-    def load_progress(self, zo: dict[str, Any]) -> None:
-        super().load_progress(zo)
-        self.setting = replace(self.setting, seed=int(zo["seed"]))
-        self.choices = replace(self.choices, zo_eps=float(zo["zo_eps"]))
-        self.forget_axis()  # its directions know the seed
-        self.update_count = int(zo["updates"])
-        self._control = [dict(memory) for _, memory in zip(self._control, zo["step_control"], strict=True)]
-        if bool(zo["estimator"]) != bool(self.choices.estimator.state_dict()):
-            raise ZOError(
-                "this state and this optimizer differ in privacy: one has it, the other has not; give it to both."
-            )
-        self.choices.estimator.load_state_dict(zo["estimator"])
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {
-            "memory": {name: tensor.clone() for name, tensor in self.estimator_memory.items()}
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self.estimator_memory = {name: tensor.clone() for name, tensor in state_dict.get("memory", {}).items()}
-        # torch casts state to the parameters' dtype; ours is float32 whatever they are.
-        packed = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for index, parameter in zip(packed, (p for g in self.param_groups for p in g["params"]), strict=True):
-            for name, tensor in state_dict["state"].get(index, {}).items():
-                self.state[parameter][name] = tensor.to(parameter.device, copy=True)
-        self.pending = []
-        self.forget_axis()
-        if self.ranks is not None:
-            self.ranks.compare_anew()

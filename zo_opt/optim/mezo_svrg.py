@@ -14,6 +14,7 @@ from zo_opt.estimators import Estimate, control_variate
 from zo_opt.optim.choices import Method
 from zo_opt.optim.machine import ZerothOrderOptimizer
 from zo_opt.optim.records import Update
+from zo_opt.optim.repeatable import Repeatable
 from zo_opt.queries.modes import Evaluator
 from zo_opt.queries.trainables import Trainables
 
@@ -77,9 +78,9 @@ class MeZOSVRG(ZerothOrderOptimizer):
         if self.pending:  # another micro-batch of a step that does not need it
             done = self.pending[0][0]
             return Estimate(done.loss, done.projected_grads, done.weights, 0)
-        return self.choices.estimator(
-            Evaluator(evaluator.perturbed, self.full_closure, limits=evaluator.limits), queries, zo_eps
-        )
+        closure = evaluator.closure
+        closure = closure.of(self.full_closure) if isinstance(closure, Repeatable) else self.full_closure
+        return self.choices.estimator(Evaluator(evaluator.perturbed, closure, limits=evaluator.limits), queries, zo_eps)
 
     def forwards(self, step: int, queries: int) -> int:
         return super().forwards(step, queries) * (1 if step % self.interval == 0 else 2)

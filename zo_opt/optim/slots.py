@@ -30,6 +30,8 @@ class Slots:
             for parameter in trainables.parameters:
                 if name not in state[parameter]:
                     state[parameter][name] = torch.full(parameter.shape, value, device=parameter.device)
+                elif state[parameter][name].device != parameter.device:  # of a model that was moved
+                    state[parameter][name] = state[parameter][name].to(parameter.device)
             if trainables.flat is not None:
                 buffer = torch.cat([state[p][name].reshape(-1) for p in trainables.parameters])
                 for parameter, part in zip(trainables.parameters, buffer.split(trainables.sizes), strict=True):

@@ -76,7 +76,7 @@ class SparseMeZO(ZerothOrderOptimizer):
     def load_progress(self, zo: dict[str, Any]) -> None:
         super().load_progress(zo)
         parameters = self._all_parameters()
-        self._thresholds |= {parameters[int(i)]: float(t) for i, t in zo["thresholds"].items()}
+        self._thresholds = self._thresholds | {parameters[int(i)]: float(t) for i, t in zo["thresholds"].items()}
         self._trainables = None  # found anew, with these thresholds
 
     def _all_parameters(self) -> list[Tensor]:

@@ -48,6 +48,7 @@ class ZOKalman(ZerothOrderOptimizer):
     method = Method("zo-kalman", {"lr": 1e-4}, frozenset({"line_search"}), ("memory", "noise"))
     own_gradient: ClassVar[bool] = True
     own_arithmetic: ClassVar[bool] = True
+    axis_state: ClassVar[frozenset[str]] = frozenset({"gradient", "covariance"})
     LIMIT: ClassVar[int] = 1 << 13
 
     def __init__(self, params: Iterable[Any], *, memory: float = 0.95, noise: float = 1.0, **options: Any) -> None:

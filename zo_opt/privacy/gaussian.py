@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import shake_256
 from statistics import NormalDist
@@ -70,6 +70,8 @@ class GaussianPrivacy:
     key: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
     spent: dict[int, int] = field(default_factory=dict, init=False)  # queries of a step -> steps that had so many
     _steps: int = field(default=0, init=False, repr=False)
+    _asked: set[int] = field(default_factory=set, init=False, repr=False)  # steps whose sample was asked for
+    _released: dict[int, list[int]] = field(default_factory=dict, init=False, repr=False)  # step -> its sums
     _attached: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -80,6 +82,12 @@ class GaussianPrivacy:
         check_sampling(self.examples, self.batch_size)
         if not isinstance(self.key, bytes) or len(self.key) < 16:
             raise ZOError("privacy: the key must be at least 16 secret bytes; leave it out to have one drawn.")
+
+    def __getstate__(self) -> None:
+        raise ZOError(
+            "a GaussianPrivacy was copied, and what both copies release would be accounted for once; make one for each run, or go on with "
+            "its state_dict()."
+        )
 
     def attach(self) -> None:
         """Take into use by an optimizer.
@@ -95,8 +103,46 @@ class GaussianPrivacy:
 
     def batch(self, step: int) -> list[int]:
         """The rows of a step, by number, ascending; there may be none. The same in every call."""
+        self._asked.add(step)
         drawn = self._uniforms(f"rows {step}", self.examples)
         return [int(i) for i in np.flatnonzero(drawn < self.batch_size / self.examples)]
+
+    def check_rows(self, step: int, rows: int) -> None:
+        """Whether a step may be taken on so many rows: those of :meth:`batch`, which alone are accounted for.
+
+        Raises:
+            ZOError: the step's sample was not asked for, or is of another size.
+        """
+        if step not in self._asked:
+            raise ZOError(
+                f"privacy: step {step} saw {rows} rows without batch({step}) being asked for; take the rows of each step from privacy.batch(step), "
+                "for only they are accounted for."
+            )
+        if rows != (expected := len(self.batch(step))):
+            raise ZOError(
+                f"privacy: step {step} saw {rows} rows, and batch({step}) has {expected}; give the closure exactly those rows, one loss "
+                "each: anything else is not accounted for."
+            )
+
+    def release_all(self, derivatives: Sequence[Tensor], step: int) -> list[float]:
+        """The noisy means of the rows' derivatives along each of a step's directions, entered into the account before they are given.
+
+        Args:
+            derivatives: one for each direction, any float dtype, shape (rows,).
+            step: number of the step.
+
+        Raises:
+            ZOError: they are not of the rows of :meth:`batch`.
+        """
+        for rows in {len(values) for values in derivatives}:
+            self.check_rows(step, rows)
+        sums = [self.clipped_sum(values) for values in derivatives]
+        again = self._released.get(step)
+        if step < self._steps and again != sums:  # other sums than before: it tells something new
+            self.spent[len(sums)] = self.spent.get(len(sums), 0) + 1
+        self.charge(step, len(sums))
+        self._released[step] = sums
+        return [self.release(values, step, query) for query, values in enumerate(derivatives)]
 
     def release(self, derivatives: Tensor, step: int, query: int) -> float:
         """The noisy mean of the rows' derivatives along one direction; the only thing that leaves a step.
@@ -119,7 +165,7 @@ class GaussianPrivacy:
         return int((ratios * GRID).round().to(torch.int64).sum())
 
     def charge(self, step: int, queries: int) -> None:
-        """Enter a step into the account; one that is there already is the same step done again."""
+        """Enter a step into the account; one that is there already is the same step done again (:meth:`release_all` sees to others)."""
         if step >= self._steps:
             self.spent[queries] = self.spent.get(queries, 0) + 1
             self._steps = step + 1
@@ -157,8 +203,12 @@ class GaussianPrivacy:
                 f"privacy: the state is of clip, noise multiplier, rows and batch size {state.get('setting')}, not {self._setting()}; "
                 "go on with those and with the same rows."
             )
-        self.key, self._steps = bytes.fromhex(state["key"]), int(state["steps"])
+        key, steps = bytes.fromhex(state["key"]), int(state["steps"])
+        if key == self.key and steps <= self._steps:
+            return  # an earlier state of this run: what was released since then stays released, and in the account
+        self.key, self._steps = key, steps
         self.spent = {int(q): int(n) for q, n in state["spent"].items()}
+        self._released = {}
 
     def _setting(self) -> list[float]:
         return [self.clip, self.noise_multiplier, self.examples, self.batch_size]

@@ -15,8 +15,9 @@ from torch.func import functional_call, vmap
 
 from zo_opt.errors import ZOError, reason_of
 from zo_opt.queries.folded_attention import folded_attention
+from zo_opt.queries.losses import as_scalar, taken
 from zo_opt.queries.nesting import Leaves
-from zo_opt.queries.perturbation import Perturbed, Point, as_scalar
+from zo_opt.queries.perturbation import Perturbed, Point
 from zo_opt.system.replaced import replaced
 
 
@@ -55,7 +56,7 @@ class Copies:
         tensors = Leaves(batch)
 
         def loss(parameters: dict[str, Tensor], leaves: list[Tensor]) -> Tensor:
-            value = functional_call(self._closure, parameters, (tensors.rebuild(leaves),), tie_weights=False)
+            value = taken(functional_call(self._closure, parameters, (tensors.rebuild(leaves),), tie_weights=False))
             if isinstance(value, Tensor) and value.numel() == 1:
                 return value.reshape(())
             return torch.tensor(as_scalar(value), dtype=torch.float64)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zo_opt.directions import StepDirections
-from zo_opt.errors import ZOError
+from zo_opt.queries.losses import as_scalar
 from zo_opt.queries.substitution import Substitution
 from zo_opt.queries.trainables import CHUNK, Trainables
 
@@ -166,18 +166,3 @@ class Perturbed:
     def _move(self, originals: dict[int, tuple[Tensor, Tensor]], point: Point) -> None:
         for start, (memory, copy) in originals.items():
             self.values(point, start, start + len(memory), copy, out=memory)
-
-
-def as_scalar(loss: Any) -> float:
-    """What a closure returned, as a number.
-
-    Raises:
-        ZOError: it is no scalar.
-    """
-    if isinstance(loss, Tensor):
-        if loss.numel() != 1:
-            raise ZOError(f"the closure returned a tensor of shape {tuple(loss.shape)}; return one loss (a scalar).")
-        return float(loss.detach())
-    if loss is None:
-        raise ZOError("the closure returned None; return the loss (a float or a scalar tensor).")
-    return float(loss)

@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from zo_opt.directions.base import Shapes, numel
 from zo_opt.errors import ZOError
 
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CHUNK = 1 << 18  # entries handled at a time: what a core keeps in its cache
 
 
@@ -30,6 +32,32 @@ class Piece:
     stop: int
     values: Tensor
     parameter: int
+
+
+def check_parameters(parameters: Sequence[Tensor]) -> None:
+    """Whether these can be moved, each on its own.
+
+    Raises:
+        ZOError: one is complex, or of a type that cannot be added to, or without values; or two share memory.
+    """
+    for p in parameters:
+        if p.is_complex():
+            raise ZOError(
+                f"a trainable of shape {tuple(p.shape)} is complex ({p.dtype}), and directions are real; train torch.view_as_real of it."
+            )
+        if p.dtype not in _DTYPES:
+            raise ZOError(
+                f"a trainable of shape {tuple(p.shape)} is {p.dtype}; train parameters in {', '.join(str(d) for d in _DTYPES)}."
+            )
+        if p.is_meta:
+            raise ZOError(f"a trainable of shape {tuple(p.shape)} has no values (device meta); load the weights first.")
+    memories = sorted((p.device.type, p.device.index or 0, p.data_ptr(), p.nbytes) for p in parameters if p.numel())
+    for (*place, start, size), (*other, begin, _) in pairwise(memories):
+        if start and place == other and start + size > begin:
+            raise ZOError(
+                "two trainables share memory (one is a view of the other, or was tied by .data), and would be moved twice; give the "
+                "optimizer one of them, or tie modules to one and the same nn.Parameter."
+            )
 
 
 class Trainables:
@@ -58,11 +86,19 @@ class Trainables:
         self.opaque: frozenset[int] | None = None  # see Perturbed: found at the first evaluation
         self.flat = self._gather() if self.small else None
         self._ids = list(self.index)
+        self._kinds = [_kind(p) for p in self.parameters]
         self._addresses = [p.data_ptr() for p in self.parameters]
 
     def is_current(self, parameters: Sequence[Tensor]) -> bool:
         """Whether these are the parameters, still in the memory where they were found."""
-        return list(map(id, parameters)) == self._ids and [p.data_ptr() for p in parameters] == self._addresses
+        return self.same_kinds(parameters) and [p.data_ptr() for p in parameters] == self._addresses
+
+    def same_kinds(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether these are the parameters, of the shapes, dtypes and devices in which they were found."""
+        return list(map(id, parameters)) == self._ids and list(map(_kind, parameters)) == self._kinds
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Trainables, (self.parameters,)  # of copies of the parameters, in memory of their own
 
     def memory(self, parameter: int) -> Tensor:
         """One parameter's entries as one axis, sharing its memory."""
@@ -123,6 +159,10 @@ class Trainables:
                 own, 0, parameter.shape, parameter.stride()
             )
         return flat
+
+
+def _kind(parameter: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return parameter.shape, parameter.dtype, parameter.device
 
 
 def _looked_at(parameter: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from zo_opt.schedules.base import History, Schedule, check_range
 
@@ -28,6 +29,7 @@ class VarianceQueries(Schedule):
     [2, 3, 8, 16]
     """
 
+    reads_measurements: ClassVar[bool] = True
     min_queries: int = 1
     max_queries: int = 16
 

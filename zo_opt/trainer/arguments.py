@@ -35,10 +35,10 @@ def _help(said: str) -> dict[str, str]:
 class ZOArguments(_Base):
     """Fields to put before those of any ``TrainingArguments``, such as TRL's ``SFTConfig``.
 
-    Learning rate, weight decay, Adam's decays and the seed are the Trainer's own (``learning_rate``, ``weight_decay``, ``adam_beta1``,
-    ``adam_beta2``, ``adam_epsilon``, ``seed``); what is of no use, such as ``optim``, is refused. What is left open is the optimizer's own. Weight decay is always the Trainer's, so that
-    AdaZeta's 0.01 must be asked for. A part is a name, ``module:name`` of your own, or a name with options, such as
-    ``{"name": "adazeta", "alpha": 0.9}``; on a command line as JSON.
+    Learning rate, weight decay, Adam's numbers and the seed are the Trainer's own (``learning_rate``, ``weight_decay``, ``adam_beta1``,
+    ``adam_beta2``, ``adam_epsilon``, ``seed``); what is of no use, such as ``optim``, is refused. What is left open is the optimizer's own.
+    Weight decay is always the Trainer's, so that AdaZeta's 0.01 must be asked for. A part is a name, ``module:name`` of your own, or a
+    name with options, such as ``{"name": "adazeta", "alpha": 0.9}``; on a command line as JSON.
 
     Args:
         zo_optimizer: of :data:`~zo_opt.optim.OPTIMIZERS`; or "none": backpropagation with the Trainer's own ``optim``.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -50,7 +50,9 @@ def check_heeded(arguments: Any) -> None:
     name, options = split("zo_optimizer", arguments.zo_optimizer)
     if OPTIMIZERS.find(name) is Backpropagation:
         return  # which is refused where the optimizer is looked at
-    takers = {f"zo_optimizer={name!r}": (method_of(name).own, options)}
+    takers: dict[str, tuple[Sequence[str], Mapping[str, Any]]] = {
+        f"zo_optimizer={name!r}": (method_of(name).own, options)
+    }
     if arguments.update_rule is not None:
         rule, options = split("update_rule", arguments.update_rule)
         takers[f"update_rule={rule!r}"] = (option_names(UPDATE_RULES.find(rule)), options)
@@ -64,7 +66,9 @@ def check_heeded(arguments: Any) -> None:
         _check_taken("max_queries", given["max_queries"], _QUERIES, {f"query_schedule={schedule!r}": (has, options)})
 
 
-def _check_taken(argument: str, value: Any, names: Any, takers: Mapping[str, tuple[Any, Mapping[str, Any]]]) -> None:
+def _check_taken(
+    argument: str, value: Any, names: Any, takers: Mapping[str, tuple[Sequence[str], Mapping[str, Any]]]
+) -> None:
     """Whether one of those that take options has this one, and was not told otherwise itself."""
     taken = [(who, own, options) for who, (has, options) in takers.items() for own in names if own in has]
     if not taken:
