@@ -129,12 +129,13 @@ def write(
     for name, value in options.items():
         if name in _POSSIBLE and not (is_number(value) and _POSSIBLE[name][0](value)):
             raise ZOError(f"{name}={value!r} is not possible; give {_POSSIBLE[name][1]}.")
+    decodes = bool(plain.config.is_encoder_decoder)
+    context = context_length(plain, tokenizer, None)
     most = task.max_new_tokens if task.kind == GENERATION else MAX_NEW_TOKENS
+    most = max(1, min(most, context if decodes else context - len(prompt)))  # where nobody said how many
     options = {"max_new_tokens": most, "pad_token_id": tokenizer.pad_token_id} | options
     if own.eos_token_id is None:  # it learned to end so
         options = {"eos_token_id": tokenizer.eos_token_id} | options
-    decodes = bool(plain.config.is_encoder_decoder)
-    context = context_length(plain, tokenizer, None)
     needed = max(len(prompt), options["max_new_tokens"]) if decodes else len(prompt) + options["max_new_tokens"]
     if needed > context:
         raise ZOError(
