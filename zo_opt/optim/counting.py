@@ -55,7 +55,7 @@ class CountingOptimizer(Optimizer):
     """
 
     method: Method = Method("optimizer")
-    axis_state: ClassVar[frozenset[str]] = frozenset()  # names of state that is no parameter's own
+    axis_state: ClassVar[frozenset[str]] = frozenset()  # names of state that has not a parameter's shape
 
     def start_counting(self, steps_per_epoch: int, max_failed_steps: int) -> None:
         """Before the first step."""

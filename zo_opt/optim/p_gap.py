@@ -53,6 +53,7 @@ class PGAP(ZerothOrderOptimizer):
         "p-gap", {"lr": 1e-6}, frozenset({"directions", "line_search"}), ("rank", "interval", "probes", "delta")
     )
     own_estimates: ClassVar[bool] = True  # other queries than its schedule's
+    axis_state: ClassVar[frozenset[str]] = frozenset({"u", "sigma", "v"})  # of ranks of their own
 
     def __init__(
         self,
