@@ -367,10 +367,12 @@ def read_options(content: bytes, directory: Path) -> None:
 # --- command lines ---
 
 ODD_VALUES = (
-    "", " ", "0", "1", "-1", "2", "16", "1e400", "nan", "-inf", "1e-3", "1.5", "true", "null", "none", "[]", "[0]", "[0.0, 1.0]", "{}", '{"name": "adam"}',
+    "", " ", "0", "1", "-1", "2", "16", "1e400", "nan", "-inf", "1e-3", "1.5", "true", "null", "none", "[]", "[0]", "[0.0, 1.0]",
+    "{}", '{"name": "adam"}',
     "{", "*x", "!!python/object:os.system", "a:b", "os:system", "lora", "tt", "full", "lisa", "mezo", "zo-adam", "adamw", "grzo", "forward-gradient",
     "adam", "gaussian", "low-rank", "linear", "stepwise", "every-example", "variance", "clip", "split", "batched", "distributed", "data", "2x4",
-    "classification", "generation", "accuracy", "f1", "int4", "disk", "sst2", "arithmetic", "lm", "{text} It was", "0=a,1=b", "\x00", "\ud800", "é" * 9, "9" * 400,
+    "classification", "generation", "accuracy", "f1", "int4", "disk", "sst2", "arithmetic", "lm", "{text} It was", "0=a,1=b", "\x00",
+    "\ud800", "é" * 9, "9" * 400,
 )  # fmt: skip
 LINE_OPTIONS = [f.name for group in GROUPS for f in fields(group)]
 OWN_OPTIONS = [

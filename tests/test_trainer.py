@@ -52,7 +52,9 @@ LOOPS = {
     ),
     "a built optimizer": (
         {"zo_optimizer": "mezo"},
-        lambda model: MeZO(trainable_parameters(model), lr=1e-2, seed=5, query_schedule=constant_queries(2)),
+        lambda model: MeZO(
+            trainable_parameters(model), lr=1e-2, seed=5, query_schedule=constant_queries(2), module=model
+        ),
     ),
 }  # fmt: skip
 
