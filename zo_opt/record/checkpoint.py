@@ -63,6 +63,28 @@ def save_checkpoint(
     write_atomically(path, *sealed(tensors, plain), previous=path.with_name(PREVIOUS_NAME), mode=mode)
 
 
+def save_weights(path: Path, model: AdapterModel) -> None:
+    """Write a model's adapters and what changes in them over a run, and nothing else.
+
+    Raises:
+        ZOError: it cannot be written.
+    """
+    tensors = {f"adapter.{n}": t for n, t in model.adapter_state().items()}
+    tensors |= {f"schedule.{n}": t for n, t in model.schedule_state().items()}
+    write_atomically(path, *sealed(tensors, {"format": FORMAT}))
+
+
+def load_weights(path: Path, model: AdapterModel) -> None:
+    """Put back what :func:`save_weights` wrote.
+
+    Raises:
+        ZOError: missing, damaged, or of another model.
+    """
+    verify(path)
+    with _of_strangers(path):
+        _restore_model(model, read_tensors(path), path)
+
+
 def sealed(tensors: dict[str, Tensor], plain: dict[str, Any]) -> tuple[memoryview, bytes, memoryview]:
     """The bytes of a checkpoint file, in three parts: tensors and plain values, with the digest of them all in the middle."""
     tensors = {k: v.contiguous().cpu() for k, v in tensors.items()}
@@ -117,8 +139,7 @@ def load_checkpoint(
     plain = read_state(path)
     with _of_strangers(path):
         tensors = read_tensors(path)
-        restore(model.adapter_state(), _under("adapter.", tensors), f"the checkpoint {path}")
-        restore_schedule(model, _under("schedule.", tensors), f"the checkpoint {path}")
+        _restore_model(model, tensors, path)
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in _under("optimizer.", tensors).items():
             index, slot = name.split(".")
@@ -130,6 +151,11 @@ def load_checkpoint(
         lr_scheduler.load_state_dict(plain["lr_scheduler"] | {"lr_lambdas": [None] * len(plain["param_groups"])})
         extra: dict[str, Any] = plain["extra"]
         return extra
+
+
+def _restore_model(model: AdapterModel, tensors: dict[str, Tensor], path: Path) -> None:
+    restore(model.adapter_state(), _under("adapter.", tensors), f"the checkpoint {path}")
+    restore_schedule(model, _under("schedule.", tensors), f"the checkpoint {path}")
 
 
 def step_of(path: Path) -> int:

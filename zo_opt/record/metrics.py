@@ -40,6 +40,11 @@ class MetricsWriter:
         seconds = values.pop("seconds")
         self._file.append(make_line({name: _finite(value) for name, value in values.items()}, seconds))
 
+    def write_evaluation(self, point: dict[str, Any]) -> None:
+        """An evaluation on the way: a line under the name ``held_out``, which is no step's."""
+        text = json.dumps({"held_out": point}).encode()[:-1]
+        self._file.append(text + _CHECKSUM + f'{checksum([text])}"}}'.encode())
+
     def sync(self) -> None:
         """Bring all to the disk."""
         self._file.sync()

@@ -41,6 +41,7 @@ def markdown(s: Summary) -> str:
             if name != s.metric
         },
         "loss before, after": f"{before.loss:.3f}, {after.loss:.3f}",
+        "on the way": _curve(s),
         "logistic regression": _regression(s),
         "rows": f"{s.train_rows:,} training, {_evaluated(s)}",
         "trainables": s.adapter,
@@ -65,6 +66,14 @@ def markdown(s: Summary) -> str:
 def _evaluated(s: Summary) -> str:
     """The rows that the metrics are of."""
     return f"{s.after.rows:,} held out" if s.after.trained_on == 0 else f"evaluated on {s.after.on_rows}"
+
+
+def _curve(s: Summary) -> str:
+    """The held-out evaluations of the way, and whose weights are the run's."""
+    metric = METRICS[s.metric]
+    shown = [f"{metric.show(math.nan if p['value'] is None else p['value'])} after step {p['step']:,}" for p in s.curve]
+    kept = "" if s.kept_step is None else f"; kept: step {s.kept_step:,}, the best of {len(s.curve)} on these rows"
+    return ", ".join(shown) + kept if shown else ""
 
 
 def _regression(s: Summary) -> str:
@@ -107,6 +116,11 @@ def draw(metrics: list[dict[str, Any]], s: Summary, path: Path) -> None:
     loss_axes.plot(forwards, smooth(losses), color=BLUE, linewidth=2.2, label="running mean")
     loss_axes.axhline(s.before.loss, color=ORANGE, linewidth=1, linestyle="--", label="evaluation, before")
     loss_axes.axhline(s.after.loss, color=ORANGE, linewidth=1.6, label="evaluation, after")
+    if s.curve:
+        seen = [math.nan if p["loss"] is None else p["loss"] for p in s.curve]
+        loss_axes.plot(
+            [p["forwards"] for p in s.curve], seen, "o-", color=ORANGE, markersize=4, label="evaluation, on the way"
+        )
     loss_axes.set_ylabel("loss")
     finite = sorted(x for x in losses if math.isfinite(x))
     if finite:  # one outlying batch must not flatten the curve

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any
@@ -22,6 +23,7 @@ class Progress:
     peak_memory: int = 0  # of everything before training
     train_peak_memory: int = 0
     regression: float | None = None  # accuracy of logistic regression on hidden states
+    curve: list[dict[str, Any]] = field(default_factory=list)  # held-out evaluations on the way
 
     def smooth(self, loss: float) -> float:
         """Update the running mean of the loss with one step's (non-finite ones are skipped)."""
@@ -69,6 +71,10 @@ class Summary:
     tokens: int = 0  # token evaluations
     on_answers: bool = False  # a forward is one of the answers, whose prompts were kept
     regression: float | None = None  # accuracy of logistic regression on the frozen model's hidden states
+    curve: Sequence[
+        Mapping[str, Any]
+    ] = ()  # held-out evaluations on the way, the last one's included: step, forwards, value, loss
+    kept_step: int | None = None  # whose weights are the run's, where they are not the last ones
 
     @property
     def how(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from dataclasses import replace
 
@@ -16,7 +17,8 @@ from zo_opt.training.config import TrainConfig
 
 
 def steps_of(config: TrainConfig, rows: int) -> int:
-    """Optimizer steps of a run; with ``budget_forwards`` it ends before the first step that would take more forward passes than that.
+    """Optimizer steps of a run: as many as were asked for; with ``epochs`` so many that each row is seen so often; with ``budget_forwards`` it
+    ends before the first step that would take more forward passes than that.
 
     They are counted before the run, as its query schedule asks for queries and its optimizer pays for them: learning rates, ranks and
     queries that change over a run need to know its end. The ``variance`` schedule follows what a run measures and is taken at its most.
@@ -32,6 +34,8 @@ def steps_of(config: TrainConfig, rows: int) -> int:
     (200, 300)
     """
     budget = config.budget_forwards
+    if config.epochs is not None:
+        return math.ceil(config.epochs * rows / config.batch_size)
     if budget is None:
         return config.steps
     if config.zeroth_order:

@@ -164,6 +164,11 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
         return method_of(self.optimizer_name)
 
     @property
+    def keeps_best(self) -> bool:
+        """Whether the run's weights are those that were best on the held-out rows."""
+        return self.eval_steps is not None and self.keep != "last"
+
+    @property
     def zeroth_order(self) -> bool:
         """Whether the run takes forward passes alone."""
         return self.optimizer_name != BACKPROPAGATION

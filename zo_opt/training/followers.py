@@ -34,6 +34,8 @@ def check_ranks(config: TrainConfig) -> None:
         raise ZOError(
             f"optimizer={config.optimizer_name!r} trains in one process; start it without torchrun, or choose a zeroth-order optimizer."
         )
+    if config.eval_steps is not None:
+        raise ZOError("eval_steps would keep the other processes waiting; start it without torchrun, or leave it out.")
     if config.private:
         raise ZOError("privacy clips and hides all rows of a step in one process; start it without torchrun.")
     if config.output_dir is None:

@@ -21,15 +21,19 @@ def check_heeded(config: TrainConfig) -> None:
     no_privacy = (not config.private, "without privacy_epsilon or privacy_noise; add one of them, or leave it out")
     no_rows = (config.rows_name is None, "without train_file; give both, or neither for the built-in rows")
     no_data_set = (config.dataset is None, "without dataset; give both, or a file's own name")
+    no_evaluations = (config.eval_steps is None, "without eval_steps; give both, or leave it out")
     unheeded: dict[str, tuple[bool, str]] = {  # option -> whether it is, and what to say then
         "steps": (
-            config.budget_forwards is not None and not config.resume,  # a run under way has both
-            "with budget_forwards, from which the steps follow; leave one out",
+            (config.budget_forwards or config.epochs) is not None and not config.resume,  # a run under way has both
+            f"with {'epochs' if config.budget_forwards is None else 'budget_forwards'}, from which the steps follow; leave one out",
         ),
         "budget_forwards": (
             config.on_activations and config.objective != LOSS,
             f"with queries on activations and objective={config.objective!r}, whose cost only the run shows; give steps",
         ),
+        "epochs": (config.budget_forwards is not None, "with budget_forwards; leave one out"),
+        "keep": no_evaluations,
+        "patience": no_evaluations,
         "eval_file": no_rows,
         "train_file": (config.dataset is not None, "with dataset; leave one out"),
         "dataset_config": no_data_set,

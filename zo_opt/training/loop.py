@@ -30,6 +30,7 @@ from zo_opt.system.memory import current_memory, peak_memory, readable, reset_pe
 from zo_opt.tasks.evaluation import Evaluation, evaluate
 from zo_opt.tasks.scoring import ClassificationScorer
 from zo_opt.training.config import TrainConfig
+from zo_opt.training.curve import Curve
 from zo_opt.training.examples import load_examples
 from zo_opt.training.given import GivenRows
 from zo_opt.training.private import make_privacy
@@ -112,6 +113,7 @@ class _Run:
         self.config, self.reporter, self.record, self.output_dir = config, reporter, record, output_dir
         self.rows, self.tools, self.stepper, self.progress, self.stop = rows, tools, stepper, Progress(), stop
         self.optimizer = stepper.optimizer
+        self.curve = Curve(config, tools, self.progress.curve, output_dir, reporter)
         self.done_before: list[dict[str, Any]] = []  # steps beyond the checkpoint that were not lost
         self._training = False
 
@@ -154,7 +156,12 @@ class _Run:
             self._training = False
             start = time.monotonic()
             after = self._evaluate("evaluation")
-            trackers.log_evaluation(after.to_dict(), self.optimizer.step_count)
+            trackers.log_evaluation(after.to_dict(), done := self.optimizer.step_count)
+            kept = done
+            if self.config.eval_steps is not None:
+                self.curve.add(after, done, self.optimizer.history.forwards)
+                kept = self.curve.restore_best(done)
+                after = after if kept == done else self._evaluate(f"evaluation of the weights after step {kept}")
         finally:
             trackers.close()
         self.tools.close_cache(self.config, self.reporter)
@@ -165,9 +172,18 @@ class _Run:
             self.reporter.say(
                 f"logistic regression on the frozen model's hidden states is better on these rows: accuracy {beaten:.1%}."
             )
-        summary = summarise(self.config, self.record["command"], self.tools, self.optimizer, self.progress, after)
+        summary = summarise(
+            self.config,
+            self.record["command"],
+            self.tools,
+            self.optimizer,
+            self.progress,
+            after,
+            None if kept == done else kept,
+        )
         report.write(self.output_dir, summary)
         checkpoint.remove(self.output_dir)
+        self.curve.close()
         return summary
 
     def _resume(self) -> None:
@@ -177,6 +193,7 @@ class _Run:
         # If it is the one before, the damaged one must not take its place.
         path.replace(self.output_dir / checkpoint.NAME)
         self.progress, self.stepper.journal = Progress(**resumed.extra["progress"]), resumed.journal
+        self.curve.points = self.progress.curve
         self.done_before = resumed.steps
         done, again = self.optimizer.step_count, len(resumed.steps)
         for line in resumed.steps:
@@ -219,7 +236,18 @@ class _Run:
         done = optimizer.step_count
         tracked = self.reporter.track("training", config.steps, "steps", done)
         with metrics, stepper.journal or nullcontext(), self.stop.held(), tracked as tracker:
+            if (
+                self.curve.points and self.curve.points[-1]["step"] == done
+            ):  # whose line was cut off with what came after it
+                metrics.write_evaluation(self.curve.points[-1])
             while optimizer.step_count < config.steps:
+                if self.curve.due(done):
+                    start += self._look(metrics, trackers)
+                if self.curve.exhausted:
+                    self.reporter.say(
+                        f"nothing better in {config.patience} evaluations: the run ends after step {done}."
+                    )
+                    break
                 lr = stepper.lr
                 with torch.no_grad():
                     penalty = self.tools.model.penalty()
@@ -240,6 +268,18 @@ class _Run:
                 if stopping is not None:
                     meet()  # what ends before may have this process ended by its launcher
                     raise InterruptedRunError(self.output_dir, stopping, after=f" after step {done}")
+
+    def _look(self, metrics: MetricsWriter, trackers: Trackers) -> float:
+        """Evaluate on the way; a checkpoint makes it last. Returns the seconds that it took."""
+        start, step = time.monotonic(), self.optimizer.step_count
+        found = self.curve.measure(step, self.optimizer.history.forwards)
+        metrics.write_evaluation(self.curve.points[-1])
+        trackers.log_evaluation(found.to_dict(), step)
+        metrics.sync()
+        self._save()
+        seconds = time.monotonic() - start
+        self.progress.other_seconds += seconds
+        return seconds
 
     def _save(self) -> None:
         """The journal first: what a checkpoint has done must be on record. What writing takes is not counted as training's memory."""

@@ -33,6 +33,7 @@ class FirstOptions:
         template: prompt with columns in braces, such as "{text} It was".
         verbalizers: label words, as "label=word,label=word" or in the labels' sorted order "word,word".
         steps: optimizer steps.
+        epochs: in place of steps: how often each row is seen.
         budget_forwards: in place of steps: the run ends before the step that would take more forward passes than this in all, a
             backward pass counted as two.
         lr: learning rate (see docs/optimizers.md; with adam 0.1 for placed adapters, 0.01 for random ones).
@@ -48,6 +49,7 @@ class FirstOptions:
     template: str | None = None
     verbalizers: str | None = None
     steps: PositiveInt = 400
+    epochs: PositiveFloat | None = None
     budget_forwards: PositiveInt | None = None
     lr: NonNegativeFloat | None = None
     output_dir: Path | None = None
@@ -181,6 +183,9 @@ class RunOptions:
 
     Args:
         seed: of directions, cores and the order of examples.
+        eval_steps: steps between evaluations on the held-out rows while the run trains; none if not given.
+        keep: with eval_steps: best, the weights that were best on the held-out rows (if not given), or last.
+        patience: with eval_steps: end after so many evaluations that brought nothing better.
         save_steps: steps between checkpoints (docs/durability.md).
         max_failed_steps: so many steps in a row without any finite loss end the run.
         report_to: none, or where to send what metrics.jsonl has as well: tensorboard, wandb, mlflow and others that accelerate knows;
@@ -197,6 +202,9 @@ class RunOptions:
     """
 
     seed: NonNegativeInt = 0
+    eval_steps: PositiveInt | None = None
+    keep: Literal["best", "last"] | None = None
+    patience: PositiveInt | None = None
     save_steps: PositiveInt = 400
     max_failed_steps: PositiveInt = 10
     report_to: str = "none"
@@ -213,7 +221,8 @@ class RunOptions:
 GROUPS = (FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOptions)
 # Options of a run that a comparison sets itself. Privacy is of one run: the epsilons of several add up.
 COMPARISONS_OWN = frozenset(
-    ("lr", "loraplus_lr_ratio", "loraplus_lr_embedding", "steps", "budget_forwards", "seed", "output_dir", "save_steps", "resume", "validation",
+    ("lr", "loraplus_lr_ratio", "loraplus_lr_embedding", "steps", "epochs", "budget_forwards", "seed", "output_dir", "eval_steps", "keep",
+     "patience", "save_steps", "resume", "validation",
      "privacy_epsilon", "privacy_delta", "privacy_noise", "privacy_clip")
 )  # fmt: skip
 # Options that are chosen by name and have options of their own.

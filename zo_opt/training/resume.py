@@ -58,7 +58,9 @@ def resumed_config(
     anew = {name: getattr(config, name) for name in _ANEW if name in given}
     if begins:
         reporter.say(f"the run in {directory} was stopped before its first step; it begins anew.")
-        anew["steps"] = saved.steps if saved.budget_forwards is None else TrainConfig.steps  # the budget's, found anew
+        anew["steps"] = (
+            saved.steps if (saved.budget_forwards or saved.epochs) is None else TrainConfig.steps
+        )  # found anew
     return replace(saved, resume=not begins, output_dir=directory, **anew), record
 
 

@@ -169,7 +169,7 @@ class Run:
                 template; "plain": texts as they are.
             seed: of sampling; the global random state is not touched.
             streamer: of transformers, told each token as it is written.
-            **options: of transformers' ``generate``: max_new_tokens (the task's own, else 64, as far as the context goes), do_sample, temperature, top_p, ...; what is
+            **options: of transformers' ``generate``: max_new_tokens (the task's own, else up to 64), do_sample, temperature, top_p, ...; what is
                 not given is the checkpoint's own.
 
         Raises:

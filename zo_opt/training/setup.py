@@ -151,7 +151,9 @@ def build_tools(config: TrainConfig, examples: Examples, reporter: Reporter) -> 
         )
     if objective is not None:
         reporter.say(f"the run trains {objective.trained}, from values alone; what is shown as loss is that.")
-    if config.budget_forwards is not None and not config.resume:  # of running text the rows are blocks of tokens
+    if (
+        config.budget_forwards or config.epochs
+    ) is not None and not config.resume:  # of running text the rows are blocks of tokens
         config = replace(config, steps=steps_of(config, len(scorer.encode_all(examples.train))))
     learns = (config.optimizer_name, config.adapter_name, config.estimator) == ("adazeta", "tt-lora", None)
     if learns and config.of_weights is not None:

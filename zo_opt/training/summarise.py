@@ -19,6 +19,7 @@ def summarise(
     optimizer: CountingOptimizer,
     progress: Progress,
     after: Evaluation,
+    kept_step: int | None = None,
 ) -> Summary:
     """What a run measured, once it is at its end."""
     kept = tools.prompts if tools.prompts is not None and tools.prompts.objection is None else None
@@ -62,4 +63,6 @@ def summarise(
         tokens=optimizer.history.tokens,
         on_answers=recorder is not None and recorder.keeps == "keys",
         regression=progress.regression,
+        curve=progress.curve,
+        kept_step=kept_step,
     )
