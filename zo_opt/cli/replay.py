@@ -37,9 +37,9 @@ def run(options: Namespace, command: str) -> None:
     record = read_record(run_dir)
     config = config_of(record, run_dir / RUN_NAME, trust_remote_code=options.trust_remote_code)
     resolved = record.get("resolved", {})
-    if options.steps is None and (run_dir / "results.json").exists() and contents.steps < config.steps:
+    if options.steps is None and (run_dir / "results.json").exists() and contents.steps < config.most_steps:
         raise ZOError(
-            f"{path} ends after {contents.steps} of the run's {config.steps} steps: its end was lost; restore it from a copy, "
+            f"{path} ends after {contents.steps} of the run's {config.most_steps} steps: its end was lost; restore it from a copy, "
             f"or give --steps {contents.steps} to take what is left."
         )
     reporter = Reporter()
@@ -50,4 +50,4 @@ def run(options: Namespace, command: str) -> None:
         model = load_tuned(base, run_dir / START_NAME, reporter).to(device).eval()
         steps = replay(path, model, steps=options.steps, exact=not options.inexact)
         model.save_pretrained(to)
-    reporter.say(f"the adapter after step {steps} of {config.steps}, rebuilt on {device.type}, is in {options.to}")
+    reporter.say(f"the adapter after step {steps} of {config.most_steps}, rebuilt on {device.type}, is in {options.to}")

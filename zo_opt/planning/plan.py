@@ -138,7 +138,7 @@ def plan_method(skeleton: nn.Module, config: TrainConfig, setting: Setting) -> F
         assert isinstance(machine, ZerothOrderOptimizer)
         optimizer = _state(machine, trainable)
         schedule = machine.choices.query_schedule
-        queries = max(schedule(step, step, History()) for step in (0, config.steps))
+        queries = max(schedule(step, step, History()) for step in (0, config.most_steps))
         batched = min(_batched(config, setting, trainable), 2 * queries)
         forward = max(1, batched) * (tokens * width * at_once(shape, setting.length) + logits * 5 // 2)
         copies = queries if config.mode == "split" else batched or 1
@@ -177,7 +177,7 @@ def _adapted(model: Any, config: TrainConfig, setting: Setting) -> AdapterModel:
     if config.on_answers:
         return get_adapter_model(model, answer_adapter(config, model))
     layers = None if config.adapter_name in WHOLE_MODEL else setting.layers
-    return get_adapter_model(model, config.make_adapter(layers=layers, total_steps=config.steps, seed=0))
+    return get_adapter_model(model, config.make_adapter(layers=layers, total_steps=config.most_steps, seed=0))
 
 
 def _with(config: TrainConfig, setting: Setting) -> TrainConfig:

@@ -14,11 +14,12 @@ from zo_opt.optim.backpropagation import FORWARDS_PER_STEP
 from zo_opt.schedules import History
 from zo_opt.training.build_optimizer import make_optimizer
 from zo_opt.training.config import TrainConfig
+from zo_opt.training.options import EPOCHS, LEAST_STEPS, MOST_STEPS
 
 
 def steps_of(config: TrainConfig, rows: int) -> int:
-    """Optimizer steps of a run: as many as were asked for; with ``epochs`` so many that each row is seen so often; with ``budget_forwards`` it
-    ends before the first step that would take more forward passes than that.
+    """Optimizer steps of a run: as many as were asked for, else those of 5 epochs, 100 at least and 400 at most. With ``epochs`` each row is
+    seen so often; with ``budget_forwards`` the run ends before the first step that would take more forward passes than that.
 
     They are counted before the run, as its query schedule asks for queries and its optimizer pays for them: learning rates, ranks and
     queries that change over a run need to know its end. The ``variance`` schedule follows what a run measures and is taken at its most.
@@ -30,6 +31,8 @@ def steps_of(config: TrainConfig, rows: int) -> int:
     Raises:
         ZOError: the budget does not pay for one step.
 
+    >>> [steps_of(TrainConfig(adapter="lora"), rows) for rows in (100, 1000, 10_000)]
+    [100, 313, 400]
     >>> steps_of(TrainConfig(optimizer="adamw", budget_forwards=600), 1000), steps_of(TrainConfig(adapter="tt", budget_forwards=600), 1000)
     (200, 300)
     """
@@ -37,7 +40,7 @@ def steps_of(config: TrainConfig, rows: int) -> int:
     if config.epochs is not None:
         return math.ceil(config.epochs * rows / config.batch_size)
     if budget is None:
-        return config.steps
+        return config.steps or min(max(math.ceil(EPOCHS * rows / config.batch_size), LEAST_STEPS), MOST_STEPS)
     if config.zeroth_order:
         # By search, for what a step takes can hang on how many there are; each takes one forward pass at least.
         steps = bisect_right(range(1, budget + 1), budget, key=lambda steps: _cost(replace(config, steps=steps), rows))
@@ -58,7 +61,7 @@ def _cost(config: TrainConfig, rows: int) -> int:
     optimizer = make_optimizer(config, toy, list(toy.parameters()), 0.0, steps_per_epoch)
     assert isinstance(optimizer, ZerothOrderOptimizer)
     history = History(peak_signal=1.0)  # a signal that is gone: schedules that follow it ask for their most
-    for step in range(config.steps):
+    for step in range(config.most_steps):
         queries = int(optimizer.choices.query_schedule(step, step // steps_per_epoch, history))
         history.queries += queries
         history.forwards += optimizer.forwards(step, queries)

@@ -23,6 +23,7 @@ from zo_opt.tasks import objectives
 from zo_opt.training.heeded import check_heeded
 from zo_opt.training.options import (
     BACKPROPAGATION,
+    MOST_STEPS,
     PARTS,
     FirstOptions,
     LearningOptions,
@@ -182,6 +183,11 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
         return not self.zeroth_order or (isinstance(estimator, Estimator) and estimator.differentiates)
 
     @property
+    def most_steps(self) -> int:
+        """The run's steps; where its rows, not yet counted, are to say them, the most that it may take."""
+        return MOST_STEPS if self.steps is None else self.steps
+
+    @property
     def private(self) -> bool:
         """Whether training rows are to be hidden."""
         return self.privacy_epsilon is not None or self.privacy_noise is not None
@@ -252,7 +258,7 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
             if self.optimizer_name != "adazeta":
                 return None
             choice = "constant" if self.private else "adazeta"  # more queries need more noise
-        length = RunLength(self.steps, steps_per_epoch, *self.cost)
+        length = RunLength(self.most_steps, steps_per_epoch, *self.cost)
         return for_run(SCHEDULES.make(choice, **run_defaults("schedule", choice)), length)
 
     @property

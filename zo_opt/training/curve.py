@@ -40,7 +40,7 @@ class Curve:
         """Whether the run is to be evaluated after so many steps and was not; its end is evaluated anyway."""
         every = self._config.eval_steps
         seen = bool(self.points) and self.points[-1]["step"] >= step
-        return every is not None and 0 < step < self._config.steps and step % every == 0 and not seen
+        return every is not None and 0 < step < self._tools.steps and step % every == 0 and not seen
 
     def measure(self, step: int, forwards: int) -> Evaluation:
         """Evaluate after a step, and keep the weights if they are the best so far."""

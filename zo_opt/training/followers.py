@@ -85,7 +85,7 @@ def _follow(config: TrainConfig, tools: Tools, stop: StopSignals, output_dir: Pa
     path = checkpoint.newest(output_dir, reporter.say)
     checkpoint.load_checkpoint(path, tools.model, stepper.optimizer, stepper.lr_scheduler)
     with stop.held():
-        while stepper.optimizer.step_count < config.steps:
+        while stepper.optimizer.step_count < tools.steps:
             stepper.step(stop)
             if (signum := stepper.ending(stop)) is not None:
                 meet()

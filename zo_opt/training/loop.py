@@ -200,9 +200,9 @@ class _Run:
             self.progress.smooth(line["loss"])
             self.progress.train_seconds = line["seconds"]
         split = f" ({done - again} of them in the checkpoint, {again} from the journal)" if again else ""
-        self.reporter.say(f"resuming after step {done} of {self.config.steps}{split}")
+        self.reporter.say(f"resuming after step {done} of {self.config.most_steps}{split}")
         self._write_record()  # in case it was lost or damaged
-        if again and (world_size() > 1 or done % self.config.save_steps == 0 or done == self.config.steps):
+        if again and (world_size() > 1 or done % self.config.save_steps == 0 or done == self.config.most_steps):
             self._save()  # as the killed run was about to
 
     def _write_record(self) -> None:
@@ -234,13 +234,13 @@ class _Run:
         start = time.monotonic()
         metrics = MetricsWriter(self.output_dir, keep_steps=optimizer.step_count)
         done = optimizer.step_count
-        tracked = self.reporter.track("training", config.steps, "steps", done)
+        tracked = self.reporter.track("training", config.most_steps, "steps", done)
         with metrics, stepper.journal or nullcontext(), self.stop.held(), tracked as tracker:
             if (
                 self.curve.points and self.curve.points[-1]["step"] == done
             ):  # whose line was cut off with what came after it
                 metrics.write_evaluation(self.curve.points[-1])
-            while optimizer.step_count < config.steps:
+            while optimizer.step_count < config.most_steps:
                 if self.curve.due(done):
                     start += self._look(metrics, trackers)
                 if self.curve.exhausted:
@@ -262,7 +262,7 @@ class _Run:
                 tracker.advance(1, self._note(record.loss, record.queries))
                 done = optimizer.step_count
                 stopping = stepper.ending(self.stop)
-                if stopping is not None or done % config.save_steps == 0 or done == config.steps:
+                if stopping is not None or done % config.save_steps == 0 or done == config.most_steps:
                     metrics.sync()
                     self._save()
                 if stopping is not None:

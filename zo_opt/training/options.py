@@ -17,6 +17,8 @@ else:
 BACKPROPAGATION = "adamw"
 DEFAULT_MODEL = "smollm2-135m-instruct"
 WHOLE_MODEL = ("full", "lisa")  # adapters that train the model's own weights
+# Steps where nobody says how many: more passes over few rows bring a lower loss on these and a higher one on others (docs/learning.md).
+EPOCHS, LEAST_STEPS, MOST_STEPS = 5, 100, 400
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +34,7 @@ class FirstOptions:
         eval_file: held-out rows; without it some training rows are held out.
         template: prompt with columns in braces, such as "{text} It was".
         verbalizers: label words, as "label=word,label=word" or in the labels' sorted order "word,word".
-        steps: optimizer steps.
+        steps: optimizer steps; where neither epochs nor budget_forwards say them, those of 5 epochs, 100 at least and 400 at most.
         epochs: in place of steps: how often each row is seen.
         budget_forwards: in place of steps: the run ends before the step that would take more forward passes than this in all, a
             backward pass counted as two.
@@ -48,7 +50,7 @@ class FirstOptions:
     eval_file: Path | None = None
     template: str | None = None
     verbalizers: str | None = None
-    steps: PositiveInt = 400
+    steps: PositiveInt | None = None
     epochs: PositiveFloat | None = None
     budget_forwards: PositiveInt | None = None
     lr: NonNegativeFloat | None = None

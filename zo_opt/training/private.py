@@ -41,11 +41,11 @@ def make_privacy(config: TrainConfig, rows: Prepared, say: Callable[[str], None]
         assert config.privacy_epsilon is not None
         # Queries by step: a sum of their squares is what counts, so their order does not matter.
         schedule = config.make_schedule(-(-len(rows) // config.batch_size)) or constant_queries(1)
-        steps = Counter(simulate(schedule, config.steps, -(-len(rows) // config.batch_size)))
+        steps = Counter(simulate(schedule, config.most_steps, -(-len(rows) // config.batch_size)))
         noise = noise_for(
             config.privacy_epsilon, config.privacy_delta, steps, examples=len(rows), batch_size=config.batch_size
         )
-        say(f"noise multiplier {noise:.3g} keeps {config.steps:,} steps within epsilon {config.privacy_epsilon:g}")
+        say(f"noise multiplier {noise:.3g} keeps {config.most_steps:,} steps within epsilon {config.privacy_epsilon:g}")
     return GaussianPrivacy(config.privacy_clip, noise, examples=len(rows), batch_size=config.batch_size)
 
 

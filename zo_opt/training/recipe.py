@@ -38,7 +38,7 @@ def resolve(config: TrainConfig, model: nn.Module, scorer: Scorer) -> Recipe:
     tensorized = split("adapter", config.adapter)[1].get("modules_to_tensorize") or []
     heads = classification_heads(model) if config.head == "classification" else []
     common: dict[str, Any] = {
-        "total_steps": config.steps,
+        "total_steps": config.most_steps,
         "modules_to_save": [name for name in heads if name not in tensorized] or None,
         "seed": config.seed,
     }

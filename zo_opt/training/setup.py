@@ -20,6 +20,7 @@ from zo_opt.prompts.store import FILE_NAME, FileStore, MemoryStore
 from zo_opt.record.progress import Reporter
 from zo_opt.tasks.batches import BatchOrder
 from zo_opt.tasks.evaluation import Prepared
+from zo_opt.tasks.metrics import LANGUAGE_MODELLING
 from zo_opt.tasks.objectives import make_objective
 from zo_opt.tasks.padding import check_shapes, try_padding
 from zo_opt.tasks.scoring import LabelScorer, Scorer, make_scorer
@@ -151,10 +152,15 @@ def build_tools(config: TrainConfig, examples: Examples, reporter: Reporter) -> 
         )
     if objective is not None:
         reporter.say(f"the run trains {objective.trained}, from values alone; what is shown as loss is that.")
-    if (
-        config.budget_forwards or config.epochs
-    ) is not None and not config.resume:  # of running text the rows are blocks of tokens
-        config = replace(config, steps=steps_of(config, len(scorer.encode_all(examples.train))))
+    if not config.resume:
+        texts = examples.task.kind == LANGUAGE_MODELLING  # whose rows become blocks of tokens
+        rows = len(scorer.encode_all(examples.train) if texts else examples.train)
+        asked, config = config, replace(config, steps=steps_of(config, rows))
+        if (asked.steps, asked.epochs, asked.budget_forwards) == (None, None, None):
+            reporter.say(
+                f"{config.steps:,} steps of {config.batch_size} rows, {config.most_steps * config.batch_size / rows:.2g} times each row; "
+                "give --steps or --epochs for others."
+            )
     learns = (config.optimizer_name, config.adapter_name, config.estimator) == ("adazeta", "tt-lora", None)
     if learns and config.of_weights is not None:
         reporter.say(
@@ -185,7 +191,7 @@ def build_tools(config: TrainConfig, examples: Examples, reporter: Reporter) -> 
                 f"{prepared.shortened} of {len(prepared)} {name} targets were longer than {scorer.max_length} tokens have room for; "
                 "their beginnings are learned."
             )
-    return Tools(model, train, held_out, prompts, base.precision, device, recipe, config.steps)
+    return Tools(model, train, held_out, prompts, base.precision, device, recipe, config.most_steps)
 
 
 @torch.no_grad()
