@@ -114,9 +114,9 @@ def to_markdown(rows: Sequence[Row], command: str, base: TrainConfig) -> str:
     task = base.rows_name or base.task
     seeds = max(row.seeds for row in rows)
     means = (
-        f"Means over {seeds} seeds; the 95 % interval speaks of other seeds and other held-out rows."
+        f"Means over {seeds} seeds; the 95 % interval speaks of other seeds and other rows."
         if seeds > 1
-        else "One seed; the 95 % interval speaks of other held-out rows, not of other seeds."
+        else "One seed; the 95 % interval speaks of other rows, not of other seeds."
     )
     return (
         f"# {len(rows)} methods on {task}\n\n{base.model_name_or_path}\n\n{table}\n"

@@ -62,7 +62,7 @@ def draw(rows: Sequence[Row], runs: Mapping[str, Sequence[Run]], path: Path) -> 
     by_memory.set_xlabel("peak memory while training (MiB)")
     if shown:
         metric = METRICS[shown[0].metric]
-        by_memory.set_ylabel(f"{metric.label}{' (%)' if metric.share else ''}, held-out rows")
+        by_memory.set_ylabel(f"{metric.label}{' (%)' if metric.share else ''}, rows evaluated on")
         if not metric.share and not metric.higher_is_better:
             by_memory.set_yscale("log")
         if shown[0].before is not None and math.isfinite(shown[0].before):

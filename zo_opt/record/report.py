@@ -112,12 +112,12 @@ def draw(metrics: list[dict[str, Any]], s: Summary, path: Path) -> None:
     forwards, losses = ([m[name] for m in metrics] for name in ("forwards", "loss"))
     loss_axes.plot(forwards, losses, ".", color=GREY, markersize=3, label="each step")
     loss_axes.plot(forwards, smooth(losses), color=BLUE, linewidth=2.2, label="running mean")
-    loss_axes.axhline(s.before.loss, color=ORANGE, linewidth=1, linestyle="--", label="held out, before")
-    loss_axes.axhline(s.after.loss, color=ORANGE, linewidth=1.6, label="held out, after")
+    loss_axes.axhline(s.before.loss, color=ORANGE, linewidth=1, linestyle="--", label="evaluation, before")
+    loss_axes.axhline(s.after.loss, color=ORANGE, linewidth=1.6, label="evaluation, after")
     if s.curve:
         seen = [math.nan if p["loss"] is None else p["loss"] for p in s.curve]
         loss_axes.plot(
-            [p["forwards"] for p in s.curve], seen, "o-", color=ORANGE, markersize=4, label="held out, on the way"
+            [p["forwards"] for p in s.curve], seen, "o-", color=ORANGE, markersize=4, label="evaluation, on the way"
         )
     loss_axes.set_ylabel("loss")
     finite = sorted(x for x in losses if math.isfinite(x))

@@ -16,6 +16,7 @@ from zo_opt.record.progress import Reporter
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.examples import load_examples
 from zo_opt.training.resume import resumed_config
+from zo_opt.training.row_record import RowRecord, check_resumed
 from zo_opt.training.setup import Tools, build_tools
 from zo_opt.training.stepper import Stepper
 from zo_opt.training.stop import InterruptedRunError, StopSignals
@@ -56,16 +57,20 @@ def follow(config: TrainConfig, given: Collection[str] | None = None) -> None:
         RankError: another rank failed.
         InterruptedRunError: all ranks were asked to stop.
     """
-    reporter = Reporter(Console(quiet=True))
+    reporter, record = Reporter(Console(quiet=True)), None
     if config.resume:
-        config, _ = resumed_config(config, given, reporter)
+        config, record = resumed_config(config, given, reporter)
     config.check()
     check_ranks(config)
     assert config.output_dir is not None
     meet()
     with StopSignals() as stop:
         try:
-            tools = build_tools(config, load_examples(config, reporter), reporter)
+            examples = load_examples(config, reporter)
+            if record is not None:  # as rank 0 does: all end alike
+                rows = RowRecord.of(examples.task, examples.train, examples.held_out, private=config.private)
+                check_resumed(record, rows, f"the run in {config.output_dir}", reporter.say)
+            tools = build_tools(config, examples, reporter)
             _follow(replace(config, steps=tools.steps), tools, stop, config.output_dir, reporter)
         except KeyboardInterrupt as request:
             raise InterruptedRunError(config.output_dir, getattr(request, "signum", signal.SIGINT)) from None

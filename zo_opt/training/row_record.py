@@ -150,7 +150,7 @@ def say_of_held_out(rows: int, trained_on: int | None, say: Callable[[str], None
         say(f"{rows} held-out row{'s are' if rows > 1 else ' is'} few: read the figures with their standard error.")
     if trained_on:
         say(
-            f"{trained_on} of the {rows} rows to evaluate on are trained on, too: the figures are not of new rows alone."
+            f"of the {rows} rows to evaluate on {trained_on} are trained on, too: the figures are not of new rows alone."
         )
 
 

@@ -141,8 +141,8 @@ class Scorer(ABC):
                 return text, truncated
             if not fields[longest]:
                 raise ZOError(
-                    f"{example.where}: the template and what follows it need {excess} tokens more than the context of {self.max_length}; "
-                    "shorten them or raise max_length."
+                    f"{example.where}: the template alone needs, with what follows it, {excess} tokens more than the context of {self.max_length}; "
+                    "shorten it or raise max_length."
                 )
             fields[longest], truncated = self._cut(fields[longest], excess), True
 
@@ -196,14 +196,13 @@ class Scorer(ABC):
         if any(map(placeholders, self.task.verbalizers.values())):
             return None
         texts = [text.format() for text in self.task.verbalizers.values()]
-        words = self._words(texts, "the task")
-        for text, ids in zip(texts, words, strict=True):
-            if self.tokenizer.unk_token_id in ids:
+        for text in texts:
+            if self.tokenizer.unk_token_id in self.following(text):
                 raise ZOError(
                     f"the tokenizer does not know all of the label words {text!r}, which become {self.tokenizer.unk_token}; "
                     "choose other words with --verbalizers."
                 )
-        return words
+        return self._words(texts, "")
 
     def words_of(self, example: Example) -> list[list[int]]:
         """Tokens of each label's words as they follow the prompt.
@@ -213,7 +212,9 @@ class Scorer(ABC):
         """
         if self.fixed_words is not None:
             return self.fixed_words
-        return self._words([text.format(**example.fields) for text in self.task.verbalizers.values()], example.where)
+        return self._words(
+            [text.format(**example.fields) for text in self.task.verbalizers.values()], f"{example.where}: "
+        )
 
     def _words(self, texts: Sequence[str], where: str) -> list[list[int]]:
         words: dict[tuple[int, ...], str] = {}
@@ -221,11 +222,11 @@ class Scorer(ABC):
             ids = tuple(self.following(text))
             if not ids:
                 raise ZOError(
-                    f"{where}: the label words {text!r} of label {label!r} have no tokens; choose other verbalizers."
+                    f"{where}the label words {text!r} of label {label!r} have no tokens; choose other verbalizers."
                 )
             if ids in words:
                 raise ZOError(
-                    f"{where}: the label words {words[ids]!r} and {text!r} are the same tokens to this tokenizer, so that no model can tell "
+                    f"{where}the label words {words[ids]!r} and {text!r} are the same tokens to this tokenizer, so that no model can tell "
                     "these labels apart; choose other verbalizers."
                 )
             words[ids] = text
