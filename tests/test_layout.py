@@ -256,7 +256,7 @@ def test_every_module(rule):
 
 
 def test_the_top_level_holds_folders():
-    assert {p.name for p in (ROOT / "zo_opt").glob("*.py")} == {"__init__.py", "errors.py", "choices.py"}
+    assert {p.name for p in (ROOT / "zo_opt").glob("*.py")} == {"__init__.py", "__main__.py", "errors.py", "choices.py"}
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 

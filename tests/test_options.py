@@ -197,7 +197,7 @@ WRONG: dict[str, tuple[str, str]] = {
             ("beta", "schedule.beta"), ("clip", "step_control.factor"), ("rank", "adapter.rank"), ("layers", "adapter.layers"),
             ("beta1", "update_rule.beta1"), ("target_modules", "adapter.target_modules"), ("queries", "schedule.queries"),
             # and transformers'
-            ("learning_rate", "lr"), ("num_train_epochs", "steps"), ("max_steps", "steps"), ("per_device_train_batch_size", "batch_size"),
+            ("learning_rate", "lr"), ("num_train_epochs", "epochs"), ("max_steps", "steps"), ("per_device_train_batch_size", "batch_size"),
             ("per_device_eval_batch_size", "eval_batch_size"), ("lr_scheduler_type", "lr_schedule"), ("resume_from_checkpoint", "resume"),
             ("gradient_accumulation_steps", "batch_size"), ("warmup_step", "warmup_steps"), ("model_name", "model_name_or_path"),
         )

@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
-from rich.console import Console
-
 from zo_opt.cli.lines import Lines
+from zo_opt.cli.say import beside_results
 from zo_opt.errors import ZOError
 from zo_opt.record.progress import Reporter
 from zo_opt.tasks.rows import read_rows
@@ -28,7 +27,7 @@ def run(options: Namespace, command: str) -> None:
         raise ZOError(
             "--out and --form are of no use to --chat, which is a conversation in the chat template; leave them out."
         )
-    reporter = Reporter(Console(stderr=True, highlight=False, soft_wrap=True))
+    reporter = beside_results(options)
     prompts: Sequence[Prompt] = [options.prompt] if options.file is None else read_rows(options.file)
     if options.file is not None and (options.file.suffix == ".txt" or options.form != "run"):
         prompts = [_text_of(row, options) for row in prompts if isinstance(row, Mapping)]

@@ -5,11 +5,9 @@ from __future__ import annotations
 from argparse import Namespace
 from contextlib import closing
 
-from rich.console import Console
-
 from zo_opt.cli.lines import Lines
+from zo_opt.cli.say import beside_results
 from zo_opt.errors import ZOError
-from zo_opt.record.progress import Reporter
 from zo_opt.tasks.rows import read_rows
 from zo_opt.training.run import Run
 
@@ -18,7 +16,7 @@ def run(options: Namespace, command: str) -> None:
     """Label the rows of a file: a JSON object a row, in their order, to a file or to the terminal."""
     if options.file is None:
         raise ZOError("predict needs --file, the rows to label.")
-    reporter = Reporter(Console(stderr=True, highlight=False, soft_wrap=True))
+    reporter = beside_results(options)
     rows = read_rows(options.file)  # before the model is loaded
     with closing(Lines(options.out)) as lines:
         found = Run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -11,6 +12,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from zo_opt.cli.say import print_json
 from zo_opt.errors import ZOError
 from zo_opt.record.output import writer
 from zo_opt.record.watch import FINISHED, RUNNING, STARTING, Status, Watched, runs_under
@@ -28,7 +30,10 @@ def run(options: Namespace, command: str) -> int:
     if options.follow:
         _follow(directory, console)
     statuses = {path: Watched(path).look() for path in runs_under(directory)}
-    console.print(_shown(directory, statuses))
+    if options.json:
+        print_json({str(path): asdict(status) for path, status in statuses.items()})
+    else:
+        console.print(_shown(directory, statuses))
     return 0 if all(s.state in (RUNNING, STARTING, FINISHED) and s.sound for s in statuses.values()) else 1
 
 

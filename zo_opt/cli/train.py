@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from argparse import Namespace
 
+from zo_opt.cli.say import print_json, reporter_of
 from zo_opt.distributed import launched_rank, process_group
-from zo_opt.record.progress import Reporter
 from zo_opt.system.memory import readable
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.followers import check_ranks, follow
@@ -14,7 +14,7 @@ from zo_opt.training.loop import train
 
 def run(options: Namespace, command: str) -> None:
     """Train with the options that were given and say what came out; under torchrun, as one of several processes."""
-    reporter = Reporter()
+    as_json, reporter = vars(options).get("json", False), reporter_of(options)
     values = vars(options)
     config = TrainConfig(**values)
     check_ranks(config)
@@ -28,3 +28,5 @@ def run(options: Namespace, command: str) -> None:
         f"{summary.forwards:,} forward passes in {summary.train_seconds:.0f} s; peak memory {readable(summary.peak_memory)}"
     )
     reporter.say(f"adapter, report.md and report.png are in {output_dir}")
+    if as_json:
+        print_json({"output_dir": str(output_dir)} | summary.to_dict())

@@ -19,6 +19,7 @@ from typing import Any, get_type_hints
 import docstring_parser
 import yaml
 
+from zo_opt import presets
 from zo_opt.errors import ZOError
 from zo_opt.training.options import GROUPS, PARTS, LearningOptions
 from zo_opt.training.sentences import Parser, without_options
@@ -188,7 +189,9 @@ def _without_config(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
     files, line, rest = [], [], iter(arguments)
     for argument in rest:
         name, equals, value = argument.partition("=")
-        if name != "--config":
+        if name == "--preset":
+            files.append(presets.file_of(value if equals else next(rest, "")))
+        elif name != "--config":
             line.append(argument)
         elif (path := value if equals else next(rest, "")) and not path.startswith("--"):
             files.append(Path(path))

@@ -15,11 +15,12 @@ from zo_opt.training.options import PARTS
 
 # What users of transformers, or of earlier versions, would type.
 _ELSEWHERE = {
-    "learning_rate": "lr", "num_train_epochs": "steps", "epochs": "steps", "max_steps": "steps", "lr_scheduler_type": "lr_schedule",
+    "learning_rate": "lr", "num_train_epochs": "epochs", "max_steps": "steps", "lr_scheduler_type": "lr_schedule",
     "per_device_train_batch_size": "batch_size", "gradient_accumulation_steps": "batch_size",
     "per_device_eval_batch_size": "eval_batch_size", "max_seq_length": "max_length", "resume_from_checkpoint": "resume",
     "model": "model_name_or_path", "quantize": "quantise", "load_in_8bit": "quantise", "bf16": "precision", "fp16": "precision",
-    "optim": "optimizer", "dataset": "train_file", "validation_file": "eval_file",
+    "optim": "optimizer", "validation_file": "eval_file", "dataset_name": "dataset", "dataset_config_name": "dataset_config",
+    "eval_strategy": "eval_steps", "evaluation_strategy": "eval_steps", "load_best_model_at_end": "keep", "early_stopping_patience": "patience",
     "clip": "step_control.factor", "alpha": "schedule.alpha", "beta": "schedule.beta", "queries": "schedule.queries",
     "max_queries": "schedule.max_queries", "min_queries": "schedule.min_queries",
     "milestones": "schedule.milestones", "beta1": "update_rule.beta1", "beta2": "update_rule.beta2",
