@@ -447,7 +447,7 @@ def test_what_a_resumed_run_can_be_told(
         with pytest.raises(MemoryError):
             run_main(toy_options(output_dir=directory, **EASY | {"save_steps": 2, "max_failed_steps": 3}))
     told: list[TrainConfig] = []
-    monkeypatch.setattr("zo_opt.training.loop.load_examples", lambda config, _: told.append(config) or killed())
+    monkeypatch.setattr("zo_opt.training.loop.load_examples", lambda config, *_: told.append(config) or killed())
     with pytest.raises(MemoryError):
         run_main(["train", "--output_dir", str(directory), "--resume", "--save_steps", str(TrainConfig.save_steps)])
     assert (told[0].save_steps, told[0].max_failed_steps) == (TrainConfig.save_steps, 3)
