@@ -251,3 +251,14 @@ def test_wrong_use_gets_one_sentence(
     assert "Traceback" not in said
     assert re.search(what, said.splitlines()[-1]), said
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("task", [
+    {"template": 3}, {"template": "{text"}, {"verbalizers": ["a"]}, {"kind": "odd"}, {"of_a_later_version": 1}, {"max_new_tokens": "many"}, None,
+])  # fmt: skip
+def test_a_record_without_a_task_of_ours(task: dict[str, Any] | None, labelled: Path, tmp_path: Path) -> None:
+    record = json.loads((labelled / "run.json").read_text())
+    record["resolved"]["task"] = 7 if task is None else record["resolved"]["task"] | task
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    with pytest.raises(ZOError, match=r"damaged, or of another version|is not well formed|of kind 'odd'"):
+        load_run(tmp_path)

@@ -116,5 +116,5 @@ def task_in(record: Mapping[str, Any], path: Path) -> Task | None:
         return Task.from_dict(plain)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ZOError(
-            f"{path} is damaged: it names no task ({error}); give the output_dir of a run of zo-opt train."
+            f"{path} is damaged, or of another version of zo_opt: it names no task ({error}); give the output_dir of a run of zo-opt train."
         ) from error
