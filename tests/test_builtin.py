@@ -9,12 +9,11 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import sha256
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import nanoarrow
-import nanoarrow.ipc
+import pyarrow
+import pyarrow.ipc
 import pytest
 from conftest import run_main
 
@@ -50,32 +49,18 @@ TABLES: dict[str, dict[str, Any]] = {
 
 def arrow(table: dict[str, Any]) -> bytes:
     """An Arrow stream, as the datasets library writes it."""
-    _, batch = column(table)
+    batch = pyarrow.RecordBatch.from_struct_array(column(table))
     out = io.BytesIO()
-    with nanoarrow.ipc.StreamWriter.from_writable(out) as writer:
-        writer.write_stream(nanoarrow.ArrayStream(batch))
+    with pyarrow.ipc.new_stream(out, batch.schema) as writer:
+        writer.write_batch(batch)
     return out.getvalue()
 
 
-def column(values: Any) -> tuple[Any, Any]:
-    """Type and array of strings, integers, lists of strings, or (a dict) a struct of columns."""
-    if isinstance(values, dict):
-        fields = {name: column(inner) for name, inner in values.items()}
-        kind, buffers, children = (
-            nanoarrow.struct({n: t for n, (t, _) in fields.items()}),
-            [None],
-            [a for _, a in fields.values()],
-        )
-        length = len(children[0])
-    elif isinstance(values[0], list):
-        ends = [0, *accumulate(map(len, values))]
-        kind, length = nanoarrow.list_(nanoarrow.string()), len(values)
-        buffers = [None, nanoarrow.c_buffer(ends, nanoarrow.int32())]
-        children = [column([item for inner in values for item in inner])[1]]
-    else:
-        kind = nanoarrow.string() if isinstance(values[0], str) else nanoarrow.int64()
-        return kind, nanoarrow.c_array(values, kind)
-    return kind, nanoarrow.c_array_from_buffers(kind, length=length, buffers=buffers, null_count=0, children=children)
+def column(values: Any) -> Any:
+    """An array of what a list holds, or (a dict) a struct of columns."""
+    if not isinstance(values, dict):
+        return pyarrow.array(values)
+    return pyarrow.StructArray.from_arrays([column(inner) for inner in values.values()], names=list(values))
 
 
 def wheel(**more: bytes) -> bytes:

@@ -407,6 +407,33 @@ def test_a_signal_stops_after_the_step_and_says_how_to_go_on(
     same_run(broken, whole)
 
 
+def test_a_second_interrupt_stops_at_once(
+    toy_options: Options,
+    uninterrupted: Callable[[dict[str, Any]], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Within a step, whose weights are put back: the run goes on to the same bits."""
+    whole, broken, losses = uninterrupted(HARD), tmp_path / "broken", []
+    loss = Prepared.loss
+
+    def interrupted(*given: Any) -> Any:
+        losses.append(1)
+        if len(losses) in (9, 10):  # in the third step
+            signal.raise_signal(signal.SIGINT)
+        return loss(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Prepared, "loss", interrupted)
+        assert run_main(toy_options(output_dir=broken, **HARD)) == 130
+    assert len(losses) == 10
+    error = capfd.readouterr().err
+    assert "stopping after this step; Ctrl-C once more stops at once" in error and "--resume" in error
+    assert run_main(["train", "--output_dir", str(broken), "--resume"]) == 0
+    same_run(broken, whole)
+
+
 def test_resuming_keeps_the_options_of_the_interrupted_run(
     toy_options: Options,
     uninterrupted: Callable[[dict[str, Any]], Path],

@@ -41,14 +41,14 @@ class WheelRows:
 
     def __call__(self, split: str) -> list[Row]:
         """All of them to train on, and none held out."""
-        import nanoarrow
+        import pyarrow.ipc
 
         if split == "held_out":
             return []
         path = self.fetch() / _file_name(self.name)
         try:
-            rows = nanoarrow.ArrayStream.from_path(str(path)).read_all().to_pylist()
-        except (RuntimeError, OSError) as error:
+            rows = pyarrow.ipc.open_stream(path.read_bytes()).read_all().to_pylist()
+        except (pyarrow.ArrowException, OSError) as error:
             raise ZOError(f"{path} is damaged ({error}); delete {path.parent}, so that it is fetched again.") from error
         return self.change([{self.columns.get(k, k): v for k, v in row.items()} for row in rows])
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
+
+_SAID = b"\nzo-opt: stopping after this step; Ctrl-C once more stops at once\n"
 
 
 class InterruptedRunError(RuntimeError):
@@ -85,3 +88,5 @@ class StopSignals:
         self.signum = signum if self.signum is None else self.signum
         if not (self._held and first):
             raise StopRequest(self.signum)
+        if signum == signal.SIGINT:
+            os.write(2, _SAID)  # a signal's handler must not wait for a console
