@@ -180,11 +180,11 @@ def test_the_tokens_of_label_words_and_their_cost_are_said() -> None:
     several, single = (scorer("llama", words=words) for words in ({"0": "not that great", "1": "great"}, WORDS))
     assert isinstance(several, LabelScorer)
     assert isinstance(single, LabelScorer)
-    [note] = several.notes()
+    [note] = several.word_notes()
     count = len(several.words_of(Example({"text": "a"}, 0))[0])
     assert f"'not that great' {count}, 'great' 1" in note
     assert "2 sequences a row" in note
-    assert single.notes() == []
+    assert single.word_notes() == []
 
 
 # --- cutting ---

@@ -245,7 +245,7 @@ CASES: dict[str, Case] = {
     "a label column of a generation task": (lambda p: TARGET | {"label_column": "text"}, "label_column was given"),
     "no new tokens": (lambda p: TARGET | {"max_new_tokens": 0}, "max_new_tokens=0"),
     "new tokens of a classification": (lambda p: {"max_new_tokens": 5}, "max_new_tokens was given.*writes nothing"),
-    "no room for what is to be written": (lambda p: TARGET | {"max_new_tokens": 64}, "template and what follows it.*context of 64"),
+    "no room for what is to be written": (lambda p: TARGET | {"max_new_tokens": 64}, "the template alone needs, with what follows it.*context of 64"),
     "a classification head for generation": (lambda p: TARGET | {"head": "classification"}, "head='classification'.*leave it out"),
     "compiled layers for generation": (
         lambda p: TARGET | {"compile": "true", "query_mode": "sequential"}, "leave --compile out",

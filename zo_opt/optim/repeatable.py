@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -80,7 +81,9 @@ def _no_moving_statistics() -> Iterator[None]:
 
     handle = register_module_forward_pre_hook(before_forward)
     try:
-        yield
+        with warnings.catch_warnings():  # of a compiled module, that such hooks fire twice: this one may
+            warnings.filterwarnings("ignore", message="Using `torch.compile")
+            yield
     finally:
         handle.remove()
 
