@@ -95,7 +95,13 @@ def test_every_micro_batch_is_searched():
     assert four.history.forwards == 4 * one.history.forwards == 4 * 4 * (2 + 4)
 
 
-WITH_MEMORY = ("hizoo", "mezo-svrg", "zo-kalman", "agzo", "p-gap")  # their steps are not along the directions that a search would try
+WITH_MEMORY = (
+    "hizoo",
+    "mezo-svrg",
+    "zo-kalman",
+    "agzo",
+    "p-gap",
+)  # their steps are not along the directions that a search would try
 SEARCHED = [n for n in NAMES if n not in ("zo-sign", "zo-momentum", "zo-adam", "zo-conservative", *WITH_MEMORY)]
 
 

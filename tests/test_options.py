@@ -202,6 +202,15 @@ WRONG: dict[str, tuple[str, str]] = {
             ("gradient_accumulation_steps", "batch_size"), ("warmup_step", "warmup_steps"), ("model_name", "model_name_or_path"),
         )
     },
+    # names are whole
+    "a short form": ("--step 3", r"--step is not known\. Did you mean --steps\?"),
+    "of a part's": ("--adapter lora --adapter.ran 3", r"adapter 'lora' has no option 'ran'.*Did you mean rank\?"),
+    "with its value": ("--adapter lora --adapter.ran=3", r"adapter 'lora' has no option 'ran'"),
+    # what was chosen decides whose option it is
+    "a rule's of its own": ("--optimizer zo-adam --beta1 .5", r"Did you mean --optimizer\.beta1\?"),
+    "backpropagation's": ("--optimizer adamw --beta2 .5", r"Did you mean --optimizer\.beta2\?"),
+    "a chosen rule's": ("--optimizer mezo --update_rule amsgrad --beta1 .5", r"Did you mean --update_rule\.beta1\?"),
+    "of two parts": ("--adapter lora --alpha 3", r"Did you mean --adapter\.alpha or --schedule\.alpha\?"),
     # values
     "a word for a number": ("--steps many", "steps='many' is not possible; give a whole number of at least 1"),
     "a fraction": ("--steps 2.5", r"steps=2\.5 is not possible; give a whole number"),
@@ -226,6 +235,15 @@ def test_what_is_mistyped_is_one_sentence(case: str, capsys: pytest.CaptureFixtu
     assert error[-1] in ".?"
     assert re.search(sentence, error), error
     assert said.out == ""
+
+
+@pytest.mark.parametrize(
+    "line", ["eval runs --zero_sho", "status runs --follo", "merge runs --t x", "plan --mem 1", "predict runs --fil=x"]
+)
+def test_names_of_options_are_whole(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main(line.split()) == 2
+    short = line.split()[2 if "runs" in line else 1].partition("=")[0]
+    assert f"error: {short} is not known." in capsys.readouterr().err
 
 
 # --- files ---

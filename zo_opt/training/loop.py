@@ -82,6 +82,11 @@ def train(
             config = replace(config, steps=tools.steps)
             stepper = Stepper(config, tools, make_privacy(config, tools.train, reporter.say))
             reporter.say(f"{tools.model.trainable_summary()}, frozen base in {tools.precision} on {tools.device.type}")
+            if tools.precision.startswith("mixed"):
+                reporter.say(
+                    "products are rounded to bf16: a row's scores move by some hundredths with its batch and with --prompt_cache, and a run "
+                    "that differs in them ends elsewhere; --precision fp32 is free of it."
+                )
             if record is None:
                 shown = show(tools.train.scorer, tools.train.encoded[0], private=config.private)
                 for line in shown.lines():

@@ -61,11 +61,13 @@ def parse_arguments(
     values: dict[str, Any] = {}
     for path in files:
         values = _merged(values, normalised(read_options_file(path), parts))
+    names = {part: _named(line, part) or _name_of(values.get(part)) for part in PARTS}
     plain: dict[str, Any] = {}
     if "--help" not in line and "-h" not in line:
-        plain = _parse_plain(line, add_plain_options(parser(), groups, skip), parts)
+        first = add_plain_options(parser(), groups, skip)
+        first.asked = names if several is None and any(names.values()) else None
+        plain = _parse_plain(line, first, parts)
     kinds = several(values | plain) if several is not None else {}
-    names = {part: _named(line, part) or _name_of(values.get(part)) for part in PARTS}
     values = {k: v for k, v in values.items() if k not in PARTS or _name_of(v) in (None, names[k])}  # not named anew
     full = parser()
     add_plain_options(full, groups, skip | without_options(names["optimizer"]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -36,9 +38,12 @@ def regression_accuracy(model: AdapterModel, train: Prepared, held_out: Prepared
     task = train.scorer.task
     fixed = not any(placeholders(words) for words in task.verbalizers.values())
     counts = np.bincount(train.labels) if task.kind == CLASSIFICATION else np.zeros(1)
-    if task.kind != CLASSIFICATION or not fixed or model.answers is None or (counts[counts > 0] < FOLDS).any():
+    if task.kind != CLASSIFICATION or not fixed or (counts[counts > 0] < FOLDS).any():
         return None
-    states = [_states(model, rows, batch_size) for rows in (train, held_out)]
+    with _looked_into(model):
+        if model.answers is None:
+            return None
+        states = [_states(model, rows, batch_size) for rows in (train, held_out)]
     found = []
     for layer in range(2):
         fit = make_pipeline(
@@ -53,6 +58,22 @@ def regression_accuracy(model: AdapterModel, train: Prepared, held_out: Prepared
             (float(np.max(np.mean(inner.scores_, axis=0))), float(fit.score(states[1][layer], held_out.labels)))
         )
     return max(found)[1]
+
+
+@contextmanager
+def _looked_into(model: AdapterModel) -> Iterator[None]:
+    """Within this context the model's body can be looked into, whether the run keeps what is frozen of forwards or not."""
+    lent = model.answers is None and model.encoder is None
+    if lent:
+        model.prompt_forward()
+    try:
+        yield
+    finally:
+        for forward in (model.answers, model.encoder) if lent else ():
+            if forward is not None:
+                forward.remove()
+        if lent:
+            model.answers = model.encoder = None
 
 
 @torch.no_grad()

@@ -36,10 +36,15 @@ class Parser(ArgumentParser):
     Attributes:
         parts: those that its command has.
         names: of the parts whose options it has.
+        asked: names given to parts; None where none was, so that nothing heavy is asked, or where there are several of a part.
     """
 
     parts: Sequence[str] = ()
     names: Mapping[str, str | None] = MappingProxyType({})
+    asked: Mapping[str, str | None] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)  # what a short form means changes with every new option
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = " ".join(message.split()).rstrip(".")
@@ -82,7 +87,10 @@ class Parser(ArgumentParser):
             chosen = f"{part} {self.names[part]!r}" if self.names.get(part) else f"the {part}"
             return f"{chosen} has no option {option!r}; it has {', '.join(has) or 'none'}.{did_you_mean(option, has)}"
         meant = _ELSEWHERE.get(name, "")
-        if meant in known or meant.partition(".")[0] in self.parts:
+        owner, dot, option = meant.partition(".")
+        if dot and owner in self.parts and self.asked is not None:
+            meant = " or --".join(f"{part}.{option}" for part in having(option, self.asked)) or meant
+        if meant in known or owner in self.parts:
             return f"--{name} is not known. Did you mean --{meant}?"
         return f"--{name} is not known.{did_you_mean(name, known).replace('mean ', 'mean --')}"
 
@@ -94,6 +102,18 @@ def without_options(optimizer: str | None) -> frozenset[str]:
     from zo_opt.training.parts import fixed_options
 
     return fixed_options(optimizer)
+
+
+def having(option: str, names: Mapping[str, str | None]) -> list[str]:
+    """The parts, as they are named, that have an option: the optimizer alone, where it has."""
+    from zo_opt.training.parts import TABLES, default_name, own_options
+
+    fixed, found = without_options(names["optimizer"]), []
+    for part in PARTS:
+        chosen = names[part] or default_name(part, names) or "none"
+        if part not in fixed and chosen in TABLES[part] and option in own_options(part, TABLES[part].find(chosen)):
+            found.append(part)
+    return ["optimizer"] if "optimizer" in found else found
 
 
 def in_words(hint: Any) -> str:

@@ -5,6 +5,8 @@ Shape suffixes: B examples, C labels, T tokens of label words or of a target, V 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,14 +27,31 @@ class Seq2Seq(Scorer):
         super().__init__(model, tokenizer, task, max_length)
         self._start = decoder_start(model)
 
-    def shifted(self, words: Tensor) -> Tensor:
-        """What the decoder is given to predict tokens from, (..., T): the start, and all of them but the last."""
-        start = torch.full_like(words[..., :1], self._start)
+    def shifted(self, words: Tensor, begun: Sequence[int] = ()) -> Tensor:
+        """What the decoder is given to predict tokens from, (..., 1 + begun + T - 1):
+        its start, what it has begun with, and all tokens but the last.
+        """
+        start = words.new_tensor([self._start, *begun]).expand(*words.shape[:-1], -1)
         return torch.cat([start, words[..., :-1].clamp(min=0)], dim=-1)
+
+    def target_ids(self, text: str, special: bool = True) -> list[int]:
+        """Tokens of a text that the decoder writes, as transformers makes them: in another language than the prompt's, perhaps."""
+        text = self.markup.as_letters(text)
+        return list(self.tokenizer(text_target=text, add_special_tokens=special, verbose=False)["input_ids"])
 
 
 class Seq2SeqScorer(Seq2Seq, LabelScorer):
-    """Labels: each one's words are decoded."""
+    """Labels: each one's words are decoded, behind what every target of the tokenizer begins with (BART's ``<s>``, a language)."""
+
+    @cached_property
+    def begun(self) -> list[int]:
+        """The special tokens that stand before a target's own."""
+        whole, own = self.target_ids("a"), self.target_ids("a", special=False)
+        return next((whole[:i] for i in range(len(whole)) if own and whole[i : i + len(own)] == own), [])
+
+    def following(self, text: str) -> list[int]:
+        """Tokens of a text with which the decoder begins: no matter how the prompt ends."""
+        return self.target_ids(text, special=False)
 
     def encode(self, example: Example) -> Encoded:
         text, truncated = self.prompt_text(example, room=0)
@@ -45,8 +64,8 @@ class Seq2SeqScorer(Seq2Seq, LabelScorer):
         B, C, T = words_BCT.shape
         inputs = self.inputs(batch)
         mask, hidden = inputs["attention_mask"], model.get_encoder()(**inputs).last_hidden_state
-        decoder_ids = self.shifted(words_BCT)
-        if T == 1:  # the start alone, which all labels share
+        decoder_ids = self.shifted(words_BCT, self.begun)
+        if T == 1:  # what they begin with, which all labels share
             decoder_ids = decoder_ids[:, 0]
         else:
             decoder_ids = decoder_ids.flatten(0, 1)
@@ -56,8 +75,8 @@ class Seq2SeqScorer(Seq2Seq, LabelScorer):
             encoder_outputs=outputs, attention_mask=mask, decoder_input_ids=decoder_ids, use_cache=False
         ).logits.float()
         if T == 1:
-            return word_logits(logits[:, 0], words_BCT)
-        return sequence_scores(logits.unflatten(0, (B, C)), words_BCT)
+            return word_logits(logits[:, -1], words_BCT)
+        return sequence_scores(logits[:, -T:].unflatten(0, (B, C)), words_BCT)
 
 
 class Seq2SeqGenerator(Seq2Seq, Writer, TextScorer):
@@ -65,7 +84,7 @@ class Seq2SeqGenerator(Seq2Seq, Writer, TextScorer):
 
     def encode(self, example: Example) -> Encoded:
         text, truncated = self.prompt_text(example, room=0)
-        whole = self.tokens_of(self.markup.as_letters(example.references[0]))
+        whole = self.target_ids(example.references[0])
         target = whole if len(whole) <= self.max_length else whole[: self.max_length - 1] + whole[-1:]
         return Encoded(
             [self.prompt_ids(text, example)],
