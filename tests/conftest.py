@@ -129,7 +129,10 @@ def _configs() -> dict[str, tuple[str, str, Any]]:
 
 def tokenizer_for(architecture: str) -> transformers.PreTrainedTokenizerFast:
     """A fresh tokenizer of the kind that goes with an architecture."""
-    return make_tokenizer(_configs()[architecture][0])
+    tokenizer = make_tokenizer(_configs()[architecture][0])
+    if architecture == "t5":  # whose tokenizer puts a space before a text's first word
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return tokenizer
 
 
 ARCHITECTURES = ("llama", "gpt2", "opt", "bert", "t5")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ from typing import Any
 import pytest
 from conftest import Sentiment, run_main
 
+from zo_opt.cli.commands import COMMANDS
 from zo_opt.training.options import GROUPS
+from zo_opt.training.sentences import Parser
 
 BASE: dict[str, Any] = {
     "device": "cpu", "precision": "fp32", "adapter": "lora", "optimizer": "mezo", "lr": 0.05, "steps": 2, "batch_size": 4, "eval_batch_size": 16,
@@ -28,6 +32,19 @@ SWEEP: dict[str, tuple[dict[str, Any], Any, Any]] = {
     "template": ({}, "{text} It was", "{text} So it was"),
     "verbalizers": ({}, "terrible,great", "great,terrible"),
     "steps": ({}, 2, 3),
+    "epochs": ({"steps": None, "batch_size": 32}, 1, 2),
+    "dataset": ({"train_file": None}, "{saved}", "{saved_fewer}"),
+    "dataset_config": ({"train_file": None, "dataset": "{saved}"}, None, "plain"),
+    "split": ({"train_file": None, "dataset": "{saved}"}, None, "train[:20]"),
+    "eval_split": ({"train_file": None, "eval_file": None, "dataset": "{saved}"}, None, "validation"),
+    "column_names": ({"train_file": "{bare}", "eval_file": None}, "text,label,more", "more,label,text"),
+    "eval_steps": ({}, None, 1),
+    "keep": ({"eval_steps": 1, "optimizer": "zo-sign", "lr": 3, "steps": 3}, None, "last"),
+    "patience": ({"eval_steps": 1, "optimizer": "zo-sign", "lr": 3, "lr_schedule": "constant", "steps": 5}, None, 1),
+    "config": ({"seed": None}, None, "{options}"),
+    "preset": ({"adapter": None, "optimizer": None, "lr": None, "query_mode": None}, None, "paper-adazeta"),
+    "quiet": ({}, False, True),
+    "json": ({}, False, True),
     "budget_forwards": ({"steps": None}, 4, 8),
     "lr": ({}, 0.05, 0.1),
     "text_column": ({}, None, "label"),
@@ -99,7 +116,10 @@ _TIMES = ("seconds", "memory", "command", "versions", "date", "time", "id", "dev
 
 
 def test_no_option_is_without_an_entry() -> None:
-    assert {f.name for group in GROUPS for f in fields(group)} == set(SWEEP) and set(NO_RESULT) <= set(SWEEP)
+    own = Parser()
+    COMMANDS["train"].add(own)
+    assert {f.name for group in GROUPS for f in fields(group)} | set(own.hints()) == set(SWEEP)
+    assert set(NO_RESULT) <= set(SWEEP)
 
 
 Run = Callable[[dict[str, Any]], Any]
@@ -115,7 +135,22 @@ def outcome(tiny_model_dir: Path, sentiment_files: Sentiment, tmp_path_factory: 
     make_model("llama", std=0.1).save_pretrained(other)
     tokenizer_for("llama").save_pretrained(other)
     fewer.write_text("".join(sentiment_files.train.read_text().splitlines(keepends=True)[:20]))
+    rows = [json.loads(line) for line in sentiment_files.train.read_text().splitlines()]
+    bare, options_file = place / "bare.csv", place / "options.yaml"
+    with bare.open("w", newline="") as file:
+        csv.writer(file).writerows((row["text"], row["label"], f"{row['text']} indeed") for row in rows)
+    options_file.write_text("seed: 3\n")
+    if find_spec("datasets") is not None:  # else a run says so
+        import datasets
+
+        for name, some in (("saved", rows), ("saved_fewer", rows[:30])):
+            parts = {"train": datasets.Dataset.from_list(some), "validation": datasets.Dataset.from_list(some[-10:])}
+            datasets.DatasetDict(parts).save_to_disk(str(place / name))
     names = {
+        "saved": place / "saved",
+        "saved_fewer": place / "saved_fewer",
+        "bare": bare,
+        "options": options_file,
         "model": tiny_model_dir,
         "other": other,
         "eval": sentiment_files.eval,
@@ -141,10 +176,11 @@ def outcome(tiny_model_dir: Path, sentiment_files: Sentiment, tmp_path_factory: 
                 line += [f"--{name}"] if value is True else [f"--{name}", text]
         if (key := " ".join(line)) not in known:
             directory = place / f"out{len(known)}"
-            with redirect_stderr(StringIO()) as said:
+            with redirect_stderr(StringIO()) as said, redirect_stdout(StringIO()) as shown:
                 code = run_main([*line, "--output_dir", str(directory)])
             assert code in (0, 2), line
-            known[key] = left_in(directory) if code == 0 else said.getvalue()
+            on_screen = {"silent": not shown.getvalue(), "json": shown.getvalue().startswith("{")}
+            known[key] = left_in(directory) | on_screen if code == 0 else said.getvalue()
         return known[key]
 
     return run

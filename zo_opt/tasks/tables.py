@@ -76,9 +76,13 @@ def read_dataset(name: str, config: str | None, split: str | None) -> Rows:
 
     split = split or "train"
     what = f"data set {name!r}{f' ({config})' if config else ''}, split {split!r},"
+    saved = any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json"))
+    if saved and config is not None:
+        raise ZOError(
+            f"dataset_config={config!r} was given, and what save_to_disk wrote to {name} has no configurations; leave it out."
+        )
     try:
-        directory = Path(name)
-        if (directory / "dataset_dict.json").is_file() or (directory / "state.json").is_file():
+        if saved:
             found = datasets.load_from_disk(name)
             if isinstance(found, datasets.DatasetDict):
                 if split not in found:
