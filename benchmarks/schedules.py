@@ -173,6 +173,8 @@ def picture(arguments: argparse.Namespace) -> None:
         axes.set_ylabel("loss on held-out rows")
         axes.grid(color="#e2e8f0", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
+    for axes in figure.axes[len(groups) :]:
+        axes.set_visible(False)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, loc="outside right upper")
     figure.suptitle("Query schedules at equal token evaluations: median of the seeds", fontsize=12)
