@@ -82,7 +82,7 @@ def test_every_adapter_sits_on_it(kind: str, method: str) -> None:
     """Those that start from the weight start from what the few bits stand for; none is merged into them."""
     model, batch = build("llama"), padded_batch("llama")
     set_precision(model, f"mixed, {kind}", CPU)
-    options: dict[str, Any] = {"target_modules": ["q_proj"]} if method == "spectral" else {}
+    options: dict[str, Any] = {"target_modules": ["q_proj"]} if method in ("spectral", "zo-act") else {}
     if "total_steps" in ADAPTERS[method].__dataclass_fields__:
         options["total_steps"] = 10
     with torch.no_grad():
