@@ -261,8 +261,10 @@ def test_a_rank_that_fails_is_named_and_the_others_can_go_on(ranks):
     assert [weights for _, weights in found] == [course(3, query_schedule=constant_queries(40))["weights"][-1]] * 3
 
 
-@pytest.mark.parametrize("victim", [0, 2])
-def test_a_rank_that_is_killed_stops_the_others(ranks, victim):
+@pytest.mark.parametrize(("victim", "late"), [(0, 0.0), (2, 0.0), (2, 1.0)])
+def test_a_rank_that_is_killed_stops_the_others(ranks, victim, late):
+    """``late``: seconds after its death at which rank 0 looks."""
+
     def work(rank):
         model = Model()
         optimizer = make(model, query_mode="distributed", query_schedule=constant_queries(6))
@@ -270,6 +272,7 @@ def test_a_rank_that_is_killed_stops_the_others(ranks, victim):
         def closure(batch):
             if (rank, optimizer.step_count) == (victim, 2):
                 os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(late * (rank == 0 and optimizer.step_count == 2))
             return model(batch)
 
         error = raised(lambda: [optimizer.step(closure, BATCH) for _ in range(5)])

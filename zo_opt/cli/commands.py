@@ -77,19 +77,17 @@ def _compared(values: Mapping[str, Any]) -> Mapping[str, list[Any]]:
 
 
 def _add_eval(parser: Parser) -> None:
-    parser.add_argument("run_dir", type=Path, help="the run's output_dir")
+    _add_run(parser)
     parser.add_argument("--eval_file", type=Path | None, help="other rows, with the columns of the run's own")
     parser.add_argument("--zero_shot", type=bool, default=False, help="leave the adapter out")
     parser.add_argument(
         "--precision", type=str | None, help="of the base: mixed, fp32 or auto; the run's own if left out"
     )
-    _add_device(parser)
     _add_saying(parser)
-    _add_trust(parser)
 
 
 def _add_predict(parser: Parser) -> None:
-    parser.add_argument("run_dir", type=Path, help="the run's output_dir")
+    _add_run(parser)
     parser.add_argument(
         "--file", type=Path | None, help="rows with the columns of the run's prompt; labels are not needed"
     )
@@ -98,12 +96,10 @@ def _add_predict(parser: Parser) -> None:
         "--batch_size", type=PositiveInt | None, help="rows in a batch; the run's eval_batch_size if not given"
     )
     _add_quiet(parser)
-    _add_device(parser)
-    _add_trust(parser)
 
 
 def _add_generate(parser: Parser) -> None:
-    parser.add_argument("run_dir", type=Path, help="the run's output_dir")
+    _add_run(parser)
     parser.add_argument("--prompt", type=str | None, help="a text")
     parser.add_argument(
         "--file",
@@ -131,6 +127,11 @@ def _add_generate(parser: Parser) -> None:
     parser.add_argument("--top_k", type=PositiveInt | None, help="of sampling: from so many of the likeliest tokens")
     parser.add_argument("--seed", type=NonNegativeInt, default=0, help="of sampling")
     _add_quiet(parser)
+
+
+def _add_run(parser: Parser) -> None:
+    """The run, and how it is loaded."""
+    parser.add_argument("run_dir", type=Path, help="the run's output_dir")
     _add_device(parser)
     _add_trust(parser)
 
@@ -177,7 +178,7 @@ def _add_replay(parser: Parser) -> None:
     parser.add_argument("journal", type=Path, help="the run's output_dir, or the journal in it")
     parser.add_argument("--to", type=Path | None, help="a new directory for the adapter")
     parser.add_argument("--steps", type=int | None, help="the adapter after so many steps; after all if not given")
-    parser.add_argument("--device", type=str | None, help="cpu, cuda or auto; the run's if not given")
+    _add_device(parser)
     parser.add_argument("--inexact", type=bool, default=False, help="accept weights that differ from training's bits")
     _add_trust(parser)
 

@@ -18,15 +18,18 @@ def reporter_of(options: Namespace) -> Reporter:
     Both are taken out of the options.
     """
     quiet, to_programs = (bool(vars(options).pop(name, False)) for name in ("quiet", "json"))
-    if quiet:
-        return Reporter(Console(quiet=True))
-    return Reporter(Console(stderr=True, highlight=False, soft_wrap=True)) if to_programs else Reporter()
+    return _reporter(quiet=quiet, beside=to_programs)
 
 
 def beside_results(options: Namespace) -> Reporter:
     """Who says what happens in a command whose results come on standard output: standard error, or nobody with ``--quiet``."""
-    options.json = True
-    return reporter_of(options)
+    return _reporter(quiet=options.quiet, beside=True)
+
+
+def _reporter(*, quiet: bool, beside: bool) -> Reporter:
+    if quiet:
+        return Reporter(Console(quiet=True))
+    return Reporter(Console(stderr=True, highlight=False, soft_wrap=True)) if beside else Reporter()
 
 
 def print_json(values: dict[str, Any]) -> None:

@@ -40,7 +40,7 @@ from zo_opt.training.config import TrainConfig
 from zo_opt.training.examples import load_examples
 from zo_opt.training.parsing import own_code
 from zo_opt.training.resume import check_given
-from zo_opt.training.row_record import RowRecord, check_resumed
+from zo_opt.training.row_record import check_resumed
 from zo_opt.training.run_record import check_allowed
 from zo_opt.training.stop import InterruptedRunError
 
@@ -78,11 +78,10 @@ def compare(
         if base.prompt_cache == TrainConfig.prompt_cache and pick_device(base.device).type == "cpu":
             base = replace(base, prompt_cache="disk")  # computed once for all runs, read as fast as from memory
         examples = load_examples(base, reporter)
-        rows = RowRecord.of(examples.task, examples.train, examples.held_out, private=base.private)
         if options.resume:
             before = read_object(directory / RECORD_NAME, "give the output_dir of a zo-opt compare")
-            check_resumed(before, rows, f"the comparison in {directory}", reporter.say)
-        record["rows"] = rows.to_plain(each=False)
+            check_resumed(before, examples.record, f"the comparison in {directory}", reporter.say)
+        record["rows"] = examples.record.to_plain(each=False)
         sizes = sizes_of(base, examples) if options.budget_memory is not None else None
         comparison = _Comparison(options, base, sizes, directory, reporter)
         configs = {pairing.name: replace(run_config(base, pairing), lr=options.lr) for pairing in pairings}

@@ -167,9 +167,11 @@ class Ranks:
         """All ranks' heads, and their losses, shape (ranks, at least ``widest``); ``text``: what this rank does, or why it failed."""
         try:
             dist.monitored_barrier(group, timedelta(seconds=self.options.timeout))
-        except RuntimeError:
+        except RuntimeError as lost:
+            said = str(lost)
+            gone = None if "failed to pass" in said or self.rank else _unreachable(group)
             dist.destroy_process_group(group)  # so that the others do not wait for a rank that this one knows is gone
-            raise
+            raise self._loss(said if gone is None else f"Rank {gone} failed to pass: {said}") from lost
         message = torch.zeros(_HEAD + SLOTS, dtype=torch.int64)
         message[:_HEAD] = torch.tensor(head)
         message[_HEAD:].view(torch.float64)[: len(values)] = values[:SLOTS]
@@ -252,6 +254,16 @@ def _gathered(tensor: Tensor, group: Any) -> Tensor:
     found = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(found, tensor, group=group)
     return torch.stack(found)
+
+
+def _unreachable(group: Any) -> int | None:
+    """The first rank whose connection is closed: the barrier does not name one that ended before it began."""
+    for rank in range(1, dist.get_world_size()):
+        try:
+            dist.isend(torch.zeros(1), group=group, group_dst=rank)
+        except RuntimeError:
+            return rank
+    return None
 
 
 def _together(parts: list[Tensor], rows: list[int], members: int) -> Tensor:

@@ -54,6 +54,24 @@ def decoder_start(model: Any) -> int:
     )
 
 
+def settle_classifier(model: Any, tokenizer: Any) -> None:
+    """Have a classifier's configuration say what its forward reads there: the padding by which a decoder's head finds the last token, and
+    the decoder's start.
+
+    Raises:
+        ZOError: nothing says it.
+    """
+    model.config.pad_token_id = model.config.get_text_config().pad_token_id = padding_id(model, tokenizer)
+    if model.config.is_encoder_decoder:
+        model.config.decoder_start_token_id = decoder_start(model)
+
+
+def name_outputs(model: Any, names: Sequence[str]) -> None:
+    """Have a classifier's configuration say what its outputs stand for."""
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: i for i, name in enumerate(names)}
+
+
 def label_outputs(model: Any, labels: Sequence[str]) -> tuple[list[int], list[str], str | None]:
     """Which output of a classification head stands for each label: the one that the model's ``id2label`` names so.
 

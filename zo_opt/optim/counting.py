@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from typing import Any, ClassVar
 
@@ -143,14 +143,20 @@ class CountingOptimizer(Optimizer):
         groups = state_dict["param_groups"]
         if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
             raise ZOError("this state is of other parameter groups than the optimizer's; give it the same parameters.")
-        packed = [i for group in groups for i in group["params"]]
-        for index, parameter in zip(packed, (p for g in self.param_groups for p in g["params"]), strict=True):
-            for name, tensor in state_dict["state"].get(index, {}).items():
+        for parameter, saved in self.saved_slots(state_dict):
+            for name, tensor in saved.items():
                 if tensor.ndim and name not in self.axis_state and tensor.shape != parameter.shape:
                     raise ZOError(
                         f"this state has {name} of shape {tuple(tensor.shape)} for a parameter of shape {tuple(parameter.shape)}; give the "
                         "optimizer the parameters that it had."
                     )
+
+    def saved_slots(self, state_dict: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """Each parameter, and what a state holds of it by name."""
+        packed = [i for group in state_dict["param_groups"] for i in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for index, parameter in zip(packed, parameters, strict=True):
+            yield parameter, state_dict["state"].get(index, {})
 
     def take_state(self, state_dict: dict[str, Any]) -> None:
         """Put a checked state in the place of one's own."""

@@ -71,9 +71,8 @@ class KeepsState(AxisOptimizer):
         super().take_state(state_dict)
         self.estimator_memory = {name: tensor.clone() for name, tensor in state_dict.get("memory", {}).items()}
         # torch casts state to the parameters' dtype; ours is float32 whatever they are.
-        packed = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for index, parameter in zip(packed, (p for g in self.param_groups for p in g["params"]), strict=True):
-            for name, tensor in state_dict["state"].get(index, {}).items():
+        for parameter, saved in self.saved_slots(state_dict):
+            for name, tensor in saved.items():
                 self.state[parameter][name] = tensor.to(parameter.device, copy=True)
         self.pending = []
         self.forget_axis()

@@ -47,8 +47,7 @@ def save_checkpoint(
         ZOError: it cannot be written; the earlier ones are as they were.
     """
     state = optimizer.state_dict()
-    tensors: dict[str, Tensor] = {f"adapter.{n}": t for n, t in model.adapter_state().items()}
-    tensors |= {f"schedule.{n}": t for n, t in model.schedule_state().items()}
+    tensors = _weights(model)
     for index, slots in state["state"].items():
         tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in slots.items()}
     tensors |= {f"memory.{name}": tensor for name, tensor in state.get("memory", {}).items()}
@@ -69,9 +68,7 @@ def save_weights(path: Path, model: AdapterModel) -> None:
     Raises:
         ZOError: it cannot be written.
     """
-    tensors = {f"adapter.{n}": t for n, t in model.adapter_state().items()}
-    tensors |= {f"schedule.{n}": t for n, t in model.schedule_state().items()}
-    write_atomically(path, *sealed(tensors, {"format": FORMAT}))
+    write_atomically(path, *sealed(_weights(model), {"format": FORMAT}))
 
 
 def load_weights(path: Path, model: AdapterModel) -> None:
@@ -151,6 +148,11 @@ def load_checkpoint(
         lr_scheduler.load_state_dict(plain["lr_scheduler"] | {"lr_lambdas": [None] * len(plain["param_groups"])})
         extra: dict[str, Any] = plain["extra"]
         return extra
+
+
+def _weights(model: AdapterModel) -> dict[str, Tensor]:
+    tensors = {f"adapter.{n}": t for n, t in model.adapter_state().items()}
+    return tensors | {f"schedule.{n}": t for n, t in model.schedule_state().items()}
 
 
 def _restore_model(model: AdapterModel, tensors: dict[str, Tensor], path: Path) -> None:

@@ -139,7 +139,7 @@ class Prepared:
     ) -> None:  # fmt: skip
         self.encoded = scorer.encode_all(examples)
         scorer.check_tokens(self.encoded)
-        self.scorer, self.device, self._prompts, self.objective = scorer, device, prompts, objective
+        self.scorer, self.device, self.prompts, self.objective = scorer, device, prompts, objective
         self.trained_on = trained_on
 
     def __len__(self) -> int:
@@ -186,9 +186,9 @@ class Prepared:
         batch = self._on_device(self.scorer.collate([self.encoded[i] for i in indices]))
         if self.objective is not None and self.objective.reads_rows:
             batch["rows"] = torch.tensor(list(indices))
-        if self._prompts is None:
+        if self.prompts is None:
             return batch
-        state = self._prompts.prepare(self.scorer.inputs(batch), self.scorer.answers(batch))
+        state = self.prompts.prepare(self.scorer.inputs(batch), self.scorer.answers(batch))
         if state is None:
             return batch
         several = batch["input_ids"].shape[:2]
@@ -235,8 +235,8 @@ class Prepared:
             kept = {
                 name.removeprefix(_PROMPT): x.flatten(0, 1) for name, x in batch.items() if name.startswith(_PROMPT)
             }
-            if kept and self._prompts is not None:
-                stack.enter_context(self._prompts.replaying(PromptState.of(kept)))
+            if kept and self.prompts is not None:
+                stack.enter_context(self.prompts.replaying(PromptState.of(kept)))
             yield
 
     def _on_device(self, batch: Batch) -> Batch:

@@ -25,17 +25,17 @@ from zo_opt.tasks.tasks import (
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.given import GivenRows, own_rows
 from zo_opt.training.options import FirstOptions
-from zo_opt.training.row_record import hashes_of, say_of_held_out, seen
+from zo_opt.training.row_record import RowRecord, say_of_held_out
 
 
 @dataclass(frozen=True)
 class Examples:
-    """A task with its training and held-out examples; and how many of the latter are trained on, None where nobody looked."""
+    """A task with its training and held-out examples, and what goes on record of them."""
 
     task: Task
     train: Sequence[Example]
     held_out: Sequence[Example]
-    trained_on: int | None = 0
+    record: RowRecord
 
 
 def load_examples(config: TrainConfig, reporter: Reporter, given: GivenRows | None = None) -> Examples:
@@ -74,9 +74,9 @@ def load_examples(config: TrainConfig, reporter: Reporter, given: GivenRows | No
         )
     for examples, source in ((train, sources[0]), (held_out, sources[1])):
         data.check_text(examples, task, source)
-    trained_on = None if config.private else seen(held_out, task, set(hashes_of(train, task)))
-    say_of_held_out(len(held_out), trained_on, reporter.say)
-    return Examples(task, train, held_out, trained_on)
+    record = RowRecord.of(task, train, held_out, private=config.private)
+    say_of_held_out(len(held_out), record.trained_on, reporter.say)
+    return Examples(task, train, held_out, record)
 
 
 def _task_for_file(config: TrainConfig, rows: Rows) -> Task:

@@ -16,7 +16,7 @@ from zo_opt.record.progress import Reporter
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.examples import load_examples
 from zo_opt.training.resume import resumed_config
-from zo_opt.training.row_record import RowRecord, check_resumed
+from zo_opt.training.row_record import check_resumed
 from zo_opt.training.setup import Tools, build_tools
 from zo_opt.training.stepper import Stepper
 from zo_opt.training.stop import InterruptedRunError, StopSignals
@@ -68,8 +68,7 @@ def follow(config: TrainConfig, given: Collection[str] | None = None) -> None:
         try:
             examples = load_examples(config, reporter)
             if record is not None:  # as rank 0 does: all end alike
-                rows = RowRecord.of(examples.task, examples.train, examples.held_out, private=config.private)
-                check_resumed(record, rows, f"the run in {config.output_dir}", reporter.say)
+                check_resumed(record, examples.record, f"the run in {config.output_dir}", reporter.say)
             tools = build_tools(config, examples, reporter)
             _follow(replace(config, steps=tools.steps), tools, stop, config.output_dir, reporter)
         except KeyboardInterrupt as request:

@@ -75,9 +75,8 @@ def train(
     with StopSignals() as stop, output_directory(directory, resume=config.resume, unique=unique) as output_dir:
         try:
             examples = load_examples(config, reporter, rows)
-            hashes = RowRecord.of(examples.task, examples.train, examples.held_out, private=config.private)
             if record is not None:
-                check_resumed(record, hashes, f"the run in {output_dir}", reporter.say)
+                check_resumed(record, examples.record, f"the run in {output_dir}", reporter.say)
             tools = build_tools(config, examples, reporter)
             config = replace(config, steps=tools.steps)
             stepper = Stepper(config, tools, make_privacy(config, tools.train, reporter.say))
@@ -91,8 +90,8 @@ def train(
                 shown = show(tools.train.scorer, tools.train.encoded[0], private=config.private)
                 for line in shown.lines():
                     reporter.say(line)
-                record = _new_record(config, command, tools, hashes) | {"shown": shown.to_plain()}
-            run = _Run(config, reporter, record, hashes, output_dir, tools, stepper, stop)
+                record = _new_record(config, command, tools, examples.record) | {"shown": shown.to_plain()}
+            run = _Run(config, reporter, record, examples.record, output_dir, tools, stepper, stop)
             run.prepare()
             return run.finish(), output_dir
         except KeyboardInterrupt as request:
@@ -205,9 +204,9 @@ class _Run:
             self.progress.smooth(line["loss"])
             self.progress.train_seconds = line["seconds"]
         split = f" ({done - again} of them in the checkpoint, {again} from the journal)" if again else ""
-        self.reporter.say(f"resuming after step {done} of {self.config.most_steps}{split}")
+        self.reporter.say(f"resuming after step {done} of {self.tools.steps}{split}")
         self._write_record()  # in case it was lost or damaged
-        if again and (world_size() > 1 or done % self.config.save_steps == 0 or done == self.config.most_steps):
+        if again and (world_size() > 1 or done % self.config.save_steps == 0 or done == self.tools.steps):
             self._save()  # as the killed run was about to
 
     def _write_record(self) -> None:
@@ -239,13 +238,13 @@ class _Run:
         start = time.monotonic()
         metrics = MetricsWriter(self.output_dir, keep_steps=optimizer.step_count)
         done = optimizer.step_count
-        tracked = self.reporter.track("training", config.most_steps, "steps", done)
+        tracked = self.reporter.track("training", self.tools.steps, "steps", done)
         with metrics, stepper.journal or nullcontext(), self.stop.held(), tracked as tracker:
             if (
                 self.curve.points and self.curve.points[-1]["step"] == done
             ):  # whose line was cut off with what came after it
                 metrics.write_evaluation(self.curve.points[-1])
-            while optimizer.step_count < config.most_steps:
+            while optimizer.step_count < self.tools.steps:
                 if self.curve.due(done):
                     start += self._look(metrics, trackers)
                 if self.curve.exhausted:
@@ -267,7 +266,7 @@ class _Run:
                 tracker.advance(1, self._note(record.loss, record.queries))
                 done = optimizer.step_count
                 stopping = stepper.ending(self.stop)
-                if stopping is not None or done % config.save_steps == 0 or done == config.most_steps:
+                if stopping is not None or done % config.save_steps == 0 or done == self.tools.steps:
                     metrics.sync()
                     self._save()
                 if stopping is not None:

@@ -47,7 +47,7 @@ class RowRecord:
         if private:
             return cls(None, _joint(held), count, None)
         each = "".join(trained) if len(train) <= MOST_ROWS else None
-        return cls(_joint(trained), _joint(held), count, seen(held_out, task, set(trained)), each)
+        return cls(_joint(trained), _joint(held), count, _seen(held_out, held, set(trained)), each)
 
     @classmethod
     def from_plain(cls, plain: Any) -> RowRecord | None:
@@ -92,7 +92,7 @@ class RowRecord:
         if self.each is None:
             return None
         each = {self.each[i : i + DIGITS] for i in range(0, len(self.each), DIGITS)}
-        return seen(examples, task, each)
+        return _seen(examples, hashes_of(examples, task), each)
 
     def check(self, now: RowRecord, whose: str, *, training: bool) -> None:
         """Whether rows are those on record.
@@ -136,9 +136,9 @@ def hashes_of(examples: Sequence[Example], task: Task) -> list[str]:
     ]
 
 
-def seen(examples: Sequence[Example], task: Task, trained: set[str]) -> int:
+def _seen(examples: Sequence[Example], hashes: Sequence[str], trained: set[str]) -> int:
     """How many rows are among those trained on; blank lines of running text are not counted."""
-    found = zip(examples, hashes_of(examples, task), strict=True)
+    found = zip(examples, hashes, strict=True)
     return sum(
         row in trained and (bool(e.turns) or any(text.strip() for text in e.fields.values())) for e, row in found
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 from zo_opt.adapters import AdapterModel, load_adapter_model
 from zo_opt.errors import ZOError
+from zo_opt.models.agreement import name_outputs
 from zo_opt.models.models import load_model
 from zo_opt.record.output import RUN_NAME
 from zo_opt.record.progress import Reporter
@@ -88,8 +89,7 @@ def load_plain_base(config: TrainConfig, resolved: Mapping[str, Any], reporter: 
         say=reporter.say,
     )
     if names := resolved.get("outputs"):
-        model.config.id2label = dict(enumerate(names))
-        model.config.label2id = {name: i for i, name in enumerate(names)}
+        name_outputs(model, names)
     return model, tokenizer
 
 

@@ -20,7 +20,6 @@ from zo_opt.prompts.store import FILE_NAME, FileStore, MemoryStore
 from zo_opt.record.progress import Reporter
 from zo_opt.tasks.batches import BatchOrder
 from zo_opt.tasks.evaluation import Prepared
-from zo_opt.tasks.metrics import LANGUAGE_MODELLING
 from zo_opt.tasks.objectives import make_objective
 from zo_opt.tasks.padding import check_shapes, try_padding
 from zo_opt.tasks.scoring import LabelScorer, Scorer, make_scorer
@@ -152,15 +151,16 @@ def build_tools(config: TrainConfig, examples: Examples, reporter: Reporter) -> 
         )
     if objective is not None:
         reporter.say(f"the run trains {objective.trained}, from values alone; what is shown as loss is that.")
-    if not config.resume:
-        texts = examples.task.kind == LANGUAGE_MODELLING  # whose rows become blocks of tokens
-        rows = len(scorer.encode_all(examples.train) if texts else examples.train)
-        asked, config = config, replace(config, steps=steps_of(config, rows))
-        if (asked.steps, asked.epochs, asked.budget_forwards) == (None, None, None):
+    train = Prepared(examples.train, scorer, device, None, objective)
+    check_shapes(base.model, scorer, train.encoded, config.batch_size)
+    if config.steps is None:
+        steps = steps_of(config, len(train))
+        if config.epochs is None and config.budget_forwards is None:
             reporter.say(
-                f"{config.steps:,} steps of {config.batch_size} rows, {config.most_steps * config.batch_size / rows:.2g} times each row; "
+                f"{steps:,} steps of {config.batch_size} rows, {steps * config.batch_size / len(train):.2g} times each row; "
                 "give --steps or --epochs for others."
             )
+        config = replace(config, steps=steps)
     learns = (config.optimizer_name, config.adapter_name, config.estimator) == ("adazeta", "tt-lora", None)
     if learns and config.of_weights is not None:
         reporter.say(
@@ -171,11 +171,11 @@ def build_tools(config: TrainConfig, examples: Examples, reporter: Reporter) -> 
     model.to(device)
     model.eval()
     if recipe.adapter.reads_rows:
-        _begin(model, config, Prepared(examples.train, scorer, device, None))
-    prompts = model.prompt_forward() if config.prompt_cache != "off" and config.prompt_cache_mb else None
-    train = Prepared(examples.train, scorer, device, prompts, objective)
-    check_shapes(base.model, scorer, train.encoded, config.batch_size)
-    held_out = Prepared(examples.held_out, scorer, device, prompts, trained_on=examples.trained_on)
+        _begin(model, config, train)
+    train.prompts = prompts = (
+        model.prompt_forward() if config.prompt_cache != "off" and config.prompt_cache_mb else None
+    )
+    held_out = Prepared(examples.held_out, scorer, device, prompts, trained_on=examples.record.trained_on)
     for name, prepared in (("training", train), ("held-out", held_out)):
         if prepared.truncated:
             reporter.say(
@@ -198,7 +198,7 @@ def build_tools(config: TrainConfig, examples: Examples, reporter: Reporter) -> 
 def _begin(model: AdapterModel, config: TrainConfig, rows: Prepared) -> None:
     """Show an adapter that starts from the rows those of the first step, before anything else runs it."""
     first = BatchOrder(rows.labels, config.batch_size, config.seed, config.batch_order).indices(0)
-    rows.loss(model, rows.batch(first))
+    rows.losses(model, rows.batch(first))
 
 
 __all__ = ["Base", "Examples", "Tools", "build_tools", "load_base", "load_examples"]

@@ -46,7 +46,7 @@ class Stepper:
             self._order.steps_per_epoch, privacy,
         )  # fmt: skip
         schedule = "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule
-        self.lr_scheduler = get_scheduler(schedule, self.optimizer, config.warmup_steps, config.most_steps)
+        self.lr_scheduler = get_scheduler(schedule, self.optimizer, config.warmup_steps, tools.steps)
         self.journal: Journal | None = None
         self._ranks = None if not isinstance(self.optimizer, ZerothOrderOptimizer) else self.optimizer.ranks
 

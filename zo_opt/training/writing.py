@@ -14,7 +14,7 @@ from zo_opt.tasks.metrics import GENERATION, LANGUAGE_MODELLING
 from zo_opt.tasks.rows import make_prompts
 from zo_opt.tasks.scoring import ChatGenerator, Scorer, Writer
 from zo_opt.tasks.scoring.base import context_length
-from zo_opt.tasks.scoring.chat import rendered
+from zo_opt.tasks.scoring.chat import chat_ids
 
 Form = Literal["run", "chat", "plain"]
 FORMS = get_args(Form)
@@ -69,7 +69,7 @@ def prompt_tokens(scorer: Scorer, prompt: Prompt, form: Form, where: str) -> lis
     if form == "chat":
         return chat_tokens(scorer, [{"role": "user", "content": _text(prompt, form, where)}], where)
     if form == "plain" or task.kind == LANGUAGE_MODELLING:
-        return without_end(scorer, scorer.tokens_of(_text(prompt, form, where)))
+        return scorer.opening(_text(prompt, form, where))
     row = prompt
     if isinstance(prompt, str):
         columns = list(dict.fromkeys(task.shown_columns()))
@@ -91,14 +91,7 @@ def chat_tokens(scorer: Scorer, messages: Sequence[Mapping[str, Any]], where: st
     """
     if not getattr(scorer.tokenizer, "chat_template", None):
         raise ZOError("this model's tokenizer has no chat template; give --form run or plain.")
-    text = rendered(scorer.tokenizer, messages, where, answers=True)
-    return scorer.tokens_of(text, special=False)  # the template has them in it
-
-
-def without_end(scorer: Scorer, ids: list[int]) -> list[int]:
-    """Tokens of a text that goes on: without the end token that some tokenizers append; an encoder's keep it."""
-    ends = scorer.pad_left and len(ids) > 1 and ids[-1] == scorer.tokenizer.eos_token_id
-    return ids[:-1] if ends else ids
+    return chat_ids(scorer, messages, where)
 
 
 @torch.no_grad()
@@ -130,10 +123,10 @@ def write(
         if name in _POSSIBLE and not (is_number(value) and _POSSIBLE[name][0](value)):
             raise ZOError(f"{name}={value!r} is not possible; give {_POSSIBLE[name][1]}.")
     decodes = bool(plain.config.is_encoder_decoder)
-    context = context_length(plain, tokenizer, None)
+    context = context_length(plain, tokenizer, None, scorer.probed.positions)
     most = task.max_new_tokens if task.kind == GENERATION else MAX_NEW_TOKENS
     most = max(1, min(most, context if decodes else context - len(prompt)))  # where nobody said how many
-    options = {"max_new_tokens": most, "pad_token_id": tokenizer.pad_token_id} | options
+    options = {"max_new_tokens": most, "pad_token_id": scorer.pad_id} | options
     if own.eos_token_id is None:  # it learned to end so
         options = {"eos_token_id": tokenizer.eos_token_id} | options
     needed = max(len(prompt), options["max_new_tokens"]) if decodes else len(prompt) + options["max_new_tokens"]

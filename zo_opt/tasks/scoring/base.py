@@ -190,13 +190,17 @@ class Scorer(ABC):
             ids = ids[1:]
         return ids[:-1] if len(ids) > 1 and ids[-1] == ids[-2] and ids[-1] in ends else ids
 
+    def opening(self, text: str) -> list[int]:
+        """Tokens of a text that the model goes on from."""
+        return self.tokens_of(text)
+
     def prompt_ids(self, text: str, example: Example) -> list[int]:
         """Tokens of a filled template.
 
         Raises:
             ZOError: there are none.
         """
-        if ids := self.tokens_of(text):
+        if ids := self.opening(text):
             return ids
         raise ZOError(
             f"{example.where}: the prompt {text!r} has no tokens; give the row a text, or the template words."
@@ -266,8 +270,14 @@ class Scorer(ABC):
         text = self.markup.as_letters(text)
         white = before[len(before.rstrip()) :]
         stem = "a" + white if white or space else before[-1:]
-        head, both = self.tokens_of(stem, special=False), self.tokens_of(stem + space + text, special=False)
-        return both[len(head) :] if both[: len(head)] == head else self.tokens_of(space + text, special=False)
+        return self.continued(stem, stem + space + text)[1]
+
+    def continued(self, before: str, whole: str) -> tuple[list[int], list[int]]:
+        """Tokens of a text, and those that a longer one, which begins with it, has behind them; special ones are not added."""
+        head, both = self.tokens_of(before, special=False), self.tokens_of(whole, special=False)
+        if both[: len(head)] == head:
+            return head, both[len(head) :]
+        return head, self.tokens_of(whole[len(before) :], special=False)
 
 
 def context_length(model: Any, tokenizer: Any, max_length: int | None, learned: int | None = None) -> int:

@@ -60,9 +60,9 @@ class Causal(Writer):
             own = own.new_zeros(N)
         return torch.arange(S, device=own.device) >= (S - 1 - own).unsqueeze(1)
 
-    def prompt_ids(self, text: str, example: Example) -> list[int]:
-        """Tokens of a prompt, without the end token that some tokenizers append."""
-        ids = super().prompt_ids(text, example)
+    def opening(self, text: str) -> list[int]:
+        """Without the end token that some tokenizers append."""
+        ids = super().opening(text)
         return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
 
     def _hidden(self, model: Any, batch: Batch, positions: int) -> Tensor:
@@ -120,6 +120,11 @@ class CausalScorer(Causal, LabelScorer):
 class CausalText(Causal, TextScorer):
     """Targets at the end of the sequence."""
 
+    @property
+    def end(self) -> list[int]:
+        """What a target ends in."""
+        return [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+
     def token_losses(self, model: Any, batch: Batch) -> Tensor:
         targets_BT = batch["words"][:, 0]
         positions = targets_BT.shape[1] + 1  # each token is predicted from the one before it
@@ -136,8 +141,7 @@ class CausalGenerator(CausalText):
     """A text to write: the target follows the prompt, and the tokenizer's end token the target."""
 
     def encode(self, example: Example) -> Encoded:
-        end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
-        whole = self.following(example.references[0]) + end
+        end, whole = self.end, self.following(example.references[0]) + self.end
         # The row's text gives way to the target; where nothing of it would be left, each takes half.
         empty = self.tokens_of(self.task.template.format(**dict.fromkeys(example.fields, "")))
         fits = len(empty) + len(whole) < self.max_length

@@ -9,8 +9,9 @@ from typing import Any
 from zo_opt.errors import ZOError, reason_of
 from zo_opt.tasks.chat import MESSAGES, Turn, messages_of
 from zo_opt.tasks.rows import Example
-from zo_opt.tasks.scoring.base import Encoded
+from zo_opt.tasks.scoring.base import Encoded, Scorer
 from zo_opt.tasks.scoring.causal import CausalText
+from zo_opt.tasks.scoring.texts import end_tokens
 from zo_opt.tasks.tasks import Task
 
 
@@ -30,8 +31,7 @@ class ChatGenerator(CausalText):
                 "the rows hold messages, and this model's tokenizer has no chat template; give an instruct model, or rows with prompt and "
                 "completion as texts."
             )
-        ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-        self._ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        self._ends = end_tokens(tokenizer, getattr(model, "generation_config", None))
 
     def encode(self, example: Example) -> Encoded:
         """The last answer of a conversation."""
@@ -48,8 +48,8 @@ class ChatGenerator(CausalText):
     def chat_prompt(self, messages: Sequence[Mapping[str, str]], where: str) -> list[int]:
         """The tokens of a conversation up to where the assistant is to speak."""
         if not self._in_template:
-            return self._plain("".join(m["content"] for m in messages))
-        return self.tokens_of(rendered(self.tokenizer, messages, where, answers=True), special=False)
+            return self.opening("".join(m["content"] for m in messages))
+        return chat_ids(self, messages, where)
 
     def _encode(self, before: Sequence[Turn], answer: Turn, where: str) -> Encoded:
         turns = [replace(turn, content=self.markup.as_letters(turn.content)) for turn in (*before, answer)]
@@ -72,37 +72,26 @@ class ChatGenerator(CausalText):
                 f"{where}: this tokenizer's chat template does not write an answer where it asks for one, so that it cannot be learned there; "
                 "give rows with prompt and completion as texts under another model."
             )
-        prompt, target = self._split(asked, said)
+        prompt, target = self.continued(asked, said)
         end = next((i for i, token in enumerate(target) if token in self._ends), None)
         if end is not None:  # a template may go on with a line end
             return prompt, target[: end + 1]
-        return prompt, target + self._end()
+        return prompt, target + self.end
 
     def _plain_tokens(self, turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
-        text = "".join(turn.content for turn in turns[:-1])
-        prompt = self._plain(text)
-        alone = self.tokens_of(text, special=False)
-        whole = self.tokens_of(text + turns[-1].content, special=False)
-        follows = whole[: len(alone)] == alone
-        target = whole[len(alone) :] if follows else self.tokens_of(turns[-1].content, special=False)
-        return prompt, target + self._end()
-
-    def _plain(self, text: str) -> list[int]:
-        """A text as it is, with the start token that the tokenizer gives it and without an end token."""
-        ids = self.tokens_of(text)
-        return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
-
-    def _split(self, before: str, whole: str) -> tuple[list[int], list[int]]:
-        prompt, ids = self.tokens_of(before, special=False), self.tokens_of(whole, special=False)
-        if ids[: len(prompt)] == prompt:
-            return prompt, ids[len(prompt) :]
-        return prompt, self.tokens_of(whole[len(before) :], special=False)
-
-    def _end(self) -> list[int]:
-        return [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        *before, answer = (turn.content for turn in turns)
+        text = "".join(before)
+        return self.opening(text), self.continued(text, text + answer)[1] + self.end
 
 
-def rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]], where: str, *, answers: bool) -> str:
+def chat_ids(scorer: Scorer, messages: Sequence[Mapping[str, Any]], where: str) -> list[int]:
+    """The tokens of a conversation in the chat template, up to where the assistant is to speak."""
+    return scorer.tokens_of(
+        rendered(scorer.tokenizer, messages, where, answers=True), special=False
+    )  # the template has them in it
+
+
+def rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], where: str, *, answers: bool) -> str:
     """A conversation in a tokenizer's chat template; ``answers``: up to where the assistant is to speak.
 
     Raises:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from zo_opt.models.agreement import decoder_start, label_outputs
+from zo_opt.models.agreement import label_outputs, name_outputs, settle_classifier
 from zo_opt.tasks.rows import Example
 from zo_opt.tasks.scoring.base import IGNORED, Batch, Encoded, Measured, Scorer
 from zo_opt.tasks.tasks import Task, placeholders
@@ -64,15 +64,10 @@ class ClassificationScorer(LabelScorer):
 
     def __init__(self, model: Any, tokenizer: Any, task: Task, max_length: int | None = None) -> None:
         super().__init__(model, tokenizer, task, max_length)
-        model.config.pad_token_id = model.config.get_text_config().pad_token_id = (
-            self.pad_id
-        )  # by which a decoder's head finds the last token
-        if model.config.is_encoder_decoder:
-            model.config.decoder_start_token_id = decoder_start(model)
+        settle_classifier(model, tokenizer)
         self._outputs, self.names, note = label_outputs(model, task.labels)
         self.notes += [note] if note else []
-        model.config.id2label = dict(enumerate(self.names))
-        model.config.label2id = {name: i for i, name in enumerate(self.names)}
+        name_outputs(model, self.names)
 
     def word_notes(self) -> list[str]:
         return []

@@ -71,14 +71,19 @@ class Writer(Scorer):
         return [str(text) for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
     def _greedy(self, own: Any, most_tokens: int) -> Any:
-        ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
         greedy = type(own)(
             do_sample=False, num_beams=1, max_new_tokens=most_tokens, pad_token_id=self.pad_id,
-            eos_token_id=sorted({self.tokenizer.eos_token_id, *ends} - {None}) or None,
+            eos_token_id=sorted(end_tokens(self.tokenizer, own)) or None,
         )  # fmt: skip
         for name in ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id"):
             setattr(greedy, name, copy(getattr(own, name, None)))
         return greedy
+
+
+def end_tokens(tokenizer: Any, generation_config: Any) -> set[int]:
+    """The tokens that end a text: the tokenizer's, and those of the model's own settings of generation."""
+    ends = getattr(generation_config, "eos_token_id", None)
+    return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
 
 
 def target_lengths(batch: Batch) -> Tensor:
