@@ -3,6 +3,7 @@
     python benchmarks/objectives.py eps           # how many answers turn at what zo_eps, and what a run then reaches
     python benchmarks/objectives.py choose        # lr and zo_eps for the next, on rows held out of the training rows
     python benchmarks/objectives.py exact_match   # SST-2 answered by writing: exact match before and after, three seeds
+    python benchmarks/objectives.py activations   # the same with queries on activations, 99 evaluations instead of 200
     python benchmarks/objectives.py answer_loss   # the same rows and prompt, learned from the answer's loss with as many and half the evaluations
 
 ``exact_match`` is of ``zo-opt train --objective exact_match`` on a task of labels, whose report shows accuracy among the labels; the exact match
@@ -40,6 +41,11 @@ ROWS: dict[str, Any] = {"adapter": "tt", "max_train_rows": 256, "held_out": 128}
 WRITING: dict[str, Any] = {
     "objective": "exact_match", "template": TEMPLATE, "verbalizers": WORDS, "adapter": "bitfit", "layers": 4,
     "target_modules": ["down_proj"], "query_schedule": "constant", "max_queries": 1, "max_train_rows": 256,
+}  # fmt: skip
+# The same by queries on activations, a direction a row: half the evaluations.
+ROWS_OWN: dict[str, Any] = {k: WRITING[k] for k in ("objective", "template", "verbalizers", "max_train_rows")} | {
+    "adapter": {"name": "tt-lora", "layers": 4, "target_modules": ["down_proj"]}, "schedule": {"name": "constant", "queries": 1},
+    "lr": 3e-3,
 }  # fmt: skip
 CHOICES = ((0.3, 0.3), (0.3, 1.0), (0.5, 1.0))  # lr, zo_eps
 EPS = (0.01, 0.03, 0.1, 0.3, 1.0)
@@ -137,7 +143,7 @@ def answer_loss(seed: int, evaluations: int, queries: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["eps", "choose", "exact_match", "answer_loss"])
+    parser.add_argument("what", choices=["eps", "choose", "exact_match", "activations", "answer_loss"])
     parser.add_argument("--seeds", default="0,1,2")
     arguments = parser.parse_args()
     if arguments.what == "eps":
@@ -153,6 +159,10 @@ def main() -> None:
                 **nested(WRITING), lr=lr, zo_eps=scale, steps=60, seed=10, validation=True, held_out=128
             )
             save(f"exact match, validation rows, lr {lr:g}, zo_eps {scale:g}", run(config))
+    elif arguments.what == "activations":
+        for seed in arguments.seeds.split(","):  # two evaluations a step, and three before the first
+            config = TrainConfig.from_dict(ROWS_OWN | {"steps": 48, "seed": int(seed), "held_out": 256})
+            save(f"exact match by activations, seed {seed}", run(config))
     else:
         for seed in arguments.seeds.split(","):
             config = TrainConfig(**nested(WRITING), lr=0.5, zo_eps=1.0, steps=100, seed=int(seed), held_out=256)

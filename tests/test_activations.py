@@ -195,7 +195,7 @@ def test_a_plain_loop_learns_and_its_estimates_point_along_the_gradient():
 
 
 def test_the_model_may_be_anything_whose_end_can_be_differentiated():
-    """A number without a gradient: queries on both sides. One number a sequence says more than one of them all."""
+    """A number without a gradient: a query is a run of the closure. One number a sequence says more than one of them all."""
     batch = task_of()
     for closure, is_a_row_each in (
         (lambda m: lambda b: float(m(**b).loss), False),
@@ -204,7 +204,7 @@ def test_the_model_may_be_anything_whose_end_can_be_differentiated():
         model = on_answers()
         optimizer, losses = learn(model, batch, 40, closure=closure(model), lr=1e-2)
         assert ("spread_DD" in optimizer.estimator_memory) == is_a_row_each
-        assert optimizer.last_record.forwards == 17
+        assert optimizer.last_record.forwards == 9
         assert sum(losses[-5:]) < 5 * losses[0]
 
 
@@ -212,6 +212,25 @@ def rows_of(model, batch):
     """The loss of each sequence, as a number: nothing to differentiate."""
     logits = model(input_ids=batch["input_ids"][:, :-1]).logits[:, -1]
     return torch.nn.functional.cross_entropy(logits, batch["input_ids"][:, -1], reduction="none").detach()
+
+
+def test_what_a_model_writes_is_learned_from_a_number_a_row():
+    """The model runs once a token; a row has one direction for all of them, and its inputs are their mean."""
+    model, prompts = on_answers(), task_of()["input_ids"][:, :-1]
+
+    def odd(_batch):
+        written = model.wrapped.generate(input_ids=prompts, max_new_tokens=3, do_sample=False, pad_token_id=0)
+        return 1 - (written[:, prompts.shape[1] :] % 2).double().mean(1)
+
+    site = next(iter(model.adapted_modules().values()))
+    inputs = []
+    with site.register_forward_pre_hook(lambda _, args: inputs.append(args[0][:, -1])):
+        seen = model.activation_sites().observe(lambda: odd(None))
+    assert len(inputs) == 3 and seen.slope_NTH is None and seen.valid_NT.shape == (len(prompts), 1)
+    torch.testing.assert_close(seen.inputs[0][:, 0], torch.stack(inputs).mean(0))
+    optimizer, losses = learn(model, prompts, 25, closure=odd, lr=1e-2, zo_eps=0.3)
+    assert optimizer.last_record.forwards == 9
+    assert sum(losses[-5:]) < 0.4 * 5 * losses[0]
 
 
 @pytest.mark.parametrize(

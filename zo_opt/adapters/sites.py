@@ -31,7 +31,7 @@ class Observed:
         loss: what the closure returned, without gradient.
         end_NTH: the body's output at the answer positions, which the loss is made from.
         slope_NTH: the loss's exact gradient there; None where the closure's value has none (a reward).
-        inputs: of each site its input, (N, T, I).
+        inputs: of each site its input, (N, T, I); of what is written, with a forward a token, the mean over these (N, 1, I).
         beyond: exact gradients of what is trained behind the body's output (a new head).
         valid_NT: which answer positions there are.
     """
@@ -86,9 +86,13 @@ class ActivationSites:
         return [*(p for side in self._inputs for p in side), *self._beyond]
 
     def observe(self, call: Callable[[], Any]) -> Observed:
-        """One evaluation at the weights, with the exact gradient of its loss from the body's output on."""
+        """One evaluation at the weights, with the exact gradient of its loss from the body's output on.
+
+        Raises:
+            ZOError: the model was not run, or several times and not as it is when it writes; or an adapter was not reached.
+        """
         ends: list[Tensor] = []
-        inputs: list[Tensor | None] = [None] * len(self._adapters)
+        inputs: list[list[Tensor]] = [[] for _ in self._adapters]
 
         def end(hidden_CNTH: Tensor) -> Tensor:
             ends.append(hidden_CNTH.detach().requires_grad_())
@@ -97,7 +101,7 @@ class ActivationSites:
         def seeing(site: int) -> Probe:
             def probe(x: Tensor, h: Tensor) -> Tensor:
                 if not self._answers.trying:
-                    inputs[site] = self._answers.layout.take(x)[0]
+                    inputs[site].append(self._answers.layout.take(x)[0])
                 return h
 
             return probe
@@ -108,14 +112,16 @@ class ActivationSites:
             warnings.filterwarnings("ignore", "Converting a tensor with requires_grad")
             loss = call()
             total = loss.sum() if isinstance(loss, Tensor) else None
-        if len(ends) != 1:
+        writes = len(ends) > 1 and not (total is not None and total.requires_grad)
+        if not ends or (len(ends) > 1 and not (writes and {x.shape[2] for x in ends} == {1})):
             raise ZOError(
-                f"the closure ran the model {len(ends)} times; with queries on activations it is to run it once."
+                f"the closure ran the model {len(ends)} times; with queries on activations it is to run it once, unless it writes text "
+                "and returns numbers without a gradient."
             )
         hidden_NTH, valid = ends[0][0], self._answers.layout.valid_NT
         if valid is None:
             valid = torch.ones(hidden_NTH.shape[:2], dtype=torch.bool, device=hidden_NTH.device)
-        if any(x is None for x in inputs):
+        if not all(inputs):
             raise ZOError("an adapter was not reached by the closure's forward; adapt modules that the model runs.")
         grads: tuple[Tensor | None, ...] = (None,)
         if total is not None and total.requires_grad:
@@ -124,7 +130,8 @@ class ActivationSites:
             loss.detach() if isinstance(loss, Tensor) else loss,
             hidden_NTH.detach(),
             None if grads[0] is None else grads[0][0],
-            [x for x in inputs if x is not None],
+            # The shift is the same at every token that is written; its derivative is shared out among them.
+            [torch.cat(x, 1).mean(1, keepdim=True) if writes else x[0] for x in inputs],
             list(grads[1:]),
             valid,
         )

@@ -48,9 +48,10 @@ class Activations(Estimator):
     """dL/dh of the adapters' inner activations h by SPSA, on to the parameters by the exact chain rule within each adapter.
 
     Every answer position has directions of its own, so that a query splits the batch for nothing. The closure is run once at the
-    weights; if it returns a loss that torch can differentiate from the body's output on, a query is one shifted forward up to there
-    (one-sided: that output moves linearly in zo_eps to first order, and its even part cancels on average), and the rest is exact. If it
-    returns a number, or one a sequence (a reward), a query is two runs of the closure.
+    weights; if it returns a loss that torch can differentiate from the body's output on, a query is one shifted forward up to there,
+    and the rest is exact. If it returns a number, or one a sequence (a reward), a query is a shifted run of the closure. Differences are
+    one-sided: what is wanted moves linearly in zo_eps to first order, and the even part cancels on average. A closure that writes runs the
+    model once a token: then a direction serves for all that is written of a sequence.
 
     ``zo_eps`` is how far a query moves the body's output, as a share of it (root mean squares over all answer positions): the shift that
     does so is found before the first step, for it hangs on the model, its sizes and its sites. In bf16 it must stand out of the noise.
@@ -88,10 +89,8 @@ class Activations(Estimator):
             s_QNTH = self._responses(evaluate, sites, call, seen, v_QNTD, shift)
             e_MH, s_QMH = seen.slope_NTH[valid_NT].float(), s_QNTH[:, valid_NT]
             y_QM = torch.einsum("mh,qmh->qm", e_MH.double(), s_QMH)
-            forwards = queries + 1 + tries
         else:
             y_QM = self._differences(evaluate, sites, call, seen, v_QNTD, shift)
-            forwards = 2 * queries + 1 + tries
         # A number of the whole batch, or of a sequence with several positions, is no position's own.
         own = s_QMH is not None or (_is_a_row_each(seen.loss, len(valid_NT)) and bool((valid_NT.sum(1) == 1).all()))
         v_QMD = v_QNTD[:, valid_NT]
@@ -104,7 +103,7 @@ class Activations(Estimator):
             delta_NTD = torch.zeros(*valid_NT.shape, sites.width, dtype=torch.float64, device=valid_NT.device)
             delta_NTD[valid_NT] = self.delta(evaluate.memory, measured).to(delta_NTD.device)
             gradient = _on_axis(evaluate, sites, sites.gradients(seen, delta_NTD))
-        ones = torch.ones(queries, dtype=torch.float64)
+        ones, forwards = torch.ones(queries, dtype=torch.float64), queries + 1 + tries
         tokens = forwards * int(seen.valid_NT.sum())
         return Estimate(loss, slopes_Q.cpu(), ones, forwards, gradient=gradient, tokens=tokens)
 
@@ -144,14 +143,12 @@ class Activations(Estimator):
     def _differences(
         self, evaluate: Evaluator, sites: Sites, call: Callable[[], Any], seen: Observed, v_QNTD: Tensor, shift: float
     ) -> Tensor:
-        """y (Q, M) float64 from what the closure returns on both sides: one number, or one a sequence, the mean of which is the loss."""
+        """y (Q, M) float64 from what the closure returns: one number, or one a sequence, the mean of which is the loss."""
         sequences, tokens = seen.valid_NT.shape
+        here_N = _row_values(seen.loss, sequences)
 
         def run(first: int, last: int) -> Tensor:
-            found = []
-            for v in v_QNTD[first:last]:
-                up, down = (_row_values(sites.loss(call, sign * shift * v), sequences) for sign in (1, -1))
-                found.append((up - down) / (2 * shift))
+            found = [(_row_values(sites.loss(call, shift * v), sequences) - here_N) / shift for v in v_QNTD[first:last]]
             return torch.cat(found) if found else torch.empty(0, dtype=torch.float64)
 
         count = len(v_QNTD)
@@ -257,10 +254,12 @@ def _on_axis(evaluate: Evaluator, sites: Sites, gradients: list[Tensor]) -> Tens
 
 
 def _row_values(value: Any, sequences: int) -> Tensor:
-    """What a closure returned, as each sequence's share of the loss, (N,) float64; one number is that of the whole batch for each."""
-    if _is_a_row_each(value, sequences):
-        found: Tensor = value.detach().double().flatten().cpu() / sequences
-        return found
+    """What a closure returned, as each sequence's share of the loss, (N,) float64; one number is that of the whole batch for each.
+
+    A row may be several sequences (one a label), which stand together.
+    """
+    if isinstance(value, Tensor) and value.ndim == 1 and len(value) > 0 and sequences % len(value) == 0:
+        return (value.detach().double().cpu() / len(value)).repeat_interleave(sequences // len(value))
     return torch.full((sequences,), as_scalar(value), dtype=torch.float64)
 
 

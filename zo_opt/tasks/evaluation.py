@@ -130,17 +130,18 @@ class Prepared:
         device: where batches go.
         prompts: the model's forward that keeps prompts (``AdapterModel.prompt_forward``), or None.
         objective: what is trained in place of the loss, or None.
+        each_row: whether ``loss`` gives the objective of each row, where it has one.
         trained_on: how many of the examples are trained on; None where that is not known.
     """
 
     def __init__(
         self, examples: Sequence[Example], scorer: Scorer, device: torch.device, prompts: Any,
-        objective: Objective | None = None, trained_on: int | None = 0,
+        objective: Objective | None = None, *, each_row: bool = False, trained_on: int | None = 0,
     ) -> None:  # fmt: skip
         self.encoded = scorer.encode_all(examples)
         scorer.check_tokens(self.encoded)
         self.scorer, self.device, self.prompts, self.objective = scorer, device, prompts, objective
-        self.trained_on = trained_on
+        self.each_row, self.trained_on = each_row, trained_on
 
     def __len__(self) -> int:
         return len(self.encoded)
@@ -209,7 +210,8 @@ class Prepared:
                 return self.scorer.loss(model, batch)
         encoded = [self.encoded[i] for i in batch["rows"].tolist()] if self.objective.reads_rows else []
         with self._going_on(model, batch) if not self.objective.writes(self.scorer) else nullcontext():
-            return torch.as_tensor(self.objective(model, self.scorer, batch, encoded))
+            found = self.objective(model, self.scorer, batch, encoded)
+        return found if self.each_row else found.mean(dtype=torch.float64)
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """The task's loss of each row, (B,): what ``loss`` is the mean of."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -38,8 +39,11 @@ class Objective(ABC):
     reads_rows = False
 
     @abstractmethod
-    def __call__(self, model: Any, scorer: Any, batch: Batch, encoded: Sequence[Encoded]) -> Tensor | float:
-        """The number; ``encoded``: the batch's rows where ``reads_rows``, else empty."""
+    def __call__(self, model: Any, scorer: Any, batch: Batch, encoded: Sequence[Encoded]) -> Tensor:
+        """The number of each row, (B,), of which the batch's is the mean; or one of the whole batch, ().
+
+        ``encoded``: the rows where ``reads_rows``, else empty.
+        """
 
     def writes(self, scorer: Scorer) -> bool:
         """Whether the model is to write for it, which takes its first layers too."""
@@ -52,7 +56,7 @@ class Accuracy(Objective):
     trained = "1 - accuracy of each batch"
 
     def __call__(self, model: Any, scorer: LabelScorer, batch: Batch, encoded: Sequence[Encoded]) -> Tensor:
-        return (scorer.scores(model, batch).argmax(dim=1) != batch["labels"]).float().mean()
+        return (scorer.scores(model, batch).argmax(dim=1) != batch["labels"]).float()
 
 
 class F1(Objective):
@@ -74,11 +78,10 @@ class ExactMatch(Objective):
     def writes(self, scorer: Scorer) -> bool:
         return True
 
-    def __call__(self, model: Any, scorer: Any, batch: Batch, encoded: Sequence[Encoded]) -> float:
+    def __call__(self, model: Any, scorer: Any, batch: Batch, encoded: Sequence[Encoded]) -> Tensor:
         texts = scorer.generate(model, encoded, batch["labels"].device)
-        right = [e.references for e in encoded]
-        pairs = zip(texts, right, strict=True)
-        return 1 - sum(normalise(answer(t, r)) in map(normalise, r) for t, r in pairs) / len(encoded)
+        pairs = zip(texts, (e.references for e in encoded), strict=True)
+        return torch.tensor([float(normalise(answer(t, r)) not in map(normalise, r)) for t, r in pairs])
 
 
 class Reward(Objective):
@@ -104,7 +107,7 @@ class Reward(Objective):
     def writes(self, scorer: Scorer) -> bool:
         return scorer.task.kind == GENERATION
 
-    def __call__(self, model: Any, scorer: Any, batch: Batch, encoded: Sequence[Encoded]) -> float:
+    def __call__(self, model: Any, scorer: Any, batch: Batch, encoded: Sequence[Encoded]) -> Tensor:
         if scorer.task.kind == GENERATION:
             references = [list(e.references) for e in encoded]
             texts = scorer.generate(model, encoded, batch["labels"].device)
@@ -113,7 +116,7 @@ class Reward(Objective):
             labels = scorer.task.labels
             predictions = [labels[i] for i in scorer.scores(model, batch).argmax(dim=1).tolist()]
             references = [[labels[e.label]] for e in encoded]
-        return -math.fsum(self.rewards(predictions, references)) / len(encoded)
+        return -torch.tensor(self.rewards(predictions, references), dtype=torch.float64)
 
     def rewards(self, predictions: list[str], references: list[list[str]]) -> list[float]:
         """The rewards, one a row.

@@ -62,7 +62,7 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
                 "another adapter, or leave --quantise out."
             )
         objectives.check_name(self.objective)
-        if self.objective != objectives.LOSS and self.differentiates:
+        if self.values_alone and self.differentiates:
             raise ZOError(
                 f"objective={self.objective!r} has no gradient, which optimizer={self.optimizer_name!r} needs; choose an optimizer that "
                 "needs values alone, such as adazeta."
@@ -132,7 +132,7 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
             "schedule": self.schedule is not None
             and split("schedule", self.schedule)[0] == "variance"
             and "its queries depend on what was measured",
-            "objective": self.objective != "loss" and "privacy needs the loss of each row",
+            "objective": self.values_alone and "privacy needs the loss of each row",
             "batch_order": self.batch_order != RowOptions.batch_order
             and "rows are sampled independently of each other",
             "adapter": self.make_adapter().reads_rows and "it starts from the rows as they are",
@@ -183,6 +183,11 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
         return not self.zeroth_order or (isinstance(estimator, Estimator) and estimator.differentiates)
 
     @property
+    def values_alone(self) -> bool:
+        """Whether what is trained has no gradient anywhere."""
+        return self.objective != objectives.LOSS
+
+    @property
     def most_steps(self) -> int:
         """The run's steps; where its rows, not yet counted, are to say them, the most that it may take."""
         return MOST_STEPS if self.steps is None else self.steps
@@ -206,7 +211,7 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
         """The first option given that only queries on weights have."""
         own = split("adapter", self.adapter)[1]
         given = {
-            "objective": self.objective != objectives.LOSS,
+            "objective": self.objective == "f1",  # a number of the batch, and no row's own
             "adapter.positions": own.get("positions") == "all",
             "adapter.trainable": own.get("trainable") == "all",
             "query_mode": self.query_mode in ("batched", "split", "auto"),
@@ -295,9 +300,9 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
         """The perturbation scale asked for; else the objective's."""
         if self.zo_eps is not None:
             return self.zo_eps
-        if self.on_activations:
-            return 3e-2  # of the body's output
-        return 1e-2 if self.objective == objectives.LOSS else objectives.ZO_EPS
+        if self.on_activations:  # shares of the body's output
+            return 0.3 if self.values_alone else 3e-2
+        return objectives.ZO_EPS if self.values_alone else 1e-2
 
     def make_update_rule(self) -> UpdateRule | None:
         """The update rule asked for (adam for adazeta); None stands for the optimizer's own."""

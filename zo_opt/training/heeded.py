@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from zo_opt.errors import ZOError
-from zo_opt.tasks.objectives import LOSS
 from zo_opt.training.options import WHOLE_MODEL
 
 if TYPE_CHECKING:
@@ -26,10 +25,6 @@ def check_heeded(config: TrainConfig) -> None:
         "steps": (
             (config.budget_forwards or config.epochs) is not None and not config.resume,  # a run under way has both
             f"with {'epochs' if config.budget_forwards is None else 'budget_forwards'}, from which the steps follow; leave one out",
-        ),
-        "budget_forwards": (
-            config.on_activations and config.objective != LOSS,
-            f"with queries on activations and objective={config.objective!r}, whose cost only the run shows; give steps",
         ),
         "epochs": (config.budget_forwards is not None, "with budget_forwards; leave one out"),
         "keep": no_evaluations,

@@ -19,6 +19,7 @@ from zo_opt.training.parts import ON_ANSWERS
 
 FROM_LAYER = 0.4  # adapters on answers sit from this share of the depth on: what is below is frozen, and run once
 FEEDBACK_LR = 3e-3
+REWARD_LR = 1e-3  # of numbers without a gradient, which say less of each row: fewer sites, shorter steps (benchmarks/objectives.py)
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,15 @@ def resolve(config: TrainConfig, model: nn.Module, scorer: Scorer) -> Recipe:
 def answer_adapter(config: TrainConfig, model: nn.Module, **common: Any) -> AdapterConfig:
     """The adapter that acts on answers."""
     first = min(round(FROM_LAYER * depth(model)), depth(model) - 1)
+    if config.values_alone:
+        first = depth(model) - last_quarter(model)
     return config.make_adapter(**common, layers=list(range(first, depth(model))), **ON_ANSWERS)
 
 
 def own_lr(config: TrainConfig, *, parameters: int) -> float:
     """The method's learning rate, where none was given; ``parameters``: of the model."""
     if config.on_activations:
-        return FEEDBACK_LR
+        return REWARD_LR if config.values_alone else FEEDBACK_LR
     # AdamW's lr is a length, whatever the gradient's scale.
     length = not config.zeroth_order or config.method.sort(config.make_choices() | {"lr": 0.0})[0].lr_is_a_length
     lr = default_lr(config.optimizer_name, config.adapter_name, adam=length, parameters=parameters)

@@ -151,7 +151,7 @@ def build_tools(config: TrainConfig, examples: Examples, reporter: Reporter) -> 
         )
     if objective is not None:
         reporter.say(f"the run trains {objective.trained}, from values alone; what is shown as loss is that.")
-    train = Prepared(examples.train, scorer, device, None, objective)
+    train = Prepared(examples.train, scorer, device, None, objective, each_row=config.on_activations)
     check_shapes(base.model, scorer, train.encoded, config.batch_size)
     if config.steps is None:
         steps = steps_of(config, len(train))
