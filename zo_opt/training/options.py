@@ -39,7 +39,8 @@ class FirstOptions:
         budget_forwards: in place of steps: the run ends before the step that would take more forward passes than this in all, a
             backward pass counted as two.
         lr: learning rate; if not given, 3e-3 for queries on activations (1e-3 for an objective without a gradient); of weights 0.01 where lr
-            is a step's length (adam, sign ...), else 0.02 for adapters and 1e4 / parameters, 1e-4 at most, for whole models; of adamw the adapter's own (docs/optimizers.md).
+            is a step's length (adam, sign ...), else 0.02 for adapters and 1e4 / parameters, 1e-4 at most, for whole models; of adamw the
+            adapter's own (docs/optimizers.md).
         output_dir: where everything goes; runs/<task>-<optimizer>-<time> if not given. Must be empty unless resuming.
         resume: continue the run in output_dir, with its options; save_steps, max_failed_steps, report_to, share, rank_timeout,
             rank_check_every and prompt_cache_dir may be given anew, other values of other options are refused.
