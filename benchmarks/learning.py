@@ -186,17 +186,15 @@ def cost(arguments: argparse.Namespace) -> None:
     depth = model.config.num_hidden_layers
     options = ON_ANSWERS | {"layers": list(range(depth // 3, depth))}
     adapted = get_adapter_model(model.eval(), TTLoRAConfig(**options))
-    ids = torch.randint(5, 40_000, (16, 36), generator=torch.Generator().manual_seed(0))
-    labels = torch.full_like(ids, -100)
-    labels[:, -1] = ids[:, -1]
-    batch = {"input_ids": ids, "labels": labels}
+    ids = torch.randint(5, 40_000, (16, 35), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids}
     optimizer = AdaZeta(
         trainable_parameters(adapted), lr=1e-3, zo_eps=3e-2, module=adapted, estimator="learned-feedback", directions="rademacher",
         update_rule=Adam(), query_schedule={"name": "constant", "queries": 8},
     )  # fmt: skip
 
     def step() -> None:
-        optimizer.step(lambda b: adapted(**b, logits_to_keep=2).logits[:, 0].log_softmax(-1)[:, 0].mean().neg(), batch)
+        optimizer.step(lambda b: adapted(**b, logits_to_keep=1).logits[:, 0].log_softmax(-1)[:, 0].mean().neg(), batch)
 
     def anew() -> None:
         adapted.answers.recorder._known.clear()
@@ -205,10 +203,9 @@ def cost(arguments: argparse.Namespace) -> None:
     @torch.no_grad()
     def plain() -> None:
         with adapted.positions.sleep():
-            adapted(input_ids=ids[:, :35], logits_to_keep=1)
+            adapted(**batch, logits_to_keep=1)
 
-    batch = {"input_ids": ids}
-    with adapted.answering(torch.arange(36).expand(16, -1) >= 34):
+    with adapted.answering(torch.arange(35).expand(16, -1) == 34):
         times: dict[str, list[float]] = defaultdict(list)
         for _ in range(arguments.rounds + 1):
             for name, run in (("plain", plain), ("step", step), ("anew", anew)):
