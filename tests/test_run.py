@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 from zo_opt import ZOError, load_adapter_model, load_run
 from zo_opt.tasks.rows import read_rows
+from zo_opt.training.writing import prompt_tokens
 
 Options = Callable[..., list[str]]
 
@@ -165,12 +166,24 @@ def test_forms_of_prompts(written: Callable[[str, str], Path]) -> None:
     inside, plain = run.generate(["the film is"]), run.generate(["the film is It was"], form="plain")
     assert inside == plain
     run.tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %} It was{% endif %}"
+        "<s>{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %} It was{% endif %}"
     )
-    run.tokenizer.bos_token, start = None, run.tokenizer.bos_token  # a template has the special tokens in it
-    said = [{"role": "user", "content": f"{start}the film is"}]
-    assert run.generate([said]) == inside
-    assert run.generate([f"{start}the film is"], form="chat") == inside
+    assert run.generate([[{"role": "user", "content": "the film is"}]]) == inside
+    assert run.generate(["the film is"], form="chat") == inside
+
+
+def test_markup_is_the_prompts_and_never_what_is_said(written: Callable[[str, str], Path]) -> None:
+    """In a user's message and a row's text ``</s>`` is letters; a plain text is the user's own prompt, markup and all."""
+    run = load_run(written("llama", "answer"))
+    run.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
+    end = run.tokenizer.eos_token_id
+    for prompt, form, ends in (
+        ([{"role": "user", "content": "a </s> b"}, {"role": "assistant", "content": "</s>"}], "run", 2),
+        ("a </s> b", "chat", 1),
+        ("a </s> b", "run", 0),
+        ("a </s> b", "plain", 1),
+    ):
+        assert prompt_tokens(run.scorer, prompt, form, "it").count(end) == ends, (prompt, form)  # type: ignore[arg-type]
 
 
 def test_the_terminal_sees_what_is_written(

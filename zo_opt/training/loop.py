@@ -16,12 +16,13 @@ from typing import Any
 import torch
 
 from zo_opt.distributed import meet, world_size
+from zo_opt.errors import ZOError
 from zo_opt.journal import NAME as JOURNAL_NAME
 from zo_opt.journal import Journal
 from zo_opt.optim import ZerothOrderOptimizer
 from zo_opt.record import checkpoint, report
 from zo_opt.record.metrics import MetricsWriter, step_values
-from zo_opt.record.output import RUN_NAME, START_NAME, output_directory
+from zo_opt.record.output import RESULTS_NAME, RUN_NAME, START_NAME, output_directory
 from zo_opt.record.progress import Reporter
 from zo_opt.record.summary import Progress, Summary, versions
 from zo_opt.record.trackers import Trackers, check_trackers
@@ -186,14 +187,16 @@ class _Run:
             None if kept == done else kept,
         )
         report.write(self.output_dir, summary)
-        checkpoint.remove(self.output_dir)
-        self.curve.close()
+        checkpoint.keep_last(self.output_dir)
         return summary
 
     def _resume(self) -> None:
         """Back to where the run was: the checkpoint, and the steps on record beyond it."""
         path = checkpoint.newest(self.output_dir, lambda _: None)  # which was said already
-        resumed = resume(path, self.tools.model, self.optimizer, self.stepper.lr_scheduler, self.reporter.say)
+        longer = self.record["config"]["steps"] != self.tools.steps
+        resumed = resume(
+            path, self.tools.model, self.optimizer, self.stepper.lr_scheduler, self.reporter.say, longer=longer
+        )
         # If it is the one before, the damaged one must not take its place.
         path.replace(self.output_dir / checkpoint.NAME)
         self.progress, self.stepper.journal = Progress(**resumed.extra["progress"]), resumed.journal
@@ -205,9 +208,30 @@ class _Run:
             self.progress.train_seconds = line["seconds"]
         split = f" ({done - again} of them in the checkpoint, {again} from the journal)" if again else ""
         self.reporter.say(f"resuming after step {done} of {self.tools.steps}{split}")
+        if longer:
+            self._go_on()
+        elif done == self.tools.steps:
+            self.reporter.say(f"the run is at its end; --steps of more than {done} goes on beyond it.")
         self._write_record()  # in case it was lost or damaged
         if again and (world_size() > 1 or done % self.config.save_steps == 0 or done == self.tools.steps):
             self._save()  # as the killed run was about to
+
+    def _go_on(self) -> None:
+        """To other steps than the run was started with: what it left as its outcome stands no longer."""
+        done, steps, before = self.optimizer.step_count, self.tools.steps, self.stepper.lr
+        if self.curve.exhausted:
+            raise ZOError(
+                f"the run ended after {self.config.patience} evaluations that brought nothing better; give a larger --patience beside --steps."
+            )
+        self.stepper.relearn()
+        (self.output_dir / RESULTS_NAME).unlink(missing_ok=True)
+        went_on = [*self.record.get("went_on", []), {"after_step": done, "steps": steps}]
+        self.record |= {"config": replace(self.config, resume=False).to_dict(), "went_on": went_on}
+        self._save()
+        self.reporter.say(
+            f"it goes on to step {steps}; from here on its learning rate is that of a run of {steps} steps ({self.config.lr_schedule}): "
+            f"{before:.3g} becomes {self.stepper.lr:.3g}"
+        )
 
     def _write_record(self) -> None:
         """run.json: the checkpoints' record, and each training row's hash besides."""

@@ -41,8 +41,9 @@ class FirstOptions:
         lr: learning rate; if not given, 3e-3 for queries on activations; of weights 0.01 where lr is a step's length (adam, sign ...), else
             0.02 for adapters and 1e4 / parameters, 1e-4 at most, for whole models; of adamw the adapter's own (docs/optimizers.md).
         output_dir: where everything goes; runs/<task>-<optimizer>-<time> if not given. Must be empty unless resuming.
-        resume: continue the run in output_dir, with its options; save_steps, max_failed_steps, report_to, share, rank_timeout,
-            rank_check_every and prompt_cache_dir may be given anew, other values of other options are refused.
+        resume: continue the run in output_dir, with its options, or with --steps to another end than it had; patience, save_steps,
+            max_failed_steps, report_to, share, rank_timeout, rank_check_every and prompt_cache_dir may be given anew, too, other values of
+            other options are refused.
     """
 
     model_name_or_path: str = DEFAULT_MODEL

@@ -68,8 +68,10 @@ def prompt_tokens(scorer: Scorer, prompt: Prompt, form: Form, where: str) -> lis
         return scorer.chat_prompt(messages, where)
     if form == "chat":
         return chat_tokens(scorer, [{"role": "user", "content": _text(prompt, form, where)}], where)
-    if form == "plain" or task.kind == LANGUAGE_MODELLING:
+    if form == "plain":
         return scorer.opening(_text(prompt, form, where))
+    if task.kind == LANGUAGE_MODELLING:
+        return scorer.opening(scorer.markup.as_letters(_text(prompt, form, where)))
     row = prompt
     if isinstance(prompt, str):
         columns = list(dict.fromkeys(task.shown_columns()))
