@@ -19,7 +19,7 @@ Options = Callable[..., list[str]]
 BACKPROPAGATION: dict[str, Any] = {
     "optimizer": "adamw", "adapter": "lora", "lr": 0.02, "query_mode": None, "query_schedule": None, "queries": None,
 }  # fmt: skip
-FEEDBACK: dict[str, Any] = {name: None for name in ("adapter", "query_mode", "query_schedule", "queries", "lr")}
+FEEDBACK: dict[str, Any] = dict.fromkeys(("adapter", "query_mode", "query_schedule", "queries", "lr"))
 KINDS = {"backpropagation": BACKPROPAGATION, "a journal": {"lr": 0.1}, "feedback": FEEDBACK}
 
 
@@ -115,7 +115,8 @@ REFUSED: dict[str, tuple[dict[str, Any], list[object], str]] = {
         BACKPROPAGATION | {"adapter": "lamda", "lr": 0.01, "rank": 2}, [9], "adapter 'lamda', whose phases were laid out for 4",
     ),
     "privacy": (
-        {"query_mode": None, "privacy_noise": 1.0, "privacy_clip": 1.0, "query_schedule": None, "queries": None}, [9], "whose noise was laid out for 4",
+        {"query_mode": None, "privacy_noise": 1.0, "privacy_clip": 1.0, "query_schedule": None, "queries": None}, [9],
+        "whose noise was laid out for 4",
     ),
 }  # fmt: skip
 
