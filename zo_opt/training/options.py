@@ -73,6 +73,8 @@ class RowOptions:
         text_column: the column that {text} in the template stands for.
         label_column: the column of the label.
         target_column: the column of the text to write: makes your own rows a generation task.
+        optional_columns: columns of the prompt that may be blank in a row, or missing, as "input,context"; lines of the template that show
+            nothing but blank ones are left out, the last line excepted.
         objective: what is trained: loss; or, without a gradient and with zeroth-order optimizers alone, 1 - accuracy, f1 or exact_match
             (of what the model writes) on the batch, or minus the mean of your_module:reward (docs/any_forward.md).
         max_train_rows: use only the first so many training rows.
@@ -93,6 +95,7 @@ class RowOptions:
     text_column: str = "text"
     label_column: str = "label"
     target_column: str | None = None
+    optional_columns: str | None = None
     objective: str = "loss"
     max_train_rows: PositiveInt | None = None
     held_out: PositiveInt = 256
