@@ -24,7 +24,7 @@ RESULTS_NAME = "results.json"  # the last file of a run: with it, it is finished
 START_NAME = "start"  # the adapter as training began: what the journal is replayed on
 _WRITTEN = (  # atomically: a killed process may leave an unfinished one of them
     RUN_NAME, JOURNAL_NAME, checkpoint.NAME, checkpoint.PREVIOUS_NAME, WEIGHTS_NAME, CONFIG_NAME, SCHEDULE_NAME,
-    RESULTS_NAME, "report.md", "report.png",
+    RESULTS_NAME, "report.md", "report.png", "README.md",
 )  # fmt: skip
 
 

@@ -133,9 +133,9 @@ class Task:
     def filled(self, fields: Mapping[str, str], **extra: str) -> str:
         """The template with a row's texts in it; lines that show nothing but blank optional columns are left out, the last one excepted.
 
-        >>> task = Task("mine", "{instruction}\n{input}\nAnswer:", optional=("input",))
+        >>> task = Task("mine", "{instruction}\\n{input}\\nAnswer:", optional=("input",))
         >>> task.filled({"instruction": "Say hello.", "input": ""}), task.filled({"instruction": "Sum up.", "input": "a film"})
-        ('Say hello.\nAnswer:', 'Sum up.\na film\nAnswer:')
+        ('Say hello.\\nAnswer:', 'Sum up.\\na film\\nAnswer:')
         """
         blank = {name for name in self.optional if not fields[name]}
         *lines, last = self.template.split("\n")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from zo_opt.adapters import AdapterModel, lora_plus_groups, trainable_parameters
 from zo_opt.errors import ZOError
@@ -65,7 +65,8 @@ class ZOTrainerMixin(AdapterTrainerMixin):
         if self.args.zeroth_order and self.is_world_process_zero():
             sys.stdout.write(f"{method_of_run(self)} on {data_of_run(self)}\n")
         result = super().train(resume_from_checkpoint, *args, **kwargs)
-        return result._replace(training_loss=result.metrics.get("train_loss", result.training_loss))
+        loss = result.metrics.get("train_loss", result.training_loss)  # as it was logged
+        return TrainOutput(result.global_step, loss, result.metrics)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The Trainer's, with what was done and on which data."""
