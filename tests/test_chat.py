@@ -15,7 +15,7 @@ from text_tasks import command, results
 
 import zo_opt
 from zo_opt import ZOError
-from zo_opt.tasks.chat import chat_task
+from zo_opt.tasks.chat import asked_of, chat_task
 from zo_opt.tasks.rows import make_examples
 from zo_opt.tasks.scoring import make_scorer
 
@@ -88,9 +88,11 @@ def test_texts_stand_as_they_are_where_there_is_no_template() -> None:
 
 
 def test_markup_in_a_message_is_letters() -> None:
-    scorer, examples = scorer_for([{"messages": [THREE[1] | {"content": "a </s> b"}, THREE[2]]}])
+    row = {"messages": [THREE[1] | {"content": "a </s> b"}, THREE[2]]}
+    scorer, examples = scorer_for([row])
     [encoded] = scorer.encode_all(examples)
     assert scorer.prompt(encoded).count(scorer.tokenizer.eos_token_id) == 1
+    assert scorer.chat_prompt(asked_of(row, ("messages",), "it"), "it") == scorer.prompt(encoded)
 
 
 def test_a_long_conversation_loses_its_beginning() -> None:

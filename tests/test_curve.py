@@ -75,7 +75,6 @@ def test_the_best_weights_are_the_runs(toy_options: Options, tmp_path: Path, mon
     weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("best", "four")]
     assert weights[0] == weights[1]
     assert found["after"] == results(tmp_path / "four")["after"]
-    assert not (tmp_path / "best" / curve_module.BEST_NAME).exists()
     assert "kept: step 4, the best of 5 on these rows" in (tmp_path / "best" / "report.md").read_text()
 
 

@@ -50,6 +50,7 @@ SWEEP: dict[str, tuple[dict[str, Any], Any, Any]] = {
     "text_column": ({}, None, "label"),
     "label_column": ({}, None, "text"),
     "target_column": ({"verbalizers": None, "max_new_tokens": 2}, None, "label"),
+    "optional_columns": ({"train_file": "{blanks}", "eval_file": None, "template": "{text}\n{more}\nIt was"}, None, "more"),
     "objective": ({}, None, "accuracy"),
     "max_train_rows": ({}, None, 8),
     "held_out": ({"eval_file": None}, 4, 8),
@@ -139,6 +140,8 @@ def outcome(tiny_model_dir: Path, sentiment_files: Sentiment, tmp_path_factory: 
     bare, options_file = place / "bare.csv", place / "options.yaml"
     with bare.open("w", newline="") as file:
         csv.writer(file).writerows((row["text"], row["label"], f"{row['text']} indeed") for row in rows)
+    blanks = place / "blanks.jsonl"
+    blanks.write_text("".join(json.dumps(row | {"more": "indeed" * (i % 2)}) + "\n" for i, row in enumerate(rows)))
     options_file.write_text("seed: 3\n")
     if find_spec("datasets") is not None:  # else a run says so
         import datasets
@@ -150,6 +153,7 @@ def outcome(tiny_model_dir: Path, sentiment_files: Sentiment, tmp_path_factory: 
         "saved": place / "saved",
         "saved_fewer": place / "saved_fewer",
         "bare": bare,
+        "blanks": blanks,
         "options": options_file,
         "model": tiny_model_dir,
         "other": other,

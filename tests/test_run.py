@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 from zo_opt import ZOError, load_adapter_model, load_run
 from zo_opt.tasks.rows import read_rows
+from zo_opt.training.writing import prompt_tokens
 
 Options = Callable[..., list[str]]
 
@@ -154,6 +155,46 @@ def test_generate_is_transformers_own_on_the_loaded_adapter(
     assert len(seen) > 2
 
 
+TEXTS = ["a", "the film is", "two friends and their long way home", "winter", "the story of the film is a long way"] * 2
+
+
+@pytest.mark.parametrize("architecture", WRITERS)
+def test_several_prompts_at_once_are_written_as_one_at_a_time(
+    architecture: str, written: Callable[[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = load_run(written(architecture, "answer"))
+    given: list[int] = []
+    generate = type(run.model.wrapped).generate
+
+    def counted(self: Any, *args: Any, **options: Any) -> Any:
+        given.append(len(options["input_ids"]))
+        return generate(self, *args, **options)
+
+    monkeypatch.setattr(type(run.model.wrapped), "generate", counted)
+    for options in ({}, {"max_new_tokens": 20}):
+        alone = run.generate(TEXTS, batch_size=1, **options)
+        assert set(given) == {1}
+        given.clear()
+        assert run.generate(TEXTS, batch_size=4, **options) == alone and len(set(alone)) > 2
+        assert max(given) == 4 and sum(given[2:]) == len(TEXTS)  # the first two tried whether padding is harmless
+        given.clear()
+    monkeypatch.setattr("zo_opt.training.run.CHUNK", 3)
+    assert list(run.texts(TEXTS, batch_size=2, max_new_tokens=20)) == alone
+    with pytest.raises(ZOError, match="batch_size was given with do_sample"):
+        run.texts(TEXTS, batch_size=2, do_sample=True)
+    assert run.generate(TEXTS, do_sample=True, seed=1) == [run.generate([t], do_sample=True, seed=1)[0] for t in TEXTS]
+    with pytest.raises(ZOError, match="a prompt of"):  # before the first is written
+        run.texts([*TEXTS, "the film " * 70], form="plain")
+
+
+def test_where_padding_is_no_harm_is_tried(written: Callable[[str, str], Path]) -> None:
+    """On the wrong side it is harm: then prompts of one length alone share a batch, and the texts are the same."""
+    run = load_run(written("gpt2", "answer"))
+    alone = run.generate(TEXTS, batch_size=1)
+    run.scorer.pad_left = False
+    assert run.generate(TEXTS, batch_size=4) == alone
+
+
 def test_the_adapter_changes_what_is_written(written: Callable[[str, str], Path]) -> None:
     texts = ["the film is", "two friends and their long way"]
     directory = written("llama", "answer")
@@ -165,12 +206,24 @@ def test_forms_of_prompts(written: Callable[[str, str], Path]) -> None:
     inside, plain = run.generate(["the film is"]), run.generate(["the film is It was"], form="plain")
     assert inside == plain
     run.tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %} It was{% endif %}"
+        "<s>{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %} It was{% endif %}"
     )
-    run.tokenizer.bos_token, start = None, run.tokenizer.bos_token  # a template has the special tokens in it
-    said = [{"role": "user", "content": f"{start}the film is"}]
-    assert run.generate([said]) == inside
-    assert run.generate([f"{start}the film is"], form="chat") == inside
+    assert run.generate([[{"role": "user", "content": "the film is"}]]) == inside
+    assert run.generate(["the film is"], form="chat") == inside
+
+
+def test_markup_is_the_prompts_and_never_what_is_said(written: Callable[[str, str], Path]) -> None:
+    """In a user's message and a row's text ``</s>`` is letters; a plain text is the user's own prompt, markup and all."""
+    run = load_run(written("llama", "answer"))
+    run.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
+    end = run.tokenizer.eos_token_id
+    for prompt, form, ends in (
+        ([{"role": "user", "content": "a </s> b"}, {"role": "assistant", "content": "</s>"}], "run", 2),
+        ("a </s> b", "chat", 1),
+        ("a </s> b", "run", 0),
+        ("a </s> b", "plain", 1),
+    ):
+        assert prompt_tokens(run.scorer, prompt, form, "it").count(end) == ends, (prompt, form)  # type: ignore[arg-type]
 
 
 def test_the_terminal_sees_what_is_written(
@@ -229,6 +282,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "a seed without sampling": (["generate", "WRITES", "--prompt", "a", "--seed", "2"], "seed was given without do_sample"),
     "a share above one": (["generate", "WRITES", "--prompt", "a", "--do_sample", "--top_p", "3"], "top_p"),
     "more than the context": (["generate", "WRITES", "--prompt", "a", "--max_new_tokens", "100"], "context of 64"),
+    "prompts at once on the terminal": (["generate", "WRITES", "--prompt", "a", "--batch_size", "2"], "batch_size is of no use without --out"),
     "another form": (["generate", "WRITES", "--prompt", "a", "--form", "odd"], "run, chat or plain"),
 }  # fmt: skip
 

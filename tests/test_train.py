@@ -83,8 +83,8 @@ def finished(
 def test_files_of_a_finished_run(finished: tuple[Path, list[str]]) -> None:
     directory, _ = finished
     expected = {
-        "adapter_config.json", "adapter_model.safetensors", "journal", "metrics.jsonl", "report.md", "report.png",
-        "results.json", "run.json", "start",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "checkpoint.safetensors", "journal", "metrics.jsonl", "report.md",
+        "report.png", "results.json", "run.json", "start",
     }  # fmt: skip
     assert {path.name for path in directory.iterdir()} - {"tensorboard"} == expected
     assert json.loads((directory / "adapter_config.json").read_text())["adapter_type"] == "tt"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from datasets import Dataset
 from tiny_models import build, padded_batch
 from trainer_runs import (
     QUIET,
@@ -198,20 +199,69 @@ def test_tensorboard_gets_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [event.value for event in board.Scalars("train/forwards")] == [2, 4]
 
 
+class Sometimes(ZOTrainer):
+    """Of the losses of these numbers nothing comes."""
+
+    calls, lost = 0, (1, 7, 8)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return super().compute_loss(*args, **kwargs) * (math.nan if self.calls in self.lost else 1)
+
+
 def test_losses_that_are_not_finite_are_dropped_and_counted(tmp_path: Path) -> None:
-    class Sometimes(ZOTrainer):
-        calls = 0
-
-        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-            self.calls += 1
-            return super().compute_loss(*args, **kwargs) * (math.nan if self.calls in (1, 7, 8) else 1)
-
     args = ZOTrainingArguments(str(tmp_path), **{**QUIET, "max_steps": 2, "zo_optimizer": "mezo", "max_queries": 2})
     model = adapted()
     trainer = Sometimes(model=model, args=args, train_dataset=rows())
     trainer.train()
     assert trainer.zo_optimizer.dropped_queries == trainer.state.log_history[1]["dropped_queries"] == 2
     assert all(p.isfinite().all() for p in trainable_parameters(model))
+
+
+@pytest.mark.parametrize("logging_steps", [1, 2])
+def test_a_step_without_a_finite_loss_is_logged_as_one(logging_steps: int, tmp_path: Path) -> None:
+    """Steps 1, 3 and 4 have none; a log of several steps has the mean of those that have one."""
+    options = {"max_steps": 4, "zo_optimizer": "mezo", "max_queries": 1, "logging_steps": logging_steps}
+    args = ZOTrainingArguments(str(tmp_path), **QUIET | options)
+    trainer = Sometimes(model=adapted(), args=args, train_dataset=rows())
+    trainer.lost = (1, 2, 5, 6, 7, 8)
+    steps = Steps()
+    trainer.add_callback(steps)
+    result = trainer.train()
+    *logs, last = trainer.state.log_history
+    second = pytest.approx(steps.records[1].loss, abs=1e-4)
+    nan = pytest.approx(math.nan, nan_ok=True)
+    assert [log["loss"] for log in logs] == ([nan, second, nan, nan] if logging_steps == 1 else [second, nan])
+    assert [log.get("nan_losses") for log in logs] == ([1, None, 1, 1] if logging_steps == 1 else [1, 2])
+    assert last["train_loss"] == second and result.training_loss == second
+
+
+def test_the_card_says_what_was_done_and_on_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = Dataset.from_list(
+        [{name: tensor.tolist() for name, tensor in row.items()} for row in rows(8)], split="train"
+    )
+    options = {
+        "max_steps": 2,
+        "zo_optimizer": {"name": "lozo", "rank": 2},
+        "query_schedule": "linear",
+        "max_queries": 3,
+    }
+    args = ZOTrainingArguments(str(tmp_path), **QUIET | options)
+    trainer = ZOTrainer(model=adapted(), args=args, train_dataset=data, eval_dataset=data)
+    trainer.train()
+    method = "lozo (zo_eps 0.001, lr 0.01, rank 2, query_schedule linear, max_queries 3), 448 trainable parameters"
+    what = f"8 rows, split train, fingerprint {data._fingerprint}"
+    assert capsys.readouterr().out.startswith(f"{method} on {what}\n")
+    evaluated = trainer.evaluate()["eval_loss"]
+    for _ in range(2):  # written anew
+        trainer.create_model_card()
+        card = (tmp_path / "README.md").read_text()
+        assert card.count(f"| method | {method} |") == 1 and f"- optimizer: {method}\n" in card and "ADAMW" not in card
+        assert f"| training data | {what} |" in card and f"on {what}." in card and "None dataset" not in card
+        assert (
+            f"eval_loss {evaluated:.4g}" in card
+            and f"| forward passes | {trainer.zo_optimizer.history.forwards} " in card
+        )
 
 
 def test_mixed_precision_keeps_the_trainables_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

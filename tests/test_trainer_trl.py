@@ -26,7 +26,7 @@ TEXTS = ["the film is wonderful", "the story is dreadful and long", "a charming 
 
 @dataclass
 class ZOSFTConfig(ZOArguments, SFTConfig):  # type: ignore[misc]
-    gradient_checkpointing: bool = False
+    pass
 
 
 class ZOSFTTrainer(ZOTrainerMixin, SFTTrainer):  # type: ignore[misc]
@@ -34,7 +34,7 @@ class ZOSFTTrainer(ZOTrainerMixin, SFTTrainer):  # type: ignore[misc]
 
 
 def sft_trainer(directory: Path, steps: Steps, model: Any = None, **options: Any) -> Any:
-    args = ZOSFTConfig(str(directory), bf16=False, max_length=16, **{**QUIET, **options})
+    args = ZOSFTConfig(str(directory), max_length=16, **{**QUIET, **options})
     data = Dataset.from_dict({"text": TEXTS})
     return ZOSFTTrainer(
         model=make_model("llama") if model is None else model, args=args, train_dataset=data, eval_dataset=data,
@@ -54,6 +54,13 @@ def test_sft_with_losses_alone(tmp_path: Path) -> None:
     assert log["forwards"] == 4 and log["loss"] == pytest.approx(steps.records[0].loss, abs=1e-4)
     assert {"mean_token_accuracy", "projected_grad_rms"} <= log.keys()  # TRL's own measures are those of training
     assert "eval_loss" in trainer.evaluate()
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert (
+        "SFT" in card
+        and "| method | mezo (zo_eps 0.01, lr 0.001, max_queries 2)" in card
+        and "| training data | 8 rows" in card
+    )
 
     rest = Steps()
     resumed = sft_trainer(tmp_path, rest, **options)

@@ -126,6 +126,10 @@ def _add_generate(parser: Parser) -> None:
     )
     parser.add_argument("--top_k", type=PositiveInt | None, help="of sampling: from so many of the likeliest tokens")
     parser.add_argument("--seed", type=NonNegativeInt, default=0, help="of sampling")
+    parser.add_argument(
+        "--batch_size", type=PositiveInt | None,
+        help="with --out: prompts at once; the run's eval_batch_size if not given, one at a time with --do_sample",
+    )  # fmt: skip
     _add_quiet(parser)
 
 

@@ -27,6 +27,10 @@ def run(options: Namespace, command: str) -> None:
         raise ZOError(
             "--out and --form are of no use to --chat, which is a conversation in the chat template; leave them out."
         )
+    if options.batch_size is not None and options.out is None:
+        raise ZOError(
+            "batch_size is of no use without --out: on the terminal texts appear one at a time; leave it out."
+        )
     reporter = beside_results(options)
     prompts: Sequence[Prompt] = [options.prompt] if options.file is None else read_rows(options.file)
     if options.file is not None and (options.file.suffix == ".txt" or options.form != "run"):
@@ -39,12 +43,11 @@ def run(options: Namespace, command: str) -> None:
         if options.chat:
             _converse(found, reporter, given)
         elif options.out is None:
-            for prompt in prompts:
-                found.generate([prompt], form=options.form, streamer=_streamer(found), **given)
+            found.generate(prompts, form=options.form, streamer=_streamer(found), **given)
         else:
+            texts = found.texts(prompts, form=options.form, batch_size=options.batch_size, **given)
             with reporter.track("writing", len(prompts), "prompts") as tracker:
-                for number, prompt in enumerate(prompts, start=1):
-                    [text] = found.generate([prompt], form=options.form, **given)
+                for number, text in enumerate(texts, start=1):
                     lines.write({"row": number, "text": text})
                     tracker.advance(1)
     if options.out is not None:

@@ -116,10 +116,9 @@ def newest(directory: Path, say: Callable[[str], None]) -> Path:
     raise errors[0]
 
 
-def remove(directory: Path) -> None:
-    """Remove a finished run's checkpoints."""
-    for name in (PREVIOUS_NAME, NAME):
-        (directory / name).unlink(missing_ok=True)
+def keep_last(directory: Path) -> None:
+    """At a run's end: its last checkpoint stays, so that it can go on with more steps."""
+    (directory / PREVIOUS_NAME).unlink(missing_ok=True)
 
 
 def load_checkpoint(

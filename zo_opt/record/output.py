@@ -20,10 +20,11 @@ from zo_opt.system.files import try_lock, unfinished
 
 LOCK_NAME = ".lock"
 RUN_NAME = "run.json"  # command, options, versions: the first file of a run, the checkpoint before step 0 the last before it trains
+RESULTS_NAME = "results.json"  # the last file of a run: with it, it is finished
 START_NAME = "start"  # the adapter as training began: what the journal is replayed on
 _WRITTEN = (  # atomically: a killed process may leave an unfinished one of them
     RUN_NAME, JOURNAL_NAME, checkpoint.NAME, checkpoint.PREVIOUS_NAME, WEIGHTS_NAME, CONFIG_NAME, SCHEDULE_NAME,
-    "results.json", "report.md", "report.png",
+    RESULTS_NAME, "report.md", "report.png", "README.md",
 )  # fmt: skip
 
 

@@ -15,18 +15,20 @@ from typing import Any
 
 from zo_opt.errors import ZOError
 
+FILL = "fill it or remove the row"  # what is said of a cell that holds nothing
 _NOT_A_NUMBER = re.compile(r"[+-]?(nan|inf)", re.IGNORECASE)  # as pandas and numpy write them
 _WHOLE = re.compile(r"(-?\d+)\.0+", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
 
 
-def text_of(value: Any, column: str, where: str) -> str:
+def text_of(value: Any, column: str, where: str, remedy: str = FILL) -> str:
     """The text of a cell as it stands, not blank.
 
     Args:
         value: of the cell.
         column: its column, for the sentence.
         where: its file and row, for the sentence.
+        remedy: what to do about a cell that holds nothing.
 
     Raises:
         ZOError: it is no text.
@@ -34,18 +36,28 @@ def text_of(value: Any, column: str, where: str) -> str:
     >>> text_of(" a film", "text", "my.csv, row 1"), text_of(2.0, "text", "my.csv, row 1"), text_of(True, "text", "my.csv, row 1")
     (' a film', '2', 'true')
     """
-    text = plain_text_of(value, column, where)
+    text = plain_text_of(value, column, where, remedy)
     if not text.strip():
-        raise ZOError(f"{where}: column {column!r} is {'blank' if text else 'empty'}; fill it or remove the row.")
+        raise ZOError(f"{where}: column {column!r} is {'blank' if text else 'empty'}; {remedy}.")
     if _NOT_A_NUMBER.fullmatch(text.strip()):
         raise ZOError(_refusal(text, column, where, "which stands for a missing value and is no text"))
     return text
 
 
-def plain_text_of(value: Any, column: str, where: str) -> str:
+def is_blank(value: Any) -> bool:
+    """Whether a cell holds nothing, or what stands for a missing value.
+
+    >>> [is_blank(value) for value in (None, " ", float("nan"), "nan", 0, "a")]
+    [True, True, True, True, False, False]
+    """
+    text = str(value).strip() if isinstance(value, str | float) else value
+    return text is None or text == "" or (isinstance(text, str) and text.lower() == "nan")
+
+
+def plain_text_of(value: Any, column: str, where: str, remedy: str = FILL) -> str:
     """As :func:`text_of`, of running text, in which a blank line is text too."""
     if value is None:
-        raise ZOError(f"{where}: column {column!r} is empty; fill it or remove the row.")
+        raise ZOError(f"{where}: column {column!r} is empty; {remedy}.")
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         value = value.item()  # numpy's and torch's numbers
     if isinstance(value, str):

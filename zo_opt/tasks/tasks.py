@@ -12,10 +12,11 @@ from string import Formatter
 from typing import Any, Literal
 
 from zo_opt.errors import ZOError
-from zo_opt.tasks.cells import label_of, one_spelling, text_of
+from zo_opt.tasks.cells import FILL, is_blank, label_of, one_spelling, text_of
 from zo_opt.tasks.metrics import CLASSIFICATION, GENERATION, KINDS, LANGUAGE_MODELLING
 
 Split = Literal["train", "held_out"]
+_FILL = f"{FILL}, or name the column in --optional_columns"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Task:
         metrics: those it reports, the primary one first; all of its kind if empty.
         numbered: whether a label may be given by its number, which counts the labels in their order: of a user's own rows the order is the
             alphabet's, and a number would mean whatever it happens to.
+        optional: placeholders whose column may be blank in a row, or missing; see :meth:`filled`.
         conversation: the columns of a conversation, ("messages",) or ("prompt", "completion"); of other tasks none.
         source: a function that gives the rows of a split, "train" or "held_out"; without one, rows come from the user's files.
 
@@ -53,6 +55,7 @@ class Task:
     max_new_tokens: int = 32
     metrics: tuple[str, ...] = ()
     numbered: bool = True
+    optional: tuple[str, ...] = ()
     conversation: tuple[str, ...] = ()
     source: Callable[[Split], Iterable[dict[str, Any]]] | None = None
 
@@ -87,7 +90,9 @@ class Task:
         ):
             if not isinstance(plain[name], kind):
                 raise TypeError(f"its {name} is {plain[name]!r}")
-        task = cls(**dict(plain) | {name: tuple(plain.get(name, ())) for name in ("metrics", "conversation")})
+        task = cls(
+            **dict(plain) | {name: tuple(plain.get(name, ())) for name in ("metrics", "optional", "conversation")}
+        )
         check_template(task.template)
         return task
 
@@ -103,7 +108,7 @@ class Task:
 
     def shown_columns(self) -> list[str]:
         """Columns that a row must have for its prompt."""
-        return [self.columns.get(name, name) for name in self.shown()]
+        return [self.columns.get(name, name) for name in self.shown() if name not in self.optional]
 
     def required_columns(self) -> list[str]:
         """Columns that a row must have, that of the label or the target included."""
@@ -118,9 +123,24 @@ class Task:
         Raises:
             ZOError: a column that is shown holds no text; ``where`` says in the sentence which row's.
         """
-        columns = {name: self.columns.get(name, name) for name in self.shown()}
-        values = {name: text_of(row[column], column, where).strip() for name, column in columns.items()}
+        values = {}
+        for name in self.shown():
+            column = self.columns.get(name, name)
+            blank = name in self.optional and is_blank(row.get(column))
+            values[name] = "" if blank else text_of(row[column], column, where, _FILL).strip()
         return {name: self.substitutions.get(name, {}).get(value, value) for name, value in values.items()}
+
+    def filled(self, fields: Mapping[str, str], **extra: str) -> str:
+        """The template with a row's texts in it; lines that show nothing but blank optional columns are left out, the last one excepted.
+
+        >>> task = Task("mine", "{instruction}\\n{input}\\nAnswer:", optional=("input",))
+        >>> task.filled({"instruction": "Say hello.", "input": ""}), task.filled({"instruction": "Sum up.", "input": "a film"})
+        ('Say hello.\\nAnswer:', 'Sum up.\\na film\\nAnswer:')
+        """
+        blank = {name for name in self.optional if not fields[name]}
+        *lines, last = self.template.split("\n")
+        kept = [line for line in lines if not blank or not (shown := placeholders(line)) or not blank.issuperset(shown)]
+        return "\n".join([*kept, last]).format(**fields, **extra)
 
     def label_of(self, value: Any, where: str = "this row") -> int | None:
         """The number of a label given by name, or by number where the task is ``numbered``; None where it is unknown.

@@ -56,6 +56,8 @@ class ZOArguments(_Base):
         loraplus_lr_ratio: LoRA+: the learning rate of B over that of A (16 in the paper); for backpropagation too.
         loraplus_lr_embedding: LoRA+: the learning rate of adapters of embeddings.
         max_grad_norm: for backpropagation alone (1 if not given): zeroth order has no gradient to clip.
+        bf16: as the Trainer's, off if not given; TRL's arguments switch it on, where a CPU has it not.
+        gradient_checkpointing: for backpropagation alone; TRL's arguments switch it on.
 
     Raises:
         ZOError: an option that is not known, or one of the Trainer's that zeroth order cannot serve.
@@ -83,6 +85,8 @@ class ZOArguments(_Base):
         default=1e-6, metadata=_help("LoRA+: the learning rate of adapters of embeddings")
     )
     max_grad_norm: float | None = field(default=None, metadata=_help("for backpropagation alone; 1 if not given"))  # type: ignore[assignment]
+    bf16: bool = field(default=False, metadata=_help("mixed precision: rounds the losses whose differences are taken"))
+    gradient_checkpointing: bool | None = field(default=None, metadata=_help("for backpropagation alone"))
 
     def __post_init__(self) -> None:
         for name in ("zo_optimizer", *PARTS):

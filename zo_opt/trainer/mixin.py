@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from zo_opt.adapters import AdapterModel, lora_plus_groups, trainable_parameters
 from zo_opt.errors import ZOError
@@ -20,6 +22,7 @@ from zo_opt.optim import ZerothOrderOptimizer
 from zo_opt.trainer.adapter_trainer import AdapterTrainerMixin
 from zo_opt.trainer.arguments import ZOArguments
 from zo_opt.trainer.callback import unwrapped
+from zo_opt.trainer.card import Tally, complete_card, data_of_run, method_of_run
 
 
 class ZOTrainerMixin(AdapterTrainerMixin):
@@ -28,7 +31,9 @@ class ZOTrainerMixin(AdapterTrainerMixin):
     Estimation takes the place of forward and backward; the Trainer's own ``optimizer.step()``, learning-rate schedule, callbacks, logging,
     evaluation, checkpoints and resuming are left as they are. All micro-batches of a step share their directions, so that gradient
     accumulation equals one larger batch, tokens weighted alike. Training logs have ``queries`` and ``projected_grad_rms`` (root mean square)
-    of the last step, and ``forwards`` (a micro-batch's count each) and ``dropped_queries`` so far, in place of ``grad_norm``.
+    of the last step, and ``forwards`` (a micro-batch's count each) and ``dropped_queries`` so far, in place of ``grad_norm``. Losses that
+    are not finite are left out of a log's mean and counted (``nan_losses``); where there are no others, the loss is logged as NaN. The
+    model card says the method and the data; so does a line at the start of ``train``.
 
     An optimizer built by hand can be given as ``optimizers=(optimizer, None)``.
 
@@ -46,6 +51,7 @@ class ZOTrainerMixin(AdapterTrainerMixin):
                 "Trainer a dataclass that has ZOArguments before its own arguments."
             )
         self._run_length: tuple[int, int] | None = None  # optimizer steps, and those of an epoch
+        self._since_log, self._in_all = Tally(), Tally()
         super().__init__(*args, **kwargs)
         if self.args.zeroth_order:
             self._check_setting()
@@ -55,7 +61,18 @@ class ZOTrainerMixin(AdapterTrainerMixin):
         directory = Path(self.args.output_dir or "")
         if resume_from_checkpoint is True and not (directory.is_dir() and get_last_checkpoint(str(directory))):
             resume_from_checkpoint = None
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        self._since_log, self._in_all = Tally(), Tally()
+        if self.args.zeroth_order and self.is_world_process_zero():
+            sys.stdout.write(f"{method_of_run(self)} on {data_of_run(self)}\n")
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        loss = result.metrics.get("train_loss", result.training_loss)  # as it was logged
+        return TrainOutput(result.global_step, loss, result.metrics)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The Trainer's, with what was done and on which data."""
+        super().create_model_card(*args, **kwargs)
+        if self.args.zeroth_order and self.is_world_process_zero():
+            complete_card(Path(self.args.output_dir or "") / "README.md", self)
 
     def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, noted: schedules of queries ask for the run's length."""
@@ -112,12 +129,22 @@ class ZOTrainerMixin(AdapterTrainerMixin):
         model.train()
         batch = dict(self._prepare_inputs(inputs))
         loss = self.zo_optimizer.estimate(self._closure(model, num_items_in_batch), batch)
-        return (loss / self.current_gradient_accumulation_steps).to(self.args.device)
+        finite = bool(loss.isfinite())
+        for tally in (self._since_log, self._in_all):
+            tally.add(finite)
+        share = loss / self.current_gradient_accumulation_steps if finite else torch.zeros_like(loss)
+        return share.to(self.args.device)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The Trainer's; of training steps also what the estimates were."""
+        if self.args.zeroth_order and "train_loss" in logs:
+            logs["train_loss"] = self._in_all.mean(logs["train_loss"])
         if self.args.zeroth_order and "loss" in logs and (record := self.zo_optimizer.last_record) is not None:
             logs.pop("grad_norm", None)
+            logs["loss"] = self._since_log.mean(logs["loss"])
+            if self._since_log.lost:
+                logs["nan_losses"] = self._since_log.lost
+            self._since_log = Tally()
             finite = [g for g in record.projected_grads if math.isfinite(g)]
             if finite:
                 logs["projected_grad_rms"] = math.sqrt(sum(g * g for g in finite) / len(finite))
@@ -204,6 +231,7 @@ class ZOTrainer(ZOTrainerMixin, Trainer):
     >>> args = ZOTrainingArguments(tempfile.mkdtemp(), max_steps=2, disable_tqdm=True, use_cpu=True, report_to="none")
     >>> trainer = ZOTrainer(model=model, args=args, train_dataset=rows)
     >>> result = trainer.train()  # doctest: +ELLIPSIS
+    adazeta (zo_eps 0.001, lr 5e-05), ... on 8 rows
     {'train_runtime': ...}
     >>> result.global_step, trainer.zo_optimizer.history.forwards
     (2, 4)

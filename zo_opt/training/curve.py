@@ -16,7 +16,7 @@ from zo_opt.tasks.metrics import METRICS
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.setup import Tools
 
-BEST_NAME = "best.safetensors"  # the weights of the best point so far, until the run's end
+BEST_NAME = "best.safetensors"  # the weights of the best point so far: with the checkpoint, what a run goes on from
 
 
 class Curve:
@@ -81,10 +81,6 @@ class Curve:
             "are kept; chosen on these rows, their figure flatters them."
         )
         return int(best["step"])
-
-    def close(self) -> None:
-        """At the run's end: the best weights are its adapter, or others are."""
-        self._path.unlink(missing_ok=True)
 
 
 def _goodness(point: dict[str, Any]) -> tuple[float, float]:

@@ -23,7 +23,7 @@ from zo_opt.tasks.tasks import (
     placeholders,
 )
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.given import GivenRows, own_rows
+from zo_opt.training.given import GivenRows, names_in, own_rows
 from zo_opt.training.options import FirstOptions
 from zo_opt.training.row_record import RowRecord, say_of_held_out
 
@@ -53,7 +53,7 @@ def load_examples(config: TrainConfig, reporter: Reporter, given: GivenRows | No
     else:
         own = own_rows(config, given)
         train_rows, held_out_rows, sources = own.train, own.held_out, own.sources
-        task = _task_for_file(config, own.train)
+        task = _with_optional(_task_for_file(config, own.train), config, own.train)
         _check_kind(config, task)
         if not held_out_rows and len(train_rows) < 2:
             raise ZOError(f"{sources[0]} has one row only; give more, or an eval_file.")
@@ -119,6 +119,33 @@ def _task_for_file(config: TrainConfig, rows: Rows) -> Task:
     if names is None or config.verbalizers is not None or labels != [str(i) for i in range(len(names))]:
         return own
     return replace(own, verbalizers=dict(zip(labels, names, strict=True)))  # what the table calls its labels
+
+
+def _with_optional(task: Task, config: TrainConfig, rows: Rows) -> Task:
+    """The task with the columns that may be blank."""
+    if config.optional_columns is None:
+        return task
+    named = names_in("optional_columns", config.optional_columns)
+    if task.kind == LANGUAGE_MODELLING or task.conversation:
+        what = "conversations" if task.conversation else "running text"
+        raise ZOError(
+            f"optional_columns was given, of which {what} make{'' if task.conversation else 's'} no use; leave it out."
+        )
+    shown = {task.columns.get(name, name): name for name in placeholders(task.template) if name != "mask"}
+    for column in named:
+        if column not in shown:
+            raise ZOError(
+                f"optional_columns names {column!r}, which the prompt does not show; it shows {', '.join(shown)}."
+            )
+        if not any(column in row for row in rows):
+            raise ZOError(
+                f"optional_columns names {column!r}, a column that no row has; the first row's are {', '.join(rows[0])}."
+            )
+    if len(named) == len(shown):
+        raise ZOError(
+            "optional_columns names all columns of the prompt, which would leave nothing of a row; leave one out."
+        )
+    return replace(task, optional=tuple(shown[column] for column in named))
 
 
 def _check_kind(config: TrainConfig, task: Task) -> None:

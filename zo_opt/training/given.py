@@ -76,18 +76,20 @@ def held_out_apart(config: TrainConfig, given: GivenRows | None) -> tuple[Rows, 
 def _read(path: Path, config: TrainConfig, given: Rows | None) -> Rows:
     if path == IN_PYTHON and given:
         return given
-    return read_rows(path, _names(config.column_names))
+    names = None if config.column_names is None else names_in("column_names", config.column_names)
+    return read_rows(path, names)
 
 
-def _names(text: str | None) -> list[str] | None:
+def names_in(option: str, text: str) -> list[str]:
     """The names of columns in an option.
 
-    >>> _names("text, label")
+    Raises:
+        ZOError: one is empty, or stands there twice.
+
+    >>> names_in("column_names", "text, label")
     ['text', 'label']
     """
-    if text is None:
-        return None
     names = [name.strip() for name in text.split(",")]
     if "" in names or len(set(names)) < len(names):
-        raise ZOError(f"column_names={text!r} must be different names with commas between, such as text,label.")
+        raise ZOError(f"{option}={text!r} must be different names with commas between, such as text,label.")
     return names

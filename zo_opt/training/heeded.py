@@ -42,6 +42,7 @@ def check_heeded(config: TrainConfig) -> None:
         ),
         "target_column": no_rows,
         "label_column": no_rows,
+        "optional_columns": no_rows,
         "verbalizers": (
             config.head == "classification",
             "with head='classification', whose labels need no words; leave one out",

@@ -5,30 +5,29 @@ from __future__ import annotations
 import json
 import signal
 import time
-import uuid
 from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from zo_opt.adapters.uses import Uses, uses_of
 from zo_opt.distributed import meet, world_size
+from zo_opt.errors import ZOError
 from zo_opt.journal import NAME as JOURNAL_NAME
 from zo_opt.journal import Journal
 from zo_opt.optim import ZerothOrderOptimizer
-from zo_opt.record import checkpoint, report
+from zo_opt.record import card, checkpoint, report
 from zo_opt.record.metrics import MetricsWriter, step_values
-from zo_opt.record.output import RUN_NAME, START_NAME, output_directory
+from zo_opt.record.output import RESULTS_NAME, RUN_NAME, START_NAME, output_directory
 from zo_opt.record.progress import Reporter
-from zo_opt.record.summary import Progress, Summary, versions
+from zo_opt.record.summary import Progress, Summary
 from zo_opt.record.trackers import Trackers, check_trackers
 from zo_opt.system.files import write_atomically
 from zo_opt.system.memory import current_memory, peak_memory, readable, reset_peak_memory
 from zo_opt.tasks.evaluation import Evaluation, evaluate
-from zo_opt.tasks.scoring import ClassificationScorer
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.curve import Curve
 from zo_opt.training.examples import load_examples
@@ -37,6 +36,7 @@ from zo_opt.training.private import make_privacy
 from zo_opt.training.regression import regression_accuracy
 from zo_opt.training.resume import keeps_journal, resume, resumed_config
 from zo_opt.training.row_record import RowRecord, check_resumed
+from zo_opt.training.run_record import default_directory, new_record
 from zo_opt.training.setup import Tools, build_tools
 from zo_opt.training.shown import show
 from zo_opt.training.stepper import Stepper
@@ -70,7 +70,7 @@ def train(
         config, record = resumed_config(config, given, reporter)
     config.check()
     meet()  # the other ranks have read what is changed from here on
-    directory = config.output_dir or _default_directory(config)
+    directory = config.output_dir or default_directory(config)
     unique = config.output_dir is None
     with StopSignals() as stop, output_directory(directory, resume=config.resume, unique=unique) as output_dir:
         try:
@@ -86,14 +86,18 @@ def train(
                     "products are rounded to bf16: a row's scores move by some hundredths with its batch and with --prompt_cache, and a run "
                     "that differs in them ends elsewhere; --precision fp32 is free of it."
                 )
+            uses = uses_of(tools.model)
+            reporter.say(uses.before())
             if record is None:
                 shown = show(tools.train.scorer, tools.train.encoded[0], private=config.private)
                 for line in shown.lines():
                     reporter.say(line)
-                record = _new_record(config, command, tools, examples.record) | {"shown": shown.to_plain()}
+                record = new_record(config, command, tools, examples.record) | {"shown": shown.to_plain()}
             run = _Run(config, reporter, record, examples.record, output_dir, tools, stepper, stop)
             run.prepare()
-            return run.finish(), output_dir
+            summary = run.finish(uses)
+            reporter.say(uses.after(str(output_dir)))
+            return summary, output_dir
         except KeyboardInterrupt as request:
             signum = getattr(request, "signum", signal.SIGINT)
             begun = (output_dir / checkpoint.NAME).exists()
@@ -141,8 +145,8 @@ class _Run:
         meet()  # the other ranks start from the checkpoint
         self.progress.other_seconds += time.monotonic() - start
 
-    def finish(self) -> Summary:
-        """Train, evaluate, save and report."""
+    def finish(self, uses: Uses) -> Summary:
+        """Train, evaluate, save and report; ``uses``: what the outcome is good for."""
         self._restart_peak()
         first = self.done_before[0]["step"] if self.done_before else self.optimizer.step_count
         trackers = Trackers(
@@ -185,15 +189,18 @@ class _Run:
             after,
             None if kept == done else kept,
         )
+        card.write(self.output_dir, summary, self.record, uses)
         report.write(self.output_dir, summary)
-        checkpoint.remove(self.output_dir)
-        self.curve.close()
+        checkpoint.keep_last(self.output_dir)
         return summary
 
     def _resume(self) -> None:
         """Back to where the run was: the checkpoint, and the steps on record beyond it."""
         path = checkpoint.newest(self.output_dir, lambda _: None)  # which was said already
-        resumed = resume(path, self.tools.model, self.optimizer, self.stepper.lr_scheduler, self.reporter.say)
+        longer = self.record["config"]["steps"] != self.tools.steps
+        resumed = resume(
+            path, self.tools.model, self.optimizer, self.stepper.lr_scheduler, self.reporter.say, longer=longer
+        )
         # If it is the one before, the damaged one must not take its place.
         path.replace(self.output_dir / checkpoint.NAME)
         self.progress, self.stepper.journal = Progress(**resumed.extra["progress"]), resumed.journal
@@ -205,9 +212,30 @@ class _Run:
             self.progress.train_seconds = line["seconds"]
         split = f" ({done - again} of them in the checkpoint, {again} from the journal)" if again else ""
         self.reporter.say(f"resuming after step {done} of {self.tools.steps}{split}")
+        if longer:
+            self._go_on()
+        elif done == self.tools.steps:
+            self.reporter.say(f"the run is at its end; --steps of more than {done} goes on beyond it.")
         self._write_record()  # in case it was lost or damaged
         if again and (world_size() > 1 or done % self.config.save_steps == 0 or done == self.tools.steps):
             self._save()  # as the killed run was about to
+
+    def _go_on(self) -> None:
+        """To other steps than the run was started with: what it left as its outcome stands no longer."""
+        done, steps, before = self.optimizer.step_count, self.tools.steps, self.stepper.lr
+        if self.curve.exhausted:
+            raise ZOError(
+                f"the run ended after {self.config.patience} evaluations that brought nothing better; give a larger --patience beside --steps."
+            )
+        self.stepper.relearn()
+        (self.output_dir / RESULTS_NAME).unlink(missing_ok=True)
+        went_on = [*self.record.get("went_on", []), {"after_step": done, "steps": steps}]
+        self.record |= {"config": replace(self.config, resume=False).to_dict(), "went_on": went_on}
+        self._save()
+        self.reporter.say(
+            f"it goes on to step {steps}; from here on its learning rate is that of a run of {steps} steps ({self.config.lr_schedule}): "
+            f"{before:.3g} becomes {self.stepper.lr:.3g}"
+        )
 
     def _write_record(self) -> None:
         """run.json: the checkpoints' record, and each training row's hash besides."""
@@ -311,27 +339,3 @@ class _Run:
         note = f"loss {self.progress.smooth(loss):.3f}  queries {queries}  forwards {forwards}  memory {memory}"
         dropped = self.optimizer.dropped_queries
         return note + (f"  dropped {dropped}" if dropped else "")
-
-
-def _new_record(config: TrainConfig, command: str, tools: Tools, rows: RowRecord) -> dict[str, Any]:
-    """What run.json says, and every checkpoint: how the run was made."""
-    scorer = tools.train.scorer
-    return {
-        "id": uuid.uuid4().hex[:16],
-        "command": command,
-        "config": config.to_dict(),
-        "resolved": {"precision": tools.precision, "labels": len(scorer.task.labels), "task": scorer.task.to_dict()}
-        | ({"outputs": scorer.names} if isinstance(scorer, ClassificationScorer) else {}),
-        "rows": rows.to_plain(each=False),
-        "versions": versions(),
-        "started": _now(),
-    }
-
-
-def _default_directory(config: TrainConfig) -> Path:
-    task = config.task if config.rows_name is None else Path(config.rows_name).stem.replace(" ", "-")
-    return Path("runs") / f"{task}-{config.optimizer_name}-{_now().replace(':', '')}"
-
-
-def _now() -> str:
-    return datetime.now().astimezone().isoformat(timespec="seconds")[:19]

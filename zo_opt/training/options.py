@@ -42,8 +42,9 @@ class FirstOptions:
             is a step's length (adam, sign ...), else 0.02 for adapters and 1e4 / parameters, 1e-4 at most, for whole models; of adamw the
             adapter's own (docs/optimizers.md).
         output_dir: where everything goes; runs/<task>-<optimizer>-<time> if not given. Must be empty unless resuming.
-        resume: continue the run in output_dir, with its options; save_steps, max_failed_steps, report_to, share, rank_timeout,
-            rank_check_every and prompt_cache_dir may be given anew, other values of other options are refused.
+        resume: continue the run in output_dir, with its options, or with --steps to another end than it had; patience, save_steps,
+            max_failed_steps, report_to, share, rank_timeout, rank_check_every and prompt_cache_dir may be given anew, too, other values of
+            other options are refused.
     """
 
     model_name_or_path: str = DEFAULT_MODEL
@@ -73,6 +74,8 @@ class RowOptions:
         text_column: the column that {text} in the template stands for.
         label_column: the column of the label.
         target_column: the column of the text to write: makes your own rows a generation task.
+        optional_columns: columns of the prompt that may be blank in a row, or missing, as "input,context"; lines of the template that show
+            nothing but blank ones are left out, the last line excepted.
         objective: what is trained: loss; or, without a gradient and with zeroth-order optimizers alone, 1 - accuracy, f1 or exact_match
             (of what the model writes) on the batch, or minus the mean of your_module:reward (docs/any_forward.md).
         max_train_rows: use only the first so many training rows.
@@ -93,6 +96,7 @@ class RowOptions:
     text_column: str = "text"
     label_column: str = "label"
     target_column: str | None = None
+    optional_columns: str | None = None
     objective: str = "loss"
     max_train_rows: PositiveInt | None = None
     held_out: PositiveInt = 256

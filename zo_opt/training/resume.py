@@ -20,9 +20,10 @@ from zo_opt.training.config import TrainConfig
 from zo_opt.training.parsing import own_code
 from zo_opt.training.run_record import config_of, read_record
 
-# What a resumed run can be told otherwise.
+# What a resumed run can be told otherwise; beside it its steps (:func:`_longer`).
 _ANEW = (
-    "save_steps", "max_failed_steps", "report_to", "share", "rank_timeout", "rank_check_every", "prompt_cache_dir", "trust_remote_code",
+    "patience", "save_steps", "max_failed_steps", "report_to", "share", "rank_timeout", "rank_check_every", "prompt_cache_dir",
+    "trust_remote_code",
 )  # fmt: skip
 
 
@@ -39,7 +40,8 @@ def resumed_config(
         reporter: told of what is damaged, or begins anew.
 
     Raises:
-        ZOError: there is no run to resume, its files are damaged, or it was started with another value of an option given now.
+        ZOError: there is no run to resume, its files are damaged, it was started with another value of an option given now, or cannot
+            have other steps than it has.
     """
     directory = config.output_dir
     if directory is None:
@@ -54,14 +56,42 @@ def resumed_config(
         path = checkpoint.newest(directory, reporter.say)
         record = checkpoint.read_state(path)["extra"].get("run")
         saved = config_of(record, path, **allowed)
-    check_given(config, saved, given, (*_ANEW, "output_dir", "resume"))
+    longer = not begins and "steps" in given and config.steps not in (None, saved.steps)
+    check_given(config, saved, given, (*_ANEW, "output_dir", "resume", *(["steps"] if longer else [])))
     anew = {name: getattr(config, name) for name in _ANEW if name in given}
+    if longer:
+        anew |= _longer(config, saved, checkpoint.step_of(path))
     if begins:
         reporter.say(f"the run in {directory} was stopped before its first step; it begins anew.")
         anew["steps"] = (
             saved.steps if (saved.budget_forwards or saved.epochs) is None else TrainConfig.steps
         )  # found anew
     return replace(saved, resume=not begins, output_dir=directory, **anew), record
+
+
+def _longer(config: TrainConfig, saved: TrainConfig, done: int) -> dict[str, Any]:
+    """The options of a run that goes on to other steps than it was started with, ``done`` of which are made.
+
+    Raises:
+        ZOError: they are made already, or the run is of a kind that was laid out for its own.
+    """
+    steps = config.steps
+    assert steps is not None
+    bound = {
+        "privacy, whose noise was": saved.private,
+        f"adapter {saved.adapter_name!r}, whose phases were": hasattr(saved.make_adapter(), "total_steps"),
+    }
+    for what, is_bound in bound.items():
+        if is_bound:
+            raise ZOError(
+                f"steps={steps} was given with --resume, and the run has {what} laid out for {saved.steps}; start anew with "
+                "another --output_dir."
+            )
+    if steps <= done:
+        raise ZOError(
+            f"steps={steps} was given with --resume, and the run has taken {done}; give more, or leave --steps out."
+        )
+    return {"steps": steps, "epochs": None, "budget_forwards": None}
 
 
 def check_given(now: Any, then: Any, given: Collection[str], free: Collection[str]) -> None:
@@ -123,6 +153,8 @@ def resume(
     optimizer: CountingOptimizer,
     lr_scheduler: Any,
     say: Callable[[str], None],
+    *,
+    longer: bool = False,
 ) -> Resumed:
     """Bring model, optimizer and learning rate to where the run was killed, or as near to it as the records go.
 
@@ -132,9 +164,11 @@ def resume(
         optimizer: as at the start of the run.
         lr_scheduler: as at the start of the run.
         say: told what cannot be used; those steps are done again.
+        longer: the run is to have other steps than it had when its records were made.
 
     Raises:
-        ZOError: the checkpoint is damaged or does not fit; or the journal is of another run.
+        ZOError: the checkpoint is damaged or does not fit; the journal is of another run; or a longer run has steps beyond the checkpoint,
+            which were made at other learning rates.
     """
     extra = checkpoint.load_checkpoint(path, model, optimizer, lr_scheduler)
     if not isinstance(optimizer, ZerothOrderOptimizer) or not keeps_journal(optimizer, model):
@@ -144,6 +178,11 @@ def resume(
     if contents is None:
         say(f"{problem} The run goes on without a journal and cannot be replayed.")
         return Resumed(extra, [], None)
+    if longer and contents.steps > optimizer.step_count:
+        raise ZOError(
+            f"the run was killed after step {contents.steps}, and its checkpoint is of step {optimizer.step_count}; resume it without --steps "
+            "first, to its end or until Ctrl-C stops it, then give --steps."
+        )
     done, objection = _redo(contents, journal_path, model, optimizer, lr_scheduler)
     if done is None:
         extra, done = checkpoint.load_checkpoint(path, model, optimizer, lr_scheduler), []

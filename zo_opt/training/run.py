@@ -30,12 +30,12 @@ from zo_opt.training.options import WHOLE_MODEL
 from zo_opt.training.row_record import RowRecord, say_of_held_out
 from zo_opt.training.run_record import config_of, load_tuned, read_record, task_in
 from zo_opt.training.setup import load_base
-from zo_opt.training.writing import Form, Prompt, check_writes, prompt_tokens, write
+from zo_opt.training.writing import Form, Prompt, check_writes, options_of, prompt_tokens, samples, write
 
 _NO_RECORD = (
     "this run has no record of its rows, being of an earlier version; which it was trained on is not known for sure."
 )
-CHUNK = 1024  # rows that are put into batches of like length together, before the first of them is answered
+CHUNK = 1024  # rows or prompts that are put into batches of like length together, before the first of them is answered
 
 
 @dataclass(frozen=True)
@@ -157,31 +157,52 @@ class Run:
                     found[i] = Prediction(labels[best], dict(zip(labels, shares, strict=True)))
             yield from (found[i] for i in range(len(prepared)))
 
-    def generate(
-        self, prompts: Sequence[Prompt], *, form: Form = "run", seed: int = 0, streamer: Any = None, **options: Any
-    ) -> list[str]:
+    def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[str]:
         """What the model writes after each prompt.
 
         Args:
             prompts: texts; or rows, whose columns the run's template shows; or conversations, each a list of messages with
                 "role" and "content".
-            form: "run": texts and rows stand in the run's own prompt; "chat": texts are what a user says, in the tokenizer's chat
-                template; "plain": texts as they are.
-            seed: of sampling; the global random state is not touched.
-            streamer: of transformers, told each token as it is written.
-            **options: of transformers' ``generate``: max_new_tokens (the task's own, else up to 64), do_sample, temperature, top_p, ...; what is
-                not given is the checkpoint's own.
+            **options: those of :meth:`texts`, and of transformers' ``generate``: max_new_tokens (the task's own, else up to 64), do_sample,
+                temperature, top_p, ...; what is not given is the checkpoint's own.
 
         Raises:
             ZOError: the model cannot write; a prompt does not fit; or an option is not possible.
         """
+        return list(self.texts(prompts, **options))
+
+    def texts(
+        self, prompts: Sequence[Prompt], *, form: Form = "run", batch_size: int | None = None, seed: int = 0, streamer: Any = None,
+        **options: Any,
+    ) -> Iterator[str]:  # fmt: skip
+        """As :meth:`generate`, one after the other, while they are written; all prompts are checked before the first.
+
+        Args:
+            prompts: as there.
+            form: "run": texts and rows stand in the run's own prompt; "chat": texts are what a user says, in the tokenizer's chat
+                template; "plain": texts as they are.
+            batch_size: prompts at once; the run's ``eval_batch_size`` if None, and one where tokens are drawn or a streamer looks on.
+            seed: of sampling, of each prompt anew; the global random state is not touched.
+            streamer: of transformers, told each token as it is written.
+            **options: of transformers' ``generate``.
+        """
         check_writes(self.scorer, self.model)
-        written = []
-        for number, prompt in enumerate(prompts, start=1):
-            ids = prompt_tokens(self.scorer, prompt, form, f"prompt {number}")
-            new = write(self.model, self.scorer, ids, seed=seed, streamer=streamer, **options)
-            written.append(str(self.tokenizer.decode(new, skip_special_tokens=True)))
-        return written
+        if batch_size is None:
+            alone = streamer is not None or samples(self.model, options)
+            batch_size = 1 if alone else self.config.eval_batch_size
+        ids = [prompt_tokens(self.scorer, prompt, form, f"prompt {n}") for n, prompt in enumerate(prompts, start=1)]
+        each = options_of(self.model, self.scorer, ids, batch_size=batch_size, seed=seed, **options)
+        return self._texts(list(zip(ids, each, strict=True)), batch_size, seed, streamer)
+
+    def _texts(
+        self, prompts: Sequence[tuple[list[int], dict[str, Any]]], batch_size: int, seed: int, streamer: Any
+    ) -> Iterator[str]:
+        chunk = 1 if batch_size == 1 else CHUNK
+        for start in range(0, len(prompts), chunk):
+            ids, each = zip(*prompts[start : start + chunk], strict=True)
+            written = write(self.model, self.scorer, ids, each, batch_size=batch_size, seed=seed, streamer=streamer)
+            new = dict(written)
+            yield from (str(self.tokenizer.decode(new[i], skip_special_tokens=True)) for i in range(len(new)))
 
     def evaluate(self, rows: Any | None = None) -> Evaluation:
         """Metrics and loss on the run's held-out rows, or on others with its columns.

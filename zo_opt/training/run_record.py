@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import uuid
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,14 @@ from zo_opt.models.agreement import name_outputs
 from zo_opt.models.models import load_model
 from zo_opt.record.output import RUN_NAME
 from zo_opt.record.progress import Reporter
+from zo_opt.record.summary import versions
 from zo_opt.system.plain_json import read_object
+from zo_opt.tasks.scoring import ClassificationScorer
 from zo_opt.tasks.tasks import Task
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.parsing import own_code
+from zo_opt.training.row_record import RowRecord
+from zo_opt.training.setup import Tools
 
 
 def read_config(run_dir: Path, *, trust_remote_code: bool = False) -> TrainConfig:
@@ -118,3 +124,28 @@ def task_in(record: Mapping[str, Any], path: Path) -> Task | None:
         raise ZOError(
             f"{path} is damaged, or of another version of zo_opt: it names no task ({error}); give the output_dir of a run of zo-opt train."
         ) from error
+
+
+def new_record(config: TrainConfig, command: str, tools: Tools, rows: RowRecord) -> dict[str, Any]:
+    """What run.json says, and every checkpoint: how the run was made."""
+    scorer = tools.train.scorer
+    return {
+        "id": uuid.uuid4().hex[:16],
+        "command": command,
+        "config": config.to_dict(),
+        "resolved": {"precision": tools.precision, "labels": len(scorer.task.labels), "task": scorer.task.to_dict()}
+        | ({"outputs": scorer.names} if isinstance(scorer, ClassificationScorer) else {}),
+        "rows": rows.to_plain(each=False),
+        "versions": versions(),
+        "started": _now(),
+    }
+
+
+def default_directory(config: TrainConfig) -> Path:
+    """Where a run goes that was not told where."""
+    task = config.task if config.rows_name is None else Path(config.rows_name).stem.replace(" ", "-")
+    return Path("runs") / f"{task}-{config.optimizer_name}-{_now().replace(':', '')}"
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")[:19]

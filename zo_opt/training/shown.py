@@ -78,7 +78,12 @@ def columns_of(task: Task) -> dict[str, str]:
             name: "conversation, whose answers are learned" if len(task.conversation) == 1 else name
             for name in task.conversation
         }
-    found = {task.columns.get(name, name): f"{{{name}}} in the prompt" for name in task.shown()}
+    found = {
+        task.columns.get(
+            name, name
+        ): f"{{{name}}} in the prompt{' where it is not blank' if name in task.optional else ''}"
+        for name in task.shown()
+    }
     learned = {"classification": (task.label_column, "label"), GENERATION: (task.target_column, "text to write")}
     if task.kind in learned:
         column, what = learned[task.kind]

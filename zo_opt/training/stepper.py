@@ -55,6 +55,14 @@ class Stepper:
         """The learning rate of the next step, of the first parameter group."""
         return float(self.lr_scheduler.get_last_lr()[0])
 
+    def relearn(self) -> None:
+        """After a checkpoint of a run of other steps: the learning rate is this run's from here on."""
+        scheduler = self.lr_scheduler
+        here = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        scheduler._last_lr = [base * share(scheduler.last_epoch) for base, share in here]
+        for group, lr in zip(self.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+            group["lr"] = lr
+
     def step(self, stop: StopSignals) -> None:
         """Take the next step, and tell the other processes if a signal asked this one to end."""
         optimizer, model, rows = self.optimizer, self._model, self._rows

@@ -149,7 +149,7 @@ class Scorer(ABC):
         """The filled template with at least ``room`` tokens of the context to spare; its longest fields are cut if need be."""
         fields, truncated = self.letters(example.fields), False
         while True:
-            text = self.task.template.format(**fields, **extra)
+            text = self.task.filled(fields, **extra)
             excess = len(self.tokens_of(text)) + room - self.max_length
             shown = [n for n in placeholders(self.task.template) if n in fields]
             longest = max(shown, key=lambda n: len(fields[n]))

@@ -143,7 +143,7 @@ class CausalGenerator(CausalText):
     def encode(self, example: Example) -> Encoded:
         end, whole = self.end, self.following(example.references[0]) + self.end
         # The row's text gives way to the target; where nothing of it would be left, each takes half.
-        empty = self.tokens_of(self.task.template.format(**dict.fromkeys(example.fields, "")))
+        empty = self.tokens_of(self.task.filled(dict.fromkeys(example.fields, "")))
         fits = len(empty) + len(whole) < self.max_length
         target = whole if fits else whole[: max(self.max_length // 2 - len(end), 1)] + end
         text, truncated = self.prompt_text(example, room=max(len(target), self.task.max_new_tokens))

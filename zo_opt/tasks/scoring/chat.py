@@ -48,7 +48,7 @@ class ChatGenerator(CausalText):
     def chat_prompt(self, messages: Sequence[Mapping[str, str]], where: str) -> list[int]:
         """The tokens of a conversation up to where the assistant is to speak."""
         if not self._in_template:
-            return self.opening("".join(m["content"] for m in messages))
+            return self.opening("".join(self.markup.as_letters(m["content"]) for m in messages))
         return chat_ids(self, messages, where)
 
     def _encode(self, before: Sequence[Turn], answer: Turn, where: str) -> Encoded:
@@ -85,10 +85,17 @@ class ChatGenerator(CausalText):
 
 
 def chat_ids(scorer: Scorer, messages: Sequence[Mapping[str, Any]], where: str) -> list[int]:
-    """The tokens of a conversation in the chat template, up to where the assistant is to speak."""
-    return scorer.tokens_of(
-        rendered(scorer.tokenizer, messages, where, answers=True), special=False
-    )  # the template has them in it
+    """The tokens of a conversation in the chat template, up to where the assistant is to speak.
+
+    Markup is the template's alone: in what is said it is letters, as in training.
+    """
+    said = [{name: _letters(scorer, value) for name, value in message.items()} for message in messages]
+    text = rendered(scorer.tokenizer, said, where, answers=True)
+    return scorer.tokens_of(text, special=False)  # the template has them in it
+
+
+def _letters(scorer: Scorer, value: Any) -> Any:
+    return scorer.markup.as_letters(value) if isinstance(value, str) else value
 
 
 def rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], where: str, *, answers: bool) -> str:
