@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from measure import interleaved, machine, peak_bytes, show
+from query_modes import SMALL
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--quick", action="store_true", help="a small encoder: does it run?")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -46,17 +48,18 @@ def main() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for batch in (1, 16):
             name = f"{str(dtype)[6:]} {batch}x64"
-            results[name] = whole_model(dtype, batch, arguments.rounds, arguments.device)
+            size = SMALL if arguments.quick else {}
+            results[name] = whole_model(dtype, batch, arguments.rounds, arguments.device, **size)
             show(name, results[name])
             if arguments.out is not None:
                 arguments.out.write_text(json.dumps(results, indent=2) + "\n")
 
 
-def whole_model(dtype: torch.dtype, batch: int, rounds: int, device: str) -> dict[str, float]:
+def whole_model(dtype: torch.dtype, batch: int, rounds: int, device: str, **size: int) -> dict[str, float]:
     """Seconds (medians) and the ratios that the bars name."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = BertForSequenceClassification(BertConfig()).eval().to(device, dtype)
+        model = BertForSequenceClassification(BertConfig(**size)).eval().to(device, dtype)
         ids, labels = torch.randint(0, 30000, (batch, 64)).to(device), torch.randint(0, 2, (batch,)).to(device)
     parameters = list(model.parameters())
 
