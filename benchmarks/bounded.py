@@ -116,9 +116,9 @@ def largest(fits: Callable[[int], dict[str, Any]], setting: Setting, slack: int 
 
 
 def _aim(fitted: list[dict[str, Any]], bound: int) -> int:
-    """Where the line through the last two peaks reaches the bound; eight times the last size while it does not rise."""
-    if len(fitted) < 2 or fitted[-1]["peak"] <= fitted[-2]["peak"]:
+    """Where the line through the first and the last peak reaches the bound; eight times the last size while it does not rise."""
+    if not fitted or fitted[-1]["peak"] <= fitted[0]["peak"]:
         return 8 * fitted[-1]["size"] if fitted else 1
-    a, b = fitted[-2:]
+    a, b = fitted[0], fitted[-1]
     slope = (b["peak"] - a["peak"]) / (b["size"] - a["size"])
     return int(0.98 * (b["size"] + (bound - b["peak"]) / slope))

@@ -16,13 +16,13 @@ The file: ``machine`` (device, driver and memory, versions), ``quick`` (true: a 
 
 | part | script | what its figures are |
 |---|---|---|
+| graphs | graphs.py | a forward and a step, eager and replayed as a CUDA graph; ``captured``, ``loss difference`` |
 | tensor_train | tensor_train.py | seconds of tensor-train layers and of what others do, ratios, ``bars`` |
 | steps | query_modes.py | a one-query step over two forwards; batched, split and auto over sequential; memory of a step over a forward's |
 | whole_model | whole_model.py | noise on whole models: perturbing, restoring, updating, over MeZO's loop and the bandwidth floor |
 | prompt_states | prompt_cache.py | a step with hidden states kept on the device, in CPU memory, on disk, over one without; losses compared |
 | prompt_states_batched | prompt_cache.py | the same with several perturbed copies in a forward |
 | compiled | compiled.py | eager steps, compiled ones, seconds to compile |
-| graphs | graphs.py | a forward and a step, eager and replayed as a CUDA graph; ``captured``, ``loss difference`` |
 | wall | memory_wall.py | ``cells``: the largest batch of each method within a bound, what the next one dies with; seconds of a step |
 
 Seconds are medians in seconds, memory is in bytes, ratios are without unit and named "a / b".

@@ -34,7 +34,7 @@ from rich.console import Console
 import zo_opt.training.loop  # noqa: F401 (imported once, for all forks)
 from zo_opt.models.builtin import DEFAULT_MODEL, model_directory
 from zo_opt.record.progress import Reporter
-from zo_opt.record.report import BLUE, GREY, ORANGE, save_picture
+from zo_opt.record.report import BLUE, ORANGE, save_picture
 from zo_opt.system.memory import parse_bytes
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.pairings import get_pairing
@@ -42,6 +42,7 @@ from zo_opt.training.setup import Tools, build_tools, load_examples
 from zo_opt.training.stepper import Stepper, training_loss
 from zo_opt.training.stop import StopSignals
 
+DARK = "#4a5568"
 LENGTH = 32  # tokens of a row
 WIDTHS = {"hidden_size": 960, "intermediate_size": 2560, "num_attention_heads": 15, "num_key_value_heads": 5}
 LAYERS = 4  # that models grow by
@@ -316,41 +317,45 @@ def _death(cell: dict[str, Any]) -> str:
 def draw(arguments: argparse.Namespace) -> None:
     """A bar a method: the tokens of the largest batch."""
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     results = json.loads(arguments.file.read_text())
     found = {c["method"]: c for c in results["cells"] if c["part"] == "batch" and c["base"] in ("bf16", "fp32")}
-    whole = found.pop(INFERENCE)
+    tokens = {name: cell["size"] * results["length"] for name, cell in found.items()}
+    reach = tokens.pop(INFERENCE, None)
+    most = max([*tokens.values(), reach or 1])
     groups = {
-        "adapters (or all weights) act on every token": [n for n in found if not METHODS[n].answers],
-        "adapters act on the answer alone": [n for n in found if METHODS[n].answers],
+        "trained: adapters at every token, or all weights": [n for n in tokens if not METHODS[n].answers],
+        "trained: adapters at the answer alone": [n for n in tokens if METHODS[n].answers],
     }
-    figure = Figure(figsize=(10, 5.6), layout="constrained", dpi=160)
+    figure = Figure(figsize=(10, 5.8), layout="constrained", dpi=160)
     axes, place, ticks = figure.subplots(), 0.0, {}
     for title, names in groups.items():
-        axes.text(0, place - 0.75, title, fontsize=10, color="#4a5568", style="italic", va="center")
-        for name in sorted(names, key=lambda n: (not METHODS[n].backward, found[n]["size"])):
-            tokens, backward = found[name]["size"] * results["length"], METHODS[name].backward
-            axes.barh(place, tokens, color=ORANGE if backward else BLUE, height=0.74)
-            said = f" {tokens:,}" if tokens else " does not fit"
+        axes.text(0.008 * most, place - 0.8, title, fontsize=11, color=DARK, style="italic", va="center")
+        for name in sorted(names, key=lambda n: (not METHODS[n].backward, tokens[n])):
+            size, colour = tokens[name], ORANGE if METHODS[name].backward else BLUE
+            axes.barh(place, size, color=colour, height=0.78)
+            inside = size > 0.2 * most
+            said = f"{size:,}" if size else "not one row"
             axes.text(
-                tokens, place, said, va="center", fontsize=10, fontweight="bold", color=ORANGE if backward else BLUE
-            )
-            ticks[place] = name.removesuffix(", answer positions") + (
-                " (fp32)" if found[name]["base"] == "fp32" else ""
-            )
+                size + (-0.01 if inside else 0.01) * most, place, said, va="center", ha="right" if inside else "left",
+                fontsize=11, fontweight="bold", color="white" if inside else colour,
+            )  # fmt: skip
+            ticks[place] = name.removesuffix(", answer positions") + (" (fp32)" if name in WHOLE else "")
             place += 1
-        place += 1.3
-    reach = whole["size"] * results["length"]
-    axes.axvline(reach, color=GREY, linewidth=1.4, linestyle="--", zorder=0)
-    axes.text(reach, -1.3, f"a forward pass alone: {reach:,} ", ha="right", fontsize=10, color="#4a5568")
-    axes.set_yticks(list(ticks), list(ticks.values()), fontsize=10)
-    axes.invert_yaxis()
-    axes.set_xlabel("tokens in the largest batch that one step can train")
+        place += 1.2
+    if reach is not None:
+        axes.axvline(reach, color=DARK, linewidth=1.4, linestyle="--", zorder=0)
+        axes.text(reach - 0.01 * most, -0.8, f"inference: {reach:,}", ha="right", va="center", fontsize=11, color=DARK)
+    axes.set_yticks(list(ticks), list(ticks.values()), fontsize=11)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(place - 1.6, -1.3)
+    axes.set_xlim(0, 1.02 * most)
+    axes.set_xlabel(f"tokens in the largest batch that one step can train ({results['model']})", fontsize=11)
+    handles = [Patch(color=ORANGE, label="backpropagation"), Patch(color=BLUE, label="forward passes alone")]
+    axes.legend(handles=handles, loc="center right", bbox_to_anchor=(0.94, 0.74), frameon=False, fontsize=13)
     gib = results["bound"] / 2**30
-    figure.suptitle(
-        f"What one step can train in {gib:g} GiB: backpropagation (orange) against forward passes alone (blue)",
-        fontsize=13,
-    )
+    figure.suptitle(f"A process of {gib:g} GiB: how large a batch can it train?", fontsize=16, fontweight="bold")
     save_picture(figure, arguments.out)
 
 

@@ -67,7 +67,7 @@ def test_the_bound_is_hard_and_the_childs_alone(benchmark: Callable[[str], Any])
 def test_the_wall_on_a_small_model(
     benchmark: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of many narrow layers backpropagation keeps all: forward passes alone take several times the batch, on answers both do."""
+    """Of many narrow layers backpropagation keeps all: forward passes alone take several times the batch."""
     tokenizer = tokenizer_for("llama")
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=40, num_attention_heads=4
@@ -75,8 +75,8 @@ def test_the_wall_on_a_small_model(
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     wall, out = benchmark("memory_wall"), tmp_path / "wall.json"
-    bound = (wall.held()["VmData"] >> 10) + (60 << 10)
-    methods = "a forward pass alone;lora;mezo-lora;tt-lora, answer positions"
+    bound = (wall.held()["VmData"] >> 10) + (64 << 10)
+    methods = "lora;mezo-lora"
 
     def call(*line: str) -> None:
         monkeypatch.setattr(sys, "argv", ["memory_wall.py", *line])
@@ -88,10 +88,10 @@ def test_the_wall_on_a_small_model(
     )
     found = {cell["method"]: cell for cell in json.loads(out.read_text())["cells"]}
     sizes = {name: cell["size"] for name, cell in found.items()}
-    assert 0 < 3 * sizes["lora"] < sizes["mezo-lora"] and 3 * sizes["lora"] < sizes["tt-lora, answer positions"], found
-    assert "can't allocate memory" in found["lora"]["dies"]
+    assert 0 < 3 * sizes["lora"] < sizes["mezo-lora"], found
+    assert found["lora"]["dies"].startswith("RuntimeError: ")
     call("table", str(out))
-    assert re.search(r"\| lora \| backpropagation \| bf16 .*allocate memory", capsys.readouterr().out)
+    assert re.search(r"\| lora \| backpropagation \| bf16 .*RuntimeError", capsys.readouterr().out)
     call("draw", str(out), "--out", str(tmp_path / "wall.png"))
     assert (tmp_path / "wall.png").stat().st_size > 10_000
 
