@@ -63,7 +63,7 @@ class Part:
 PARTS: dict[str, Part] = {  # the shortest first
     "graphs": Part("graphs.py", (), ("--quick",)),
     "tensor_train": Part("tensor_train.py", ("--quick",), ("--quick",)),
-    "steps": Part("query_modes.py", ("--rounds", "5"), ("--rounds", "1", "--parts", "split")),
+    "steps": Part("query_modes.py", ("--rounds", "5"), ("--rounds", "1", "--quick", "--parts", "one,split,memory")),
     "whole_model": Part("whole_model.py", ("--rounds", "5"), ("--rounds", "1", "--quick")),
     "prompt_states": Part("prompt_cache.py", (), ("--steps", "1", "--batch_size", "2")),
     "prompt_states_batched": Part(

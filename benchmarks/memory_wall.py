@@ -30,11 +30,11 @@ import transformers
 from bounded import Setting, clock, held, in_fork, largest, limit, peak
 from measure import machine
 from rich.console import Console
+from wall_shown import INFERENCE, draw, measured, table
 
 import zo_opt.training.loop  # noqa: F401 (imported once, for all forks)
 from zo_opt.models.builtin import DEFAULT_MODEL, model_directory
 from zo_opt.record.progress import Reporter
-from zo_opt.record.report import BLUE, ORANGE, save_picture
 from zo_opt.system.memory import parse_bytes
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.pairings import get_pairing
@@ -42,12 +42,10 @@ from zo_opt.training.setup import Tools, build_tools, load_examples
 from zo_opt.training.stepper import Stepper, training_loss
 from zo_opt.training.stop import StopSignals
 
-DARK = "#4a5568"
 LENGTH = 32  # tokens of a row
 WIDTHS = {"hidden_size": 960, "intermediate_size": 2560, "num_attention_heads": 15, "num_key_value_heads": 5}
 LAYERS = 4  # that models grow by
-ROWS_OF_MODEL = 4
-ROWS_OF_TIME = 8
+ROWS = {"model": 4, "time": 8}  # of the parts that do not search for them
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,6 @@ class Method:
 
 
 ALL: dict[str, Any] = {"layers": None}  # zo-opt train adapts the last quarter of them otherwise
-INFERENCE = "a forward pass alone"
 METHODS: dict[str, Method] = {
     INFERENCE: Method("mezo-lora", False, ALL),
     "full": Method("full", True),
@@ -141,7 +138,7 @@ def model_cell(method: Method, config: TrainConfig, setting: Setting, directory:
 
     def fits(size: int) -> dict[str, Any]:
         own = replace(config, model_name_or_path=write_model(directory, config.model_name_or_path, LAYERS * size))
-        return in_fork(partial(fresh, method, own, setting, ROWS_OF_MODEL), setting.seconds)
+        return in_fork(partial(fresh, method, own, setting, ROWS["model"]), setting.seconds)
 
     found = largest(fits, setting)
     layers = LAYERS * found["size"]
@@ -156,9 +153,9 @@ def parameters(layers: int) -> int:
 
 
 def time_cell(method: Method, config: TrainConfig, setting: Setting) -> dict[str, Any]:
-    """The median seconds of three steps of ROWS_OF_TIME rows after a first one, without a bound."""
+    """The median seconds of three steps of ROWS["time"] rows after a first one, without a bound."""
     tools = prepare(method, config)
-    stepper, stop, seconds = Stepper(replace(config, batch_size=ROWS_OF_TIME), tools), StopSignals(), []
+    stepper, stop, seconds = Stepper(replace(config, batch_size=ROWS["time"]), tools), StopSignals(), []
     for _ in range(4):
         start = clock(setting.device)
         stepper.step(stop)
@@ -170,8 +167,9 @@ def write_rows(directory: Path, rows: int, target: int) -> dict[str, Any]:
     """Rows that fill LENGTH tokens, with a label or a text of so many tokens to write; and the options of a run on them."""
     path = directory / f"rows-{target}.jsonl"
     text = "a film that says little and says it well " * 10
+    texts = [f"{i}: {text}" for i in range(rows)]  # of one text twice the prompt would be run and kept once
     answers: list[Any] = ["well" + " well" * (target - 2)] * rows if target else [i % 2 for i in range(rows)]
-    path.write_text("".join(json.dumps({"text": text, "label": answer}) + "\n" for answer in answers))
+    path.write_text("".join(json.dumps({"text": t, "label": a}) + "\n" for t, a in zip(texts, answers, strict=True)))
     task = {"target_column": "label", "template": "{text}"} if target else {}
     return {"train_file": path, "eval_file": path, "max_length": LENGTH, "prompt_cache": "off", "steps": 10, **task}
 
@@ -233,17 +231,21 @@ def run(arguments: argparse.Namespace) -> None:
         "device": arguments.device,
         "most": arguments.most,
         "model": arguments.model_name_or_path,
+        "rows": ROWS,
     }
     origin = in_fork(lambda: machine(arguments.device, "transformers"), 60)  # CUDA must not be begun in this process
     results |= asked | {"machine": origin}
     with tempfile.TemporaryDirectory() as scratch:
         for cell in cells(arguments):
+            results["cells"] = [c for c in results["cells"] if not cell.items() <= c.items() or measured(c)]
             if any(cell.items() <= done.items() for done in results["cells"]):
                 continue
             start = time.monotonic()
             found = in_fork(
                 partial(measure, cell, arguments.model_name_or_path, setting, Path(scratch)), arguments.cell_seconds
             )
+            method = METHODS[cell["method"]]
+            found = {"backward": method.backward, "answers": method.answers} | found
             results["cells"].append(
                 cell | {"imports": held()["VmData"]} | found | {"took": round(time.monotonic() - start)}
             )
@@ -263,100 +265,6 @@ def measure(cell: dict[str, Any], model: str, setting: Setting, directory: Path)
     if cell["base"] != "fp32":  # in which the built-in model's own checkpoint is
         config = replace(config, model_name_or_path=write_model(directory, model))
     return (time_cell if cell["part"] == "time" else batch_cell)(method, config, setting)
-
-
-def table(arguments: argparse.Namespace) -> None:
-    """What was measured, as Markdown."""
-    results = json.loads(arguments.file.read_text())
-    of = {part: [c for c in results["cells"] if c["part"] == part] for part in ("batch", "answers", "model", "time")}
-    seconds = {c["method"]: c.get("seconds") for c in of["time"]}
-    print(
-        f"One step in a process of {results['bound'] / 2**20:,.0f} MiB, {results['model']}, rows of {results['length']} tokens.\n"
-    )
-    print(
-        "| method | | base | loaded, MiB | largest batch | tokens | the next size tried | its seconds | seconds of 8 rows |"
-    )
-    print("|---|---|---|---:|---:|---:|---|---:|---:|")
-    for c in of["batch"]:
-        kind = "backpropagation" if METHODS[c["method"]].backward else "forward passes"
-        print(
-            f"| {c['method']} | {kind} | {c['base']} | {_mib(c.get('loaded'))} | {_rows(c)} | {c['size'] * results['length']:,} | {_death(c)} "
-            f"| {c.get('seconds', '-')} | {seconds.get(c['method']) or '-'} |"
-        )
-    print(
-        "\n| method | tokens to write of 32 | largest batch | tokens | the next size tried |\n|---|---:|---:|---:|---|"
-    )
-    for c in of["answers"]:
-        print(f"| {c['method']} | {c['target']} | {_rows(c)} | {c['size'] * results['length']:,} | {_death(c)} |")
-    print(
-        f"\n| method, {ROWS_OF_MODEL} rows | base | layers | parameters | the next size tried |\n|---|---|---:|---:|---|"
-    )
-    for c in of["model"]:
-        print(
-            f"| {c['method']} | {c['base']} | {c['layers'] or 'none'} | {c['parameters'] / 1e6:,.0f} M | {_death(c)} |"
-        )
-
-
-def _mib(size: int | None) -> str:
-    return "-" if size is None else f"{size / 2**20:,.0f}"
-
-
-def _rows(cell: dict[str, Any]) -> str:
-    more = "" if "dies" in cell else " or more"
-    return f"{cell['size']}{more}" if cell["size"] else "**none**"
-
-
-def _death(cell: dict[str, Any]) -> str:
-    """With what the smallest size that did not fit died."""
-    if "dies" not in cell:
-        return "-"
-    said = cell["dies"].replace("[enforce fail at alloc_cpu.cpp:127] err == 0. ", "").partition(". Error code")[0]
-    return f"{cell['dies_at']}: {said}"
-
-
-def draw(arguments: argparse.Namespace) -> None:
-    """A bar a method: the tokens of the largest batch."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    results = json.loads(arguments.file.read_text())
-    found = {c["method"]: c for c in results["cells"] if c["part"] == "batch" and c["base"] in ("bf16", "fp32")}
-    tokens = {name: cell["size"] * results["length"] for name, cell in found.items()}
-    reach = tokens.pop(INFERENCE, None)
-    most = max([*tokens.values(), reach or 1])
-    groups = {
-        "trained: adapters at every token, or all weights": [n for n in tokens if not METHODS[n].answers],
-        "trained: adapters at the answer alone": [n for n in tokens if METHODS[n].answers],
-    }
-    figure = Figure(figsize=(10, 5.8), layout="constrained", dpi=160)
-    axes, place, ticks = figure.subplots(), 0.0, {}
-    for title, names in groups.items():
-        axes.text(0.008 * most, place - 0.8, title, fontsize=11, color=DARK, style="italic", va="center")
-        for name in sorted(names, key=lambda n: (not METHODS[n].backward, tokens[n])):
-            size, colour = tokens[name], ORANGE if METHODS[name].backward else BLUE
-            axes.barh(place, size, color=colour, height=0.78)
-            inside = size > 0.2 * most
-            said = f"{size:,}" if size else "not one row"
-            axes.text(
-                size + (-0.01 if inside else 0.01) * most, place, said, va="center", ha="right" if inside else "left",
-                fontsize=11, fontweight="bold", color="white" if inside else colour,
-            )  # fmt: skip
-            ticks[place] = name.removesuffix(", answer positions") + (" (fp32)" if name in WHOLE else "")
-            place += 1
-        place += 1.2
-    if reach is not None:
-        axes.axvline(reach, color=DARK, linewidth=1.4, linestyle="--", zorder=0)
-        axes.text(reach - 0.01 * most, -0.8, f"inference: {reach:,}", ha="right", va="center", fontsize=11, color=DARK)
-    axes.set_yticks(list(ticks), list(ticks.values()), fontsize=11)
-    axes.tick_params(axis="y", length=0)
-    axes.set_ylim(place - 1.6, -1.3)
-    axes.set_xlim(0, 1.02 * most)
-    axes.set_xlabel(f"tokens in the largest batch that one step can train ({results['model']})", fontsize=11)
-    handles = [Patch(color=ORANGE, label="backpropagation"), Patch(color=BLUE, label="forward passes alone")]
-    axes.legend(handles=handles, loc="center right", bbox_to_anchor=(0.94, 0.74), frameon=False, fontsize=13)
-    gib = results["bound"] / 2**30
-    figure.suptitle(f"A process of {gib:g} GiB: how large a batch can it train?", fontsize=16, fontweight="bold")
-    save_picture(figure, arguments.out)
 
 
 def main() -> None:
