@@ -167,6 +167,7 @@ def write_rows(directory: Path, rows: int, target: int) -> dict[str, Any]:
     """Rows that fill LENGTH tokens, with a label or a text of so many tokens to write; and the options of a run on them."""
     path = directory / f"rows-{target}.jsonl"
     text = "a film that says little and says it well " * 10
+    rows = max(rows, 2)  # one of each label
     texts = [f"{i}: {text}" for i in range(rows)]  # of one text twice the prompt would be run and kept once
     answers: list[Any] = ["well" + " well" * (target - 2)] * rows if target else [i % 2 for i in range(rows)]
     path.write_text("".join(json.dumps({"text": t, "label": a}) + "\n" for t, a in zip(texts, answers, strict=True)))
@@ -222,9 +223,6 @@ def run(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     bound = parse_bytes(arguments.bound)
     setting = Setting(bound, arguments.device, arguments.most, arguments.seconds)
-    results: dict[str, Any] = {"cells": []}
-    if arguments.out is not None and arguments.out.exists():
-        results = json.loads(arguments.out.read_text())
     asked = {
         "bound": bound,
         "length": LENGTH,
@@ -233,8 +231,13 @@ def run(arguments: argparse.Namespace) -> None:
         "model": arguments.model_name_or_path,
         "rows": ROWS,
     }
+    results: dict[str, Any] = {**asked, "cells": []}
+    if arguments.out is not None and arguments.out.exists():
+        results = json.loads(arguments.out.read_text())
+        if other := [name for name in asked if results.get(name) != asked[name]]:
+            raise SystemExit(f"{arguments.out} was measured with another {', '.join(other)}; give another --out.")
     origin = in_fork(lambda: machine(arguments.device, "transformers"), 60)  # CUDA must not be begun in this process
-    results |= asked | {"machine": origin}
+    results["machine"] = origin
     with tempfile.TemporaryDirectory() as scratch:
         for cell in cells(arguments):
             results["cells"] = [c for c in results["cells"] if not cell.items() <= c.items() or measured(c)]
@@ -252,6 +255,8 @@ def run(arguments: argparse.Namespace) -> None:
             print({k: v for k, v in results["cells"][-1].items() if k != "tried"}, flush=True)
             if arguments.out is not None:
                 arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+    if failed := [c["dies"] for c in results["cells"] if not measured(c)]:
+        raise SystemExit(f"{len(failed)} cells could not be measured; the first: {failed[0]}")
 
 
 def measure(cell: dict[str, Any], model: str, setting: Setting, directory: Path) -> dict[str, Any]:
