@@ -27,6 +27,7 @@ from zo_opt import MeZO, TTConfig, get_adapter_model, trainable_parameters
 from zo_opt.schedules import constant_queries
 
 EPS = 1e-3
+SIZE: dict[str, int] = {}  # BERT-base's; small with --quick
 SMALL = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4}
 
 
@@ -36,9 +37,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--parts", default="one,batched,split,memory,grid", help="comma-separated")
+    parser.add_argument("--quick", action="store_true", help="the small encoder everywhere: does it run?")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    SIZE.update(SMALL if arguments.quick else {})
     kept = arguments.out is not None and arguments.out.exists()  # parts that are not run again stay as they are
     results: dict[str, Any] = json.loads(arguments.out.read_text()) if kept else {}
     results |= {
@@ -62,7 +65,12 @@ class Setup:
     ) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            plain = BertForSequenceClassification(BertConfig(**size)).eval().to(device, dtype).requires_grad_(False)
+            plain = (
+                BertForSequenceClassification(BertConfig(**(SIZE | size)))
+                .eval()
+                .to(device, dtype)
+                .requires_grad_(False)
+            )
             ids = torch.randint(1000, 30000, (rows, length), device=device)
             labels = torch.randint(0, 2, (rows,), device=device)
         mask = torch.ones_like(ids)

@@ -14,12 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
 from measure import interleaved, machine, peak_bytes, show
+from query_modes import SMALL
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--quick", action="store_true", help="a small encoder: does it run?")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -46,17 +47,18 @@ def main() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for batch in (1, 16):
             name = f"{str(dtype)[6:]} {batch}x64"
-            results[name] = whole_model(dtype, batch, arguments.rounds, arguments.device)
+            size = SMALL if arguments.quick else {}
+            results[name] = whole_model(dtype, batch, arguments.rounds, arguments.device, **size)
             show(name, results[name])
             if arguments.out is not None:
                 arguments.out.write_text(json.dumps(results, indent=2) + "\n")
 
 
-def whole_model(dtype: torch.dtype, batch: int, rounds: int, device: str) -> dict[str, float]:
+def whole_model(dtype: torch.dtype, batch: int, rounds: int, device: str, **size: int) -> dict[str, float]:
     """Seconds (medians) and the ratios that the bars name."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = BertForSequenceClassification(BertConfig()).eval().to(device, dtype)
+        model = BertForSequenceClassification(BertConfig(**size)).eval().to(device, dtype)
         ids, labels = torch.randint(0, 30000, (batch, 64)).to(device), torch.randint(0, 2, (batch,)).to(device)
     parameters = list(model.parameters())
 
@@ -68,12 +70,9 @@ def whole_model(dtype: torch.dtype, batch: int, rounds: int, device: str) -> dic
         closure()
         closure()
 
-    losses = cycle((1.0, 0.0))  # a slope of 0 would need no update
-
     def read_every_parameter() -> float:
-        for p in parameters:
-            p.detach()
-        return next(losses)
+        seen = [p.detach() for p in parameters]
+        return float(seen[0][0, 0])  # a slope of 0 would need no update
 
     optimizers = {d: MeZO(parameters, lr=1e-7, zo_eps=EPS, directions=d) for d in ("rademacher", "gaussian")}
     actions: dict[str, Callable[[], Any]] = {
@@ -106,11 +105,11 @@ def adapter(rounds: int, device: str) -> dict[str, float]:
 
     parameters = tensors()
     # Tensors of its own for each: an optimizer gathers them in a buffer, and two would take them from each other.
-    optimizers = {d: MeZO(tensors(), lr=1e-7, zo_eps=EPS, directions=d) for d in ("rademacher", "gaussian")}
-    losses = cycle((1.0, 0.0))
+    own = {d: tensors() for d in ("rademacher", "gaussian")}
+    optimizers = {d: MeZO(own[d], lr=1e-7, zo_eps=EPS, directions=d) for d in own}
     actions: dict[str, Callable[[], Any]] = {"MeZO loop": lambda: mezo_loop(parameters)}
     for name, optimizer in optimizers.items():
-        actions[f"{name} step"] = lambda optimizer=optimizer: optimizer.step(lambda: next(losses))
+        actions[f"{name} step"] = lambda o=optimizer, p=own[name][0]: o.step(lambda: float(p[0, 0]))
         actions[f"{name} sweeps"] = lambda optimizer=optimizer: sweeps(optimizer)
     seconds = interleaved(actions, rounds)
     ratios = {f"{name} / MeZO loop": s / seconds["MeZO loop"] for name, s in seconds.items() if name != "MeZO loop"}
@@ -120,11 +119,9 @@ def adapter(rounds: int, device: str) -> dict[str, float]:
 @torch.no_grad()
 def sweeps(optimizer: MeZO) -> None:
     """What the loop does and nothing of what an optimizer does besides: two points, the restore, the update."""
-    trainables = optimizer._trainables
-    assert trainables is not None
-    directions = optimizer._directions_of(optimizer.step_count)
-    list(Perturbed(trainables, directions).losses(lambda: 0.0, [Point(((0, EPS),)), Point(((0, -EPS),))]))
-    optimizer._sweep(Update(optimizer.step_count, (1e-7,), (0.3,)))
+    directions = optimizer.directions_of(optimizer.step_count)
+    list(Perturbed(optimizer.trainables(), directions).losses(lambda: 0.0, [Point(((0, EPS),)), Point(((0, -EPS),))]))
+    optimizer.move(Update(optimizer.step_count, (1e-7,), (0.3,)))
 
 
 def mezo_loop(parameters: list[nn.Parameter], lr: float = 1e-7, projected_grad: float = 0.3) -> None:
