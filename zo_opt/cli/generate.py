@@ -9,7 +9,7 @@ from contextlib import closing
 from typing import Any
 
 from zo_opt.cli.lines import Lines
-from zo_opt.cli.say import beside_results
+from zo_opt.cli.say import reporter_of
 from zo_opt.errors import ZOError
 from zo_opt.record.progress import Reporter
 from zo_opt.tasks.rows import read_rows
@@ -23,11 +23,13 @@ def run(options: Namespace, command: str) -> None:
     """Write after a prompt, after each row of a file, or in a conversation."""
     if (options.prompt is not None) + (options.file is not None) + options.chat != 1:
         raise ZOError("generate needs one of --prompt TEXT, --file FILE and --chat.")
-    if options.chat and (options.out is not None or options.form != "run"):
+    if options.chat and (options.out is not None or options.form != "run" or options.json):
         raise ZOError(
-            "--out and --form are of no use to --chat, which is a conversation in the chat template; leave them out."
+            "--out, --form and --json are of no use to --chat, which is a conversation in the chat template; leave them out."
         )
-    reporter = beside_results(options)
+    if options.out is not None and options.json:
+        raise ZOError("--out and --json were both given: the lines go to one place; leave one out.")
+    reporter, as_json = reporter_of(options, beside=True)
     prompts: Sequence[Prompt] = [options.prompt] if options.file is None else read_rows(options.file)
     if options.file is not None and (options.file.suffix == ".txt" or options.form != "run"):
         prompts = [_text_of(row, options) for row in prompts if isinstance(row, Mapping)]
@@ -38,7 +40,7 @@ def run(options: Namespace, command: str) -> None:
         )
         if options.chat:
             _converse(found, reporter, given)
-        elif options.out is None:
+        elif options.out is None and not as_json:
             for prompt in prompts:
                 found.generate([prompt], form=options.form, streamer=_streamer(found), **given)
         else:

@@ -14,7 +14,7 @@ from zo_opt.training.loop import train
 
 def run(options: Namespace, command: str) -> None:
     """Train with the options that were given and say what came out; under torchrun, as one of several processes."""
-    as_json, reporter = vars(options).get("json", False), reporter_of(options)
+    reporter, as_json = reporter_of(options)
     values = vars(options)
     config = TrainConfig(**values)
     check_ranks(config)
@@ -29,4 +29,4 @@ def run(options: Namespace, command: str) -> None:
     )
     reporter.say(f"adapter, report.md and report.png are in {output_dir}")
     if as_json:
-        print_json({"output_dir": str(output_dir)} | summary.to_dict())
+        print_json({"output_dir": output_dir} | summary.to_dict())

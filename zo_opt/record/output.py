@@ -23,7 +23,7 @@ RUN_NAME = "run.json"  # command, options, versions: the first file of a run, th
 START_NAME = "start"  # the adapter as training began: what the journal is replayed on
 _WRITTEN = (  # atomically: a killed process may leave an unfinished one of them
     RUN_NAME, JOURNAL_NAME, checkpoint.NAME, checkpoint.PREVIOUS_NAME, WEIGHTS_NAME, CONFIG_NAME, SCHEDULE_NAME,
-    "results.json", "report.md", "report.png",
+    "results.json", "report.md", "report.png", "report.html",
 )  # fmt: skip
 
 

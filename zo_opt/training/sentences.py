@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType, UnionType
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin
+from textwrap import fill
+from types import MappingProxyType
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
 from zo_opt.choices import did_you_mean
 from zo_opt.errors import ZOError
+from zo_opt.training.help import EXIT_CODES, HelpFormatter, in_words
 from zo_opt.training.options import PARTS
 
 # What users of transformers, or of earlier versions, would type.
@@ -37,14 +39,17 @@ class Parser(ArgumentParser):
         parts: those that its command has.
         names: of the parts whose options it has.
         asked: names given to parts; None where none was, so that nothing heavy is asked, or where there are several of a part.
+        notes: what its help says besides, at the end.
     """
 
     parts: Sequence[str] = ()
     names: Mapping[str, str | None] = MappingProxyType({})
     asked: Mapping[str, str | None] | None = None
+    notes: Sequence[str] = ()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)  # what a short form means changes with every new option
+        # What a short form means changes with every new option.
+        super().__init__(*args, allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = " ".join(message.split()).rstrip(".")
@@ -60,11 +65,11 @@ class Parser(ArgumentParser):
         raise ZOError(f"{sentence} See {self.prog} --help.")
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
-        """The help; of a hundred options the usage names none, and a part is shown as it is typed: ``--adapter NAME``."""
-        text = re.sub(r"--(\w+)\.name\b", r"--\1", super().format_help(*args, **kwargs))
-        return (
-            re.sub(r"\Ausage: .*?\n\n", f"usage: {self.prog} [options]\n\n", text, flags=re.S) if self.parts else text
-        )
+        """The help; of a hundred options the usage names none."""
+        text = super().format_help(*args, **kwargs).rstrip("\n") + "\n"
+        if self.parts:
+            text = re.sub(r"\Ausage: .*?\n\n", f"usage: {self.prog} [options]\n\n", text, flags=re.S)
+        return text + "".join(f"\n{fill(note, 79)}\n" for note in (*self.notes, EXIT_CODES))
 
     def hints(self) -> dict[str, Any]:
         """Option -> its type."""
@@ -114,34 +119,6 @@ def having(option: str, names: Mapping[str, str | None]) -> list[str]:
         if part not in fixed and chosen in TABLES[part] and option in own_options(part, TABLES[part].find(chosen)):
             found.append(part)
     return ["optimizer"] if "optimizer" in found else found
-
-
-def in_words(hint: Any) -> str:
-    """What an option of a type can be.
-
-    >>> in_words(Literal["lm", "classification"] | None), in_words(list[int])
-    ('lm, classification or null', 'a list such as [a whole number]')
-    """
-    words = _words(hint)
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
-
-
-def _words(hint: Any) -> list[str]:
-    kind, inner = get_origin(hint), get_args(hint)
-    if kind in (Union, UnionType):
-        return [word for one in inner for word in _words(one)]
-    if kind is Literal:
-        return [str(one) for one in inner]
-    if kind in (list, Sequence):
-        return [f"a list such as [{in_words(inner[0])}]"]
-    if kind in (dict, Mapping):
-        return ["a mapping such as {name: value}"]
-    known = {
-        "PositiveInt": "a whole number of at least 1", "NonNegativeInt": "a whole number of at least 0",
-        "PositiveFloat": "a number above 0", "NonNegativeFloat": "a number of at least 0",
-        "int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "Path": "a path", "NoneType": "null",
-    }  # fmt: skip
-    return [known.get(getattr(hint, "__name__", ""), str(hint))]
 
 
 def _given(problem: str) -> str:
