@@ -24,7 +24,7 @@ def picture(metrics: Sequence[dict[str, Any]], s: Summary) -> bytes:
 
     with styled():
         figure = new_figure(10.5, 5.4, _title(s), _below(s))
-        grid = figure.add_gridspec(2, 2, width_ratios=(1.9, 1), height_ratios=(3.2, 1))
+        grid = figure.add_gridspec(2, 2, width_ratios=(1.9, 1), height_ratios=(2.8, 1))
         loss = figure.add_subplot(grid[0, 0])
         lower = figure.add_subplot(grid[1, 0], sharex=loss)
         metric = figure.add_subplot(grid[:, 1])
@@ -48,11 +48,10 @@ def _title(s: Summary) -> str:
 
 def _below(s: Summary) -> str:
     kept = "" if s.kept_step is None else f"; the weights after step {s.kept_step:,} were kept"
-    passes = "no backward pass" if s.queries else "a backward pass counted as two"
+    passes = "and no backward pass" if s.queries else "a backward pass counted as two"
     return (
-        f"{Path(s.model).name}, {s.optimizer}, {_short(s.trainable)} trained numbers, measured on {s.after.on_rows}.  "
-        f"{s.steps:,} steps{kept}\n{s.forwards:,} forward passes in training, {passes}, "
-        f"{s.train_seconds:,.0f} s on {s.device}"
+        f"{Path(s.model).name} tuned with {s.optimizer}: {_short(s.trainable)} trained numbers, measured on {s.after.on_rows}\n"
+        f"{s.steps:,} steps, {s.forwards:,} forward passes {passes}, {s.train_seconds:,.0f} s on {s.device}{kept}"
     )
 
 
@@ -89,6 +88,8 @@ def _draw_loss(axes: Any, metrics: Sequence[dict[str, Any]], s: Summary) -> None
 
 def _draw_steps(axes: Any, metrics: Sequence[dict[str, Any]], s: Summary) -> None:
     """What each step asked for, over the forward passes that it took."""
+    from matplotlib.ticker import MaxNLocator
+
     name = "queries" if s.queries else "lr"
     values, ends = [m[name] for m in metrics], [0, *(m["forwards"] for m in metrics)]
     wide = [i for i, (a, b) in enumerate(pairwise(ends)) if b > a]  # a dropped step takes none
@@ -105,34 +106,44 @@ def _draw_steps(axes: Any, metrics: Sequence[dict[str, Any]], s: Summary) -> Non
         )
     axes.set_ylim(0, 1.2 * max(values, default=1) or 1)
     axes.set_ylabel("queries a step" if s.queries else "learning rate")
+    axes.yaxis.set_major_locator(MaxNLocator(3, integer=bool(s.queries)))
 
 
 def _draw_metric(axes: Any, s: Summary) -> None:
     metric, seen = METRICS[s.metric], _held_out(s)
-    points = [(x, y * metric.unit) for x, y, _ in seen]
-    axes.plot([x for x, _ in points], [y for _, y in points], "o-", color=VERMILION, linewidth=1.4, markersize=5)
-    ends = [(0, s.before), (s.forwards if s.kept_step is None else _forwards_of(s, s.kept_step), s.after)]
-    for x, found in ends:
+    values = [y * metric.unit for _, y, _ in seen]
+    axes.plot([x for x, _, _ in seen], values, "o", linestyle=_joined(s), color=VERMILION, linewidth=1.4, markersize=5)
+    last = s.forwards if s.kept_step is None else _forwards_of(s, s.kept_step)
+    for x, found, above in (
+        (0, s.before, s.after.value < s.before.value),
+        (last, s.after, s.after.value >= s.before.value),
+    ):
         y, error = found.value * metric.unit, found.standard_error * metric.unit
-        if not math.isfinite(y):
-            continue
-        axes.errorbar([x], [y], yerr=[error], color=VERMILION, capsize=4, linewidth=1.4, markersize=0)
-        axes.plot([x], [y], "o", color=VERMILION, markersize=8)
-        axes.annotate(
-            metric.show(found.value).replace("%", " %"), (x, y + error), xytext=(0, 6), textcoords="offset points",
-            ha="left" if x == 0 else "right" if x > 0.6 * s.forwards else "center", fontsize=11, fontweight="bold",
-        )  # fmt: skip
+        if math.isfinite(y):
+            axes.errorbar([x], [y], yerr=[error], fmt="o", color=VERMILION, capsize=4, linewidth=1.4, markersize=8)
+            kept = f", step {s.kept_step:,}" if x and s.kept_step is not None else ""
+            axes.annotate(
+                metric.show(found.value).replace("%", " %") + kept, (x, y + error if above else y - error), xytext=(0, 5 if above else -5),
+                textcoords="offset points", ha="right" if x > 0.5 * s.forwards else "left", va="bottom" if above else "top",
+                fontsize=11, fontweight="bold",
+            )  # fmt: skip
     if s.regression is not None and s.metric == "accuracy":
-        axes.axhline(100 * s.regression, color=GREEN, linewidth=1.2, linestyle=(0, (4, 3)))
+        level, below = 100 * s.regression, s.after.value >= s.regression
+        axes.axhline(level, color=GREEN, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
         axes.annotate(
-            f"logistic regression on its hidden states, {100 * s.regression:.1f} %", (s.forwards, 100 * s.regression), xytext=(0, -4),
-            textcoords="offset points", ha="right", va="top", color=GREEN, fontsize=8.5,
+            f"logistic regression {level:.1f} %", (1.02 * s.forwards, level), xytext=(0, -9 if below else 9),
+            textcoords="offset points", ha="right", va="top" if below else "bottom", color=GREEN, fontsize=9,
         )  # fmt: skip
-    highest = max((y for _, y in points if math.isfinite(y)), default=1.0)
+    highest = max((y for y in values if math.isfinite(y)), default=1.0)
     axes.set_ylim(0, 103 if metric.share else 1.2 * highest or 1)
     axes.set_xlim(-0.04 * s.forwards, 1.04 * s.forwards)
     less = "" if metric.higher_is_better else ", less is better"
-    axes.set_title(f"{metric.label}{' (%)' if metric.share else less} on {s.after.on_rows}, ± one standard error")
+    axes.set_title(f"{metric.label}{' (%)' if metric.share else less}, ± one standard error")
+
+
+def _joined(s: Summary) -> str:
+    """Between two points with nothing seen between them a line is a guess."""
+    return "-" if s.curve else "--"
 
 
 def _forwards_of(s: Summary, step: int) -> int:

@@ -13,7 +13,7 @@ BLUE, VERMILION, GREEN, PINK, AMBER, SKY, BLACK = (
 COLOURS = (BLUE, VERMILION, GREEN, PINK, AMBER, SKY, BLACK)
 INK, FAINT, PALE = "#1f2933", "#7b8794", "#cbd2d9"
 DPI = 160
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "font.size": 9.5, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": FAINT, "axes.linewidth": 0.8,
     "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.titlepad": 8,
     "axes.axisbelow": True, "axes.grid": True, "grid.color": "#e4e7eb", "grid.linewidth": 0.8,
@@ -38,7 +38,8 @@ def new_figure(width: float, height: float, title: str, below: str = "") -> Any:
     figure = Figure(figsize=(width, height), layout="constrained", dpi=DPI)
     lines = below.count("\n") + 1 if below else 0
     top = (_TITLE * 1.5 + lines * _LINE * 1.45) / 72 + 2 * _MARGIN
-    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - top / height + 0.08 / height))
+    engine: Any = figure.get_layout_engine()
+    engine.set(rect=(0, 0, 1, 1 - (top - 0.08) / height))
     left = _MARGIN / width
     figure.text(left, 1 - _MARGIN / height, title, fontsize=_TITLE, fontweight="bold", va="top")
     under = 1 - (_MARGIN + _TITLE * 1.55 / 72) / height
@@ -47,12 +48,14 @@ def new_figure(width: float, height: float, title: str, below: str = "") -> Any:
 
 
 def key(axes: Any, columns: int = 4, handles: Any = None) -> None:
-    """What is what, in a line above the axes: the whole of them is left to the data."""
-    options = {} if handles is None else {"handles": handles}
-    axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2, handlelength=1.6, columnspacing=1.4,
-        handletextpad=0.5, borderpad=0.1, **options,
+    """What is what, in lines above the axes: the whole of them is left to the data, and their width as it is."""
+    handles = axes.get_legend_handles_labels()[0] if handles is None else handles
+    legend = axes.legend(
+        handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2, handlelength=1.6,
+        columnspacing=1.4, handletextpad=0.5, borderpad=0.1,
     )  # fmt: skip
+    legend.set_in_layout(False)
+    axes.set_title("\n".join([" "] * -(-len(handles) // columns)))  # keeps the room
 
 
 def to_png(figure: Any) -> bytes:
