@@ -107,7 +107,7 @@ def test_the_command(config: TrainConfig, tmp_path: Path, capsys: pytest.Capture
         (["--out", "missing/d.png"], "does not exist"),
         (["--out", "d.png", "--queries", "1"], "at least 2"),
         (["--out", "d.png", "--eps_grid", "[0.01,-1]"], "positive"),
-        (["--out", "taken.png"], "exist already"),
+        (["--out", "taken.png"], "is there already"),
     ],
 )
 def test_mistakes(

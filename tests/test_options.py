@@ -215,7 +215,7 @@ WRONG: dict[str, tuple[str, str]] = {
     "a word for a number": ("--steps many", "steps='many' is not possible; give a whole number of at least 1"),
     "a fraction": ("--steps 2.5", r"steps=2\.5 is not possible; give a whole number"),
     "none of a few": ("--head lmm", "head='lmm' is not possible; give lm or classification"),
-    "a negative rate": ("--lr=-1", "lr=-1 is not possible; give a number of at least 0 or null"),
+    "a negative rate": ("--lr=-1", "lr=-1 is not possible; give a number of at least 0, such as 0, 0.001 or 0.1"),
     "nan": ("--adapter lora --adapter.alpha nan", "adapter.alpha=nan is not possible; give a number"),
     "a rank of none": ("--adapter.rank 0", "rank=0 is not possible; give a whole number from 1"),
     "a name that is none": ("--optimizer mezoo", r"optimizer='mezoo' is not known.*Did you mean mezo\?"),

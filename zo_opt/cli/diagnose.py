@@ -31,7 +31,7 @@ def run(options: Namespace, command: str) -> None:
     data = out.with_suffix(".json")
     taken = [str(p) for p in (out, data) if p.exists()]
     if taken:
-        raise ZOError(f"{' and '.join(taken)} exist already; give another --out.")
+        raise ZOError(f"{' and '.join(taken)} {'is' if len(taken) == 1 else 'are'} there already; give another --out.")
     if not out.parent.is_dir():
         raise ZOError(f"the directory {out.parent} of --out does not exist; create it first.")
     config = TrainConfig(**values)

@@ -6,6 +6,7 @@ from argparse import Namespace
 
 from zo_opt.cli.say import print_json, reporter_of
 from zo_opt.distributed import launched_rank, process_group
+from zo_opt.models.models import check_device
 from zo_opt.system.memory import readable
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.followers import check_ranks, follow
@@ -17,6 +18,7 @@ def run(options: Namespace, command: str) -> None:
     reporter, as_json = reporter_of(options)
     values = vars(options)
     config = TrainConfig(**values)
+    check_device(config.device)  # before anything is fetched
     check_ranks(config)
     with process_group():
         if launched_rank():

@@ -45,7 +45,7 @@ def output_directory(
         ZOError: it cannot be written; another process writes to it; or it is not empty and nothing is to be resumed.
     """
     try:
-        created = unique or not directory.exists()
+        created, above = unique or not directory.exists(), [path for path in directory.parents if not path.exists()]
         directory = _first_free(directory) if unique else directory
         directory.mkdir(parents=True, exist_ok=True)
         lock = _lock(directory, what)
@@ -67,6 +67,8 @@ def output_directory(
         with suppress(OSError):  # somebody else may have removed it
             if created and not any(directory.iterdir()):
                 directory.rmdir()
+                for path in above:
+                    path.rmdir()
 
 
 def never_begun(directory: Path) -> bool:

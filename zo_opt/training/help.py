@@ -50,9 +50,8 @@ class HelpFormatter(DefaultHelpFormatter):
         hint = getattr(action, "_typehint", None) or action.type
         if action.dest in ("help", "version") or hint is None:
             return said
-        kind = _without_null(hint)
-        # Choices without null stand behind the option's name.
-        notes = [in_words(kind)] if kind not in (bool, str, Path, Any) and get_origin(hint) is not Literal else []
+        # Choices that cannot be left out stand behind the option's name.
+        notes = [] if _kinds(hint)[0] in (bool, str, Path, Any) or get_origin(hint) is Literal else [in_words(hint)]
         if action.option_strings and action.default is not None:
             notes.append(
                 f"default: {str(action.default).lower() if isinstance(action.default, bool) else action.default}"
@@ -60,36 +59,57 @@ class HelpFormatter(DefaultHelpFormatter):
         return f"{said} ({'; '.join(notes)})" if notes else said
 
 
-def _without_null(hint: Any) -> Any:
-    """What an option's value is where there is one."""
-    if get_origin(hint) not in (Union, UnionType):
-        return hint
-    return Union[tuple(kind for kind in get_args(hint) if kind is not NoneType)]  # noqa: UP007 - made here
-
-
 def in_words(hint: Any) -> str:
-    """What an option of a type can be.
+    """What an option of a type can be; that it can be left out is not said.
 
     >>> in_words(Literal["lm", "classification"] | None), in_words(list[int])
-    ('lm, classification or null', 'a list such as [a whole number]')
+    ('lm or classification', 'a list of whole numbers')
     """
-    words = _words(hint)
+    words = [word for kind in _kinds(hint) for word in _words(kind)]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
-def _words(hint: Any) -> list[str]:
-    kind, inner = get_origin(hint), get_args(hint)
-    if kind in (Union, UnionType):
-        return [word for one in inner for word in _words(one)]
-    if kind is Literal:
+def advice(hint: Any) -> str:
+    """What to give for an option of a type, with examples.
+
+    >>> advice(int | None), advice(list[float])
+    ('a whole number, such as 1, 10 or 100', 'a list of numbers, such as [0.001, 0.01, 0.1]')
+    """
+    kinds = _kinds(hint)
+    examples = _examples(kinds[0]) if len(kinds) == 1 else ""
+    return in_words(hint) + (f", such as {examples}" if examples else "")
+
+
+def _kinds(hint: Any) -> list[Any]:
+    """The types that a value may be of where there is one."""
+    if get_origin(hint) not in (Union, UnionType):
+        return [hint]
+    return [kind for kind in get_args(hint) if kind is not NoneType]
+
+
+_NUMBERS = {  # type -> in words, several, examples
+    "PositiveInt": ("a whole number of at least 1", "whole numbers", "1, 10 or 100"),
+    "NonNegativeInt": ("a whole number of at least 0", "whole numbers", "0, 1 or 100"),
+    "PositiveFloat": ("a number above 0", "numbers", "0.001, 0.1 or 1"),
+    "NonNegativeFloat": ("a number of at least 0", "numbers", "0, 0.001 or 0.1"),
+    "int": ("a whole number", "whole numbers", "1, 10 or 100"),
+    "float": ("a number", "numbers", "0.001, 0.1 or 1"),
+}  # fmt: skip
+_OTHERS = {"bool": "true or false", "str": "a text", "Path": "a path"}
+
+
+def _words(kind: Any) -> list[str]:
+    origin, inner, name = get_origin(kind), get_args(kind), getattr(kind, "__name__", "")
+    if origin is Literal:
         return [str(one) for one in inner]
-    if kind in (list, Sequence):
-        return [f"a list such as [{in_words(inner[0])}]"]
-    if kind in (dict, Mapping):
+    if origin in (list, Sequence):
+        return [f"a list of {_NUMBERS[inner[0].__name__][1]}" if inner[0].__name__ in _NUMBERS else "a list of names"]
+    if origin in (dict, Mapping):
         return ["a mapping such as {name: value}"]
-    known = {
-        "PositiveInt": "a whole number of at least 1", "NonNegativeInt": "a whole number of at least 0",
-        "PositiveFloat": "a number above 0", "NonNegativeFloat": "a number of at least 0",
-        "int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "Path": "a path", "NoneType": "null",
-    }  # fmt: skip
-    return [known.get(getattr(hint, "__name__", ""), str(hint))]
+    return [_NUMBERS[name][0] if name in _NUMBERS else _OTHERS.get(name, str(kind))]
+
+
+def _examples(kind: Any) -> str:
+    if get_origin(kind) in (list, Sequence):
+        return "[1, 10, 100]" if get_args(kind)[0].__name__.endswith(("Int", "int")) else "[0.001, 0.01, 0.1]"
+    return _NUMBERS.get(getattr(kind, "__name__", ""), ("", "", ""))[2]

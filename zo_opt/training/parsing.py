@@ -200,8 +200,12 @@ def read_options_file(path: Path) -> dict[str, Any]:
                 raise ZOError(f"{path} is nested more than {_DEEPEST} deep; options are not.")
         values = yaml.safe_load(content)
     except (OSError, ValueError, yaml.YAMLError, RecursionError, MemoryError, OverflowError) as error:
-        said = " ".join(str(error).split())
-        raise ZOError(f"the file of options {path} cannot be read ({type(error).__name__}: {said}).") from error
+        said = (
+            error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {' '.join(str(error).split())}"
+        )
+        raise ZOError(
+            f"the file of options {path} cannot be read ({said}); give the path of a YAML file of options."
+        ) from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ZOError(f"{path} is no file of options; give lines such as 'steps: 200'.")
     return values

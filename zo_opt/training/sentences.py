@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 
 from zo_opt.choices import did_you_mean
 from zo_opt.errors import ZOError
-from zo_opt.training.help import EXIT_CODES, HelpFormatter, in_words
+from zo_opt.training.help import EXIT_CODES, HelpFormatter, advice
 from zo_opt.training.options import PARTS
 
 # What users of transformers, or of earlier versions, would type.
@@ -20,7 +20,8 @@ _ELSEWHERE = {
     "learning_rate": "lr", "num_train_epochs": "epochs", "max_steps": "steps", "lr_scheduler_type": "lr_schedule",
     "per_device_train_batch_size": "batch_size", "gradient_accumulation_steps": "batch_size",
     "per_device_eval_batch_size": "eval_batch_size", "max_seq_length": "max_length", "resume_from_checkpoint": "resume",
-    "model": "model_name_or_path", "quantize": "quantise", "load_in_8bit": "quantise", "bf16": "precision", "fp16": "precision",
+    "model": "model_name_or_path", "quantize": "quantise", "load_in_8bit": "quantise", "load_in_4bit": "quantise", "eps": "zo_eps",
+     "bf16": "precision", "fp16": "precision",
     "optim": "optimizer", "validation_file": "eval_file", "dataset_name": "dataset", "dataset_config_name": "dataset_config",
     "eval_strategy": "eval_steps", "evaluation_strategy": "eval_steps", "load_best_model_at_end": "keep", "early_stopping_patience": "patience",
     "clip": "step_control.factor", "alpha": "schedule.alpha", "beta": "schedule.beta", "queries": "schedule.queries",
@@ -30,6 +31,15 @@ _ELSEWHERE = {
     "layers": "adapter.layers", "target_modules": "adapter.target_modules", "bottleneck": "adapter.bottleneck",
     "max_grad_norm": "optimizer.max_grad_norm",
 }  # fmt: skip
+
+
+_NOT_HERE = {
+    "lora_dropout": "two losses must differ by the perturbation alone, so that there is no dropout",
+    "logging_steps": "every step is recorded in metrics.jsonl",
+    "overwrite_output_dir": "no result is ever overwritten; give a new --output_dir",
+    "save_total_limit": "one checkpoint is kept, and with --keep best the best weights",
+    "gradient_checkpointing": "forward passes keep nothing for a way back",
+}
 
 
 class Parser(ArgumentParser):
@@ -55,7 +65,14 @@ class Parser(ArgumentParser):
         text = " ".join(message.split()).rstrip(".")
         sentence = f"{text}."
         if (found := re.match(r'Parser key "([\w.]+)": (.*)', text)) is not None and found[1] in self.hints():
-            sentence = f"{found[1]}={_given(found[2])} is not possible; give {in_words(self.hints()[found[1]])}."
+            sentence = f"{found[1]}={_given(found[2])} is not possible; give {advice(self.hints()[found[1]])}."
+        elif (found := re.match(r"argument --([\w.]+): expected (?:one|at least one) argument", text)) is not None:
+            sentence = f"--{found[1]} was given without a value; give {advice(self.hints()[found[1]])}."
+        elif (found := re.match(r"the following arguments are required: (\w+)", text)) is not None:
+            said = next((a.help for a in self._actions if a.dest == found[1]), "")
+            sentence = f"{self.prog} needs {found[1]}: {said}."
+        elif (found := re.match(r"unrecognized arguments: ([^-\s]\S*)", text)) is not None:
+            sentence = f"{found[1]!r} stands alone; options are given with their names, such as --{self._first_option()} {found[1]}."
         elif (
             found := re.match(r"unrecognized arguments: -*([\w.\-]+)|(?:Key|Option) '([\w.]+)' is not", text)
         ) is not None:
@@ -75,6 +92,10 @@ class Parser(ArgumentParser):
         """Option -> its type."""
         return {a.dest: getattr(a, "_typehint", None) or a.type for a in self._actions if a.dest != "help"}
 
+    def _first_option(self) -> str:
+        """An option to name as an example."""
+        return next(name for name in ("output_dir", "out", "to", "device", *self.hints()) if name in self.hints())
+
     def let_flags_stand_alone(self) -> None:
         """``--resume`` means ``--resume true``."""
         for action in self._actions:
@@ -87,13 +108,18 @@ class Parser(ArgumentParser):
         optimizer = self.names.get("optimizer")
         if part in without_options(optimizer):
             return f"{part} is no option of optimizer {optimizer!r}; leave it out, or choose another optimizer."
+        if part in PARTS and option == "name":
+            there = next((name for name in ("methods", "query_schedule") if name in known), None)
+            return f"--{part} is not known." + (f" Did you mean --{there}?" if there is not None else "")
+        if name in _NOT_HERE:
+            return f"--{name} is not known: {_NOT_HERE[name]}."
         if part in PARTS and dot:
             has = [k.partition(".")[2] for k in known if k.startswith(f"{part}.") and not k.endswith(".name")]
             chosen = f"{part} {self.names[part]!r}" if self.names.get(part) else f"the {part}"
             return f"{chosen} has no option {option!r}; it has {', '.join(has) or 'none'}.{did_you_mean(option, has)}"
         meant = _ELSEWHERE.get(name, "")
         owner, dot, option = meant.partition(".")
-        if dot and owner in self.parts and self.asked is not None:
+        if dot and owner in self.parts and self.asked is not None and not name.startswith("lora_"):
             meant = " or --".join(f"{part}.{option}" for part in having(option, self.asked)) or meant
         if meant in known or owner in self.parts:
             return f"--{name} is not known. Did you mean --{meant}?"
