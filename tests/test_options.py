@@ -318,8 +318,14 @@ def test_help_shows_the_options_of_what_was_chosen(capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("line", "shown"),
     [
-        ("", {"schedule.min_queries": "8", "schedule.max_queries": "15", "update_rule.beta2": "0.99"}),
-        ("", {"adapter.rank": "8", "adapter.positions": "answer", "adapter.layers": "from two fifths of the depth on"}),
+        (
+            "--optimizer adazeta",
+            {"schedule.min_queries": "8", "schedule.max_queries": "15", "update_rule.beta2": "0.99"},
+        ),
+        (
+            "--optimizer adazeta",
+            {"adapter.rank": "8", "adapter.positions": "answer", "adapter.layers": "from two fifths of the depth on"},
+        ),
         ("--adapter tt", {"adapter.rank": "5", "adapter.positions": "all", "adapter.layers": "the last quarter"}),
         ("--optimizer mezo", {"adapter.positions": "all", "adapter.layers": "the last quarter"}),
         ("--adapter lora", {"adapter.rank": "8", "adapter.seed": "the run's"}),

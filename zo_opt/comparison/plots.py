@@ -87,7 +87,7 @@ def _draw_results(axes: Any, rows: Sequence[Row], styles: Mapping[str, dict[str,
         axes.text(1.03, place, note, transform=axes.get_yaxis_transform(), va="center", fontsize=8.5)
     axes.set_yticks(range(len(rows)), [row.method for row in rows])
     for label, row in zip(axes.get_yticklabels(), rows, strict=True):
-        label.set_color(styles[row.method]["color"] if row.score is not None else FAINT)
+        label.set_color(styles[row.method]["color"])
     axes.set_xlim(0, 100 if metric.share else 1.1 * highest or 1)
     less = "" if metric.higher_is_better else ", less is better"
     axes.set_xlabel(
@@ -112,7 +112,7 @@ def _draw_bars(axes: Any, what: str, values: Sequence[float | None], colours: Se
         if value is not None:
             axes.barh(place, value, height=0.55, color=colour, alpha=0.75)
             axes.annotate(
-                f"{value:.2g}", (value, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8.5
+                f"{value:.3g}", (value, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8.5
             )
     axes.set_xlim(0, 1.3 * max((v for v in values if v is not None), default=1.0) or 1)
     axes.set_yticks([])
