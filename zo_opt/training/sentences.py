@@ -83,7 +83,7 @@ class Parser(ArgumentParser):
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
         """The help; of a hundred options the usage names none."""
-        text = super().format_help(*args, **kwargs).rstrip("\n") + "\n"
+        text = super().format_help(*args, **kwargs).rstrip("\n").replace(",null}", "}") + "\n"
         if self.parts:
             text = re.sub(r"\Ausage: .*?\n\n", f"usage: {self.prog} [options]\n\n", text, flags=re.S)
         return text + "".join(f"\n{fill(note, 79)}\n" for note in (*self.notes, EXIT_CODES))
