@@ -29,8 +29,9 @@ def test_it_is_a_module() -> None:
     assert "Exit codes: 0 done; 1 it was tried and failed" in " ".join(done.stdout.split())
 
 
-def test_help_of_every_command_is_quick_and_in_words() -> None:
+def test_help_of_every_command_is_quick_and_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     """No help imports torch, whose import alone takes longer than help may; none shows Python's types."""
+    monkeypatch.setenv("COLUMNS", "80")
     script = (
         "import sys; from zo_opt.cli.main import COMMANDS, main\n"
         "for name in COMMANDS:\n"

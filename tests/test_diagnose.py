@@ -96,7 +96,10 @@ def test_the_learning_rate_advised_is_one_that_learned() -> None:
     found = Diagnosis((1e-4, 1e-2, 1.0), (form,), "x", 8, 10, 1.0, 4.0, 4.0, 1e-2, 0.25, 0.25, (), ())
     much, good = Trial(0.25, (1.0, 3.0), 1.0, 2.0), Trial(0.079, (1.0, 0.9), 1.0, 0.8)
     text = " ".join(advise(replace(found, trials=(much, good)), length=False))
-    assert "lr 0.079: 2 steps took the loss on 64 training rows from 1 with lr 0.25 to 2, 0.079 to 0.8" in text
+    assert (
+        "lr 0.079: loss on training rows 1 before, and after 2 steps with lr 0.25: 2; 0.079: 0.8; 0.25 (1 / curvature, 4)"
+        in text
+    )
     assert "--zo_eps 0.01 --lr 0.079" in text
     assert (
         "at 0.0001 and below rounding drowns them (0.50)" in text and "from 1 on the loss is no straight line" in text

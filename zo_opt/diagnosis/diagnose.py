@@ -14,7 +14,7 @@ from torch import Tensor
 
 from zo_opt.adapters import trainable_parameters
 from zo_opt.diagnosis import EPS_GRID
-from zo_opt.diagnosis.trials import ROWS, Trial, best_trial, try_learning_rates
+from zo_opt.diagnosis.trials import Trial, best_trial, try_learning_rates
 from zo_opt.directions import DIRECTIONS, StepDirections
 from zo_opt.errors import ZOError
 from zo_opt.estimators import TwoSided, TwoSidedWithCurvature, directional_derivative
@@ -96,6 +96,7 @@ def diagnose(
     Raises:
         ZOError: a mistake in the options or files; or no finite loss anywhere.
     """
+    asked = "--estimator two-sided " if config.on_activations else ""
     config = replace(config, prompt_cache_mb=0, estimator=config.estimator or "two-sided")  # queries on weights
     config.check()
     if queries < 2 or len(eps_grid) == 0 or min(eps_grid) <= 0:
@@ -125,7 +126,7 @@ def diagnose(
         tuple(eps_grid), found, source, queries, probes[0].trainables.total, slope, curvature, roughness, zo_eps, lr, step,
         tuple(trials), (),
     )  # fmt: skip
-    return replace(result, advice=tuple(advise(result, length=lr_is_a_length(config))))
+    return replace(result, advice=tuple(advise(result, length=lr_is_a_length(config), asked=asked)))
 
 
 class _Probe:
@@ -218,8 +219,14 @@ def best_zo_eps(eps_grid: Sequence[float], correlations: Sequence[float]) -> flo
     return near[len(near) // 2]
 
 
-def advise(d: Diagnosis, *, length: bool) -> list[str]:
-    """What follows from the figures, a sentence each; ``length``: lr is how far a step goes."""
+def advise(d: Diagnosis, *, length: bool, asked: str = "") -> list[str]:
+    """What follows from the figures, a sentence each.
+
+    Args:
+        d: the figures.
+        length: whether lr is how far a step goes.
+        asked: options of a run beside zo_eps and lr that make it the one that was measured.
+    """
     lines = [_why_zo_eps(d)]
     form, at = d.forms[0], d.eps_grid.index(d.zo_eps)
     if form.correlations[at] < 0.9:
@@ -237,7 +244,9 @@ def advise(d: Diagnosis, *, length: bool) -> list[str]:
         lines.append(
             "The loss is not convex along random directions here; what follows takes the curvature's absolute value."
         )
-    return [*lines, *_why_lr(d, length)]
+    best = best_trial(d.trials)
+    given = [] if best is None else [f"Give zo-opt train: {asked}--zo_eps {d.zo_eps:g} --lr {best.lr:g}"]
+    return [*lines, _why_lr(d, length), *given]
 
 
 def _why_zo_eps(d: Diagnosis) -> str:
@@ -253,24 +262,18 @@ def _why_zo_eps(d: Diagnosis) -> str:
     return f"{said}."
 
 
-def _why_lr(d: Diagnosis, length: bool) -> list[str]:
+def _why_lr(d: Diagnosis, length: bool) -> str:
     """The learning rate advised: that which training was seen to learn with, where it was tried."""
+    curvature = d.curvature if d.curvature > 0 else d.roughness
+    reason = f"slope {d.slope:.2g} over curvature {curvature:.2g}" if length else f"1 / curvature, {curvature:.2g}"
     most = d.step if length else d.lr
-    reason = (
-        f"slope {d.slope:.2g} over curvature {d.roughness if d.curvature <= 0 else d.curvature:.2g}" if length
-        else f"1 / curvature, {d.roughness if d.curvature <= 0 else d.curvature:.2g}"
-    )  # fmt: skip
     if not d.trials:
-        return [f"lr at most {most:.2g} ({reason}), less where batches are small; it was not tried."]
-    tried = ", ".join(f"{t.lr:g} to {t.after:.3g}" for t in d.trials)
-    steps, before = len(d.trials[-1].losses), d.trials[0].before
-    seen = f"{steps} steps took the loss on {ROWS} training rows from {before:.3g} with lr {tried}"
+        return f"lr at most {most:.2g} ({reason}), less where batches are small; it was not tried."
+    steps, before = len(d.trials[0].losses), d.trials[0].before
+    tried = "; ".join(f"{t.lr:g}: {t.after:.3g}" for t in d.trials)
+    seen = f"loss on training rows {before:.3g} before, and after {steps} steps with lr {tried}"
     best = best_trial(d.trials)
     if best is None:
-        return [f"No lr tried is good: {seen}. More queries a step or larger batches may be what is missing."]
-    bound = (
-        ""
-        if best.lr == d.trials[0].lr
-        else f"; {most:.2g} ({reason}) holds without the noise of small batches, and is too much with it"
-    )
-    return [f"lr {best.lr:g}: {seen}{bound}.", f"Give zo-opt train: --zo_eps {d.zo_eps:g} --lr {best.lr:g}"]
+        return f"No lr tried is good ({seen}); more queries a step or larger batches may be what is missing."
+    much = "" if best is d.trials[0] else f"; {most:.2g} ({reason}) would hold without the noise of small batches"
+    return f"lr {best.lr:g}: {seen}{much}."

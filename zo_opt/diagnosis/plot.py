@@ -9,7 +9,7 @@ from typing import Any
 
 from zo_opt.diagnosis.diagnose import Diagnosis
 from zo_opt.diagnosis.trials import best_trial
-from zo_opt.system.pictures import BLUE, COLOURS, FAINT, GREEN, PALE, VERMILION, key, new_figure, styled, to_png
+from zo_opt.system.pictures import BLUE, COLOURS, FAINT, GREEN, VERMILION, key, new_figure, styled, to_png
 
 _BAND = "#e3f4ec"
 
@@ -42,17 +42,28 @@ def _draw_zo_eps(axes: Any, d: Diagnosis) -> None:
         if c > max(_seen(d.forms[0].correlations)) - 0.05
     ]
     axes.axvspan(min(good) / 1.5, max(good) * 1.5, color=_BAND, zorder=0, linewidth=0)
-    for form, colour in zip(d.forms, (BLUE, PALE), strict=False):
-        axes.plot(d.eps_grid, form.correlations, "o-", color=colour, linewidth=1.8, markersize=5, label=form.precision)
+    for form, colour, order in zip(d.forms, (BLUE, FAINT), (3, 2), strict=False):
+        axes.plot(
+            d.eps_grid,
+            form.correlations,
+            "o-",
+            color=colour,
+            linewidth=1.8,
+            markersize=5,
+            label=form.precision,
+            zorder=order,
+        )
     at = d.forms[0].correlations[d.eps_grid.index(d.zo_eps)]
-    axes.plot([d.zo_eps], [at], "o", color=VERMILION, markersize=9, label=f"advised: {d.zo_eps:g}")
+    axes.plot([d.zo_eps], [at], "o", color=VERMILION, markersize=9, label=f"advised: {d.zo_eps:g}", zorder=4)
     axes.set_xscale("log")
+    axes.set_xticks(d.eps_grid, [f"{e:g}" for e in d.eps_grid], fontsize=8.5)
+    axes.minorticks_off()
     axes.set_xlim(min(d.eps_grid) / 1.7, max(d.eps_grid) * 1.7)
     low = min(0.0, *_seen([c for form in d.forms for c in form.correlations]))
     axes.set_ylim(1.1 * low, 1.04)
     for x, words, side in (
-        (0.02, "rounding drowns\nthe difference", "left"),
-        (0.98, "the loss is no\nstraight line", "right"),
+        (0.02, "rounding\ndrowns it", "left"),
+        (0.98, "loss too\ncurved", "right"),
     ):
         axes.text(x, 0.04, words, transform=axes.transAxes, ha=side, color=FAINT, fontsize=8.5)
     axes.set_xlabel("zo_eps")
