@@ -77,14 +77,7 @@ def _draw_trials(axes: Any, d: Diagnosis) -> None:
     top = 1.9 * before
     axes.axhline(before, color=FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     axes.text(
-        0.99,
-        before,
-        "before training ",
-        transform=axes.get_yaxis_transform(),
-        ha="right",
-        va="bottom",
-        color=FAINT,
-        fontsize=8.5,
+        0.01, before, "before training", transform=axes.get_yaxis_transform(), va="bottom", color=FAINT, fontsize=8.5
     )
     for trial in d.trials:
         colour = VERMILION if trial is best else GREEN if trial.learned else COLOURS[-1]
