@@ -15,7 +15,7 @@ import numpy as np
 
 from zo_opt.comparison.results import interval
 from zo_opt.record.metrics import read_metrics
-from zo_opt.record.report import smooth
+from zo_opt.record.report_picture import smooth
 
 
 class Comparison:

@@ -155,7 +155,7 @@ def picture(arguments: argparse.Namespace) -> None:
     """The median held-out loss against forwards; a panel for each set and what is queried, at the default lr."""
     from matplotlib.figure import Figure
 
-    from zo_opt.schedules.plot import COLOURS
+    from zo_opt.system.pictures import COLOURS
 
     groups = {name: group for name, group in grouped(arguments.file).items() if name[2] == 1}
     figure = Figure(figsize=(12, 8), layout="constrained", dpi=130)

@@ -56,16 +56,16 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def pictures() -> Iterator[Callable[[], AbstractContextManager[None]]]:
     """Reports come without their picture, which takes longer than all else in a small run; ``with pictures():`` they have it."""
-    draw = report.draw
+    drawing = report.picture
 
     @contextmanager
     def drawn() -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(report, "draw", draw)
+            patch.setattr(report, "picture", drawing)
             yield
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "draw", lambda metrics, summary, path: path.write_bytes(b"not drawn"))
+        patch.setattr(report, "picture", lambda metrics, summary: b"not drawn")
         yield drawn
 
 

@@ -27,8 +27,9 @@ from zo_opt.adapters import ADAPTERS, AdapterModel, load_adapter_model, make_con
 from zo_opt.adapters.adapted import AdaptedModule
 from zo_opt.adapters.storage import CONFIG_NAME, SCHEDULE_NAME, WEIGHTS_NAME
 from zo_opt.comparison.compare import resumed_options
+from zo_opt.comparison.config import CompareConfig
 from zo_opt.comparison.lr_search import best_lr
-from zo_opt.comparison.options import CompareConfig, plain, run_config
+from zo_opt.comparison.options import check, plain, run_config
 from zo_opt.comparison.results import summarise
 from zo_opt.comparison.runs import Run as OneRun
 from zo_opt.journal import Journal, read_journal, replay
@@ -429,7 +430,7 @@ def read_comparison(content: bytes, directory: Path) -> None:
         path.write_bytes(files[name])
     (run / "metrics.jsonl").write_bytes(metrics(directory)[0])
     options, base, _ = resumed_options(CompareConfig(output_dir=directory, resume=True), TrainConfig(), ())
-    for method in options.check():
+    for method in check(options):
         run_config(base, method).check()
     runs = [OneRun("mezo", TrainConfig(output_dir=run, lr=0.1))]
     summarise("mezo", runs, runs)

@@ -29,7 +29,7 @@ BASES: dict[str, dict[str, Any]] = {
     "diagnose": {
         "model_name_or_path": "{model}", "train_file": "{rows}", "eval_file": "{other_rows}", "template": "{text} It was",
         "verbalizers": "terrible,great", "device": "cpu", "precision": "fp32", "adapter": "lora", "optimizer": "mezo",
-        "queries": 2, "eps_grid": "[0.01,0.1]", "batch_size": 2, "out": "{out}.png",
+        "queries": 2, "eps_grid": "[0.01,0.1]", "trial_steps": 2, "batch_size": 2, "out": "{out}.png",
     },
 }  # fmt: skip
 SAMPLED = {"do_sample": True, "seed": 1}
@@ -41,6 +41,7 @@ SWEEP: dict[str, dict[str, tuple[dict[str, Any], Any, Any]]] = {
         "zero_shot": ({}, False, True),
         "precision": ({}, None, "mixed"),
         "device": ({}, "cpu", "nonsense"),
+        "out": ({}, None, "{out}.jsonl"),
         "quiet": ({}, False, True),
         "json": ({}, False, True),
         "trust_remote_code": ({}, False, True),
@@ -68,6 +69,7 @@ SWEEP: dict[str, dict[str, tuple[dict[str, Any], Any, Any]]] = {
         "top_k": (SAMPLED, 1, 50),
         "seed": (SAMPLED | {"temperature": 5}, 1, 2),
         "quiet": ({"out": "{out}.jsonl"}, False, True),
+        "json": ({}, False, True),
         "device": ({}, "cpu", "nonsense"),
         "trust_remote_code": ({}, False, True),
     },
@@ -81,6 +83,8 @@ SWEEP: dict[str, dict[str, tuple[dict[str, Any], Any, Any]]] = {
         "batch_size": ({"query_mode": "split"}, 16, 2),
         "out": ({}, "{out}.png", "{out}.gif"),
         "overwrite": ({"out": "{taken}.png"}, False, True),
+        "quiet": ({}, False, True),
+        "json": ({}, False, True),
     },
     "plan": {
         "model_name_or_path": ({}, "{model}", "{wide}"),
@@ -97,6 +101,8 @@ SWEEP: dict[str, dict[str, tuple[dict[str, Any], Any, Any]]] = {
         "quantise": ({}, None, "int8"),
         "out": ({}, None, "{out}.json"),
         "overwrite": ({"out": "{taken}.json"}, False, True),
+        "quiet": ({}, False, True),
+        "json": ({}, False, True),
     },
     "diagnose": {
         "config": ({"seed": None}, None, "{seed}"),
@@ -104,6 +110,9 @@ SWEEP: dict[str, dict[str, tuple[dict[str, Any], Any, Any]]] = {
         "queries": ({}, 2, 4),
         "eps_grid": ({}, "[0.01,0.1]", "[0.02,0.2]"),
         "out": ({}, "{out}.png", "{out}.gif"),
+        "trial_steps": ({}, 2, 3),
+        "quiet": ({}, False, True),
+        "json": ({}, False, True),
     },
 }  # fmt: skip
 # By nature nothing that comes out changes; what does.
@@ -115,7 +124,7 @@ NO_RESULT = {
 }
 COMPARISON = {
     "config", "preset", "methods", "seeds", "budget_forwards", "budget_seconds", "budget_memory", "lr", "lr_trials", "lr_forwards", "jobs",
-    "keep_models", "output_dir", "resume",
+    "keep_models", "output_dir", "resume", "quiet", "json",
 }  # fmt: skip
 Run = Callable[[str, dict[str, Any]], tuple[int, str, dict[str, bytes]]]
 

@@ -25,7 +25,8 @@ from zo_opt import MeZO, optim
 from zo_opt.adapters import ADAPTERS
 from zo_opt.cli.main import COMMANDS, main
 from zo_opt.comparison import runs
-from zo_opt.comparison.options import CompareConfig
+from zo_opt.comparison.config import CompareConfig
+from zo_opt.comparison.options import check
 from zo_opt.optim import OPTIMIZERS
 from zo_opt.tasks.builtin import TASKS
 from zo_opt.training.config import TrainConfig
@@ -103,7 +104,7 @@ def test_a_command_is_taken_by_the_parser(command: str, monkeypatch: pytest.Monk
     ):  # which needs packages that are optional
         TrainConfig(**values).check()
     if name == "compare":
-        CompareConfig(**{f.name: values[f.name] for f in fields(CompareConfig) if f.name in values}).check()
+        check(CompareConfig(**{f.name: values[f.name] for f in fields(CompareConfig) if f.name in values}))
 
 
 def known_options() -> set[str]:

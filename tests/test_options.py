@@ -215,7 +215,7 @@ WRONG: dict[str, tuple[str, str]] = {
     "a word for a number": ("--steps many", "steps='many' is not possible; give a whole number of at least 1"),
     "a fraction": ("--steps 2.5", r"steps=2\.5 is not possible; give a whole number"),
     "none of a few": ("--head lmm", "head='lmm' is not possible; give lm or classification"),
-    "a negative rate": ("--lr=-1", "lr=-1 is not possible; give a number of at least 0 or null"),
+    "a negative rate": ("--lr=-1", "lr=-1 is not possible; give a number of at least 0, such as 0, 0.001 or 0.1"),
     "nan": ("--adapter lora --adapter.alpha nan", "adapter.alpha=nan is not possible; give a number"),
     "a rank of none": ("--adapter.rank 0", "rank=0 is not possible; give a whole number from 1"),
     "a name that is none": ("--optimizer mezoo", r"optimizer='mezoo' is not known.*Did you mean mezo\?"),
@@ -318,8 +318,14 @@ def test_help_shows_the_options_of_what_was_chosen(capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("line", "shown"),
     [
-        ("", {"schedule.min_queries": "8", "schedule.max_queries": "15", "update_rule.beta2": "0.99"}),
-        ("", {"adapter.rank": "8", "adapter.positions": "answer", "adapter.layers": "from two fifths of the depth on"}),
+        (
+            "--optimizer adazeta",
+            {"schedule.min_queries": "8", "schedule.max_queries": "15", "update_rule.beta2": "0.99"},
+        ),
+        (
+            "--optimizer adazeta",
+            {"adapter.rank": "8", "adapter.positions": "answer", "adapter.layers": "from two fifths of the depth on"},
+        ),
         ("--adapter tt", {"adapter.rank": "5", "adapter.positions": "all", "adapter.layers": "the last quarter"}),
         ("--optimizer mezo", {"adapter.positions": "all", "adapter.layers": "the last quarter"}),
         ("--adapter lora", {"adapter.rank": "8", "adapter.seed": "the run's"}),

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from zo_opt.adapters import ADAPTERS
-from zo_opt.comparison.options import CompareConfig, run_config
+from zo_opt.comparison.config import CompareConfig
+from zo_opt.comparison.options import check, run_config
 from zo_opt.errors import ZOError
 from zo_opt.optim import OPTIMIZERS
 from zo_opt.training.config import TrainConfig
@@ -78,7 +79,7 @@ def test_names_that_are_not_known(name: str) -> None:
 
 def test_methods_as_a_list_or_a_word() -> None:
     for methods in ("lora, mezo-lora", ["lora", "mezo-lora"]):
-        assert [m.name for m in CompareConfig(methods=methods, seeds=[0, 1]).check()] == ["lora", "mezo-lora"]
+        assert [m.name for m in check(CompareConfig(methods=methods, seeds=[0, 1]))] == ["lora", "mezo-lora"]
     assert CompareConfig(seeds="0,1").seed_list == [0, 1] == CompareConfig(seeds=[0, 1]).seed_list
 
 

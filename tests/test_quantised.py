@@ -211,7 +211,7 @@ def test_a_checkpoint_that_is_quantised_already(
 
 
 MISTAKES = {
-    "unknown": ({"quantise": "int3"}, "quantise='int3' is not possible; give int8, int4, bnb-int8, bnb-nf4 or null"),
+    "unknown": ({"quantise": "int3"}, "quantise='int3' is not possible; give int8, int4, bnb-int8 or bnb-nf4"),
     "whole model": ({"quantise": "int4", "adapter": "full"}, "trains the model's own weights"),
 }
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from base64 import b64encode
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +86,8 @@ def finished(
 def test_files_of_a_finished_run(finished: tuple[Path, list[str]]) -> None:
     directory, _ = finished
     expected = {
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "checkpoint.safetensors", "journal", "metrics.jsonl", "report.md",
-        "report.png", "results.json", "run.json", "start",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "checkpoint.safetensors", "journal", "metrics.jsonl", "report.html",
+        "report.md", "report.png", "results.json", "run.json", "start",
     }  # fmt: skip
     assert {path.name for path in directory.iterdir()} - {"tensorboard"} == expected
     assert json.loads((directory / "adapter_config.json").read_text())["adapter_type"] == "tt"
@@ -155,6 +158,17 @@ def check_picture(path: Path) -> None:
 
 def test_report_as_a_picture(finished: tuple[Path, list[str]]) -> None:
     check_picture(finished[0] / "report.png")
+
+
+def test_report_as_one_page(finished: tuple[Path, list[str]]) -> None:
+    """The table and the picture, and nothing that is anywhere else."""
+    page = (finished[0] / "report.html").read_text(encoding="utf-8")
+    assert b64encode((finished[0] / "report.png").read_bytes()).decode() in page
+    assert not re.findall(r'(?:src|href)="(?!data:)', page) and "<script" not in page
+    table = (finished[0] / "report.md").read_text()
+    for name, value in re.findall(r"^\| ([^|]+) \| (.+) \|$", table, re.M)[2:]:
+        assert f"<tr><th>{name}</th><td>" in page, name
+        assert escape(re.sub(r"\*\*", "", value)).split(" ±")[0] in re.sub(r"</?strong>", "", page), value
 
 
 def test_a_picture_of_backpropagation_on_running_text(toy_options: Options, tmp_path: Path, pictures: Pictures) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from zo_opt import presets
+from zo_opt.cli.options import DiagnoseConfig, PlanConfig
 from zo_opt.training.options import COMPARISONS_OWN, GROUPS, NonNegativeInt, PositiveFloat, PositiveInt
 from zo_opt.training.sentences import Parser
 
@@ -22,8 +23,9 @@ class Command:
         add: adds its own options.
         groups: dataclasses of options that it has besides; it is told those that were given, and has defaults of its own.
         several: the methods whose options it takes, from what was given; None where one adapter and optimizer are chosen by name.
-        skip: options of the groups that it does not have.
+        skip: options and parts that it does not have, or that are not chosen by one name.
         parts: those chosen by name; all where there are groups.
+        naming: what to type for help on the options of a part.
     """
 
     summary: str
@@ -33,6 +35,7 @@ class Command:
     several: Callable[[Mapping[str, Any]], Mapping[str, list[Any]]] | None = None
     skip: frozenset[str] = frozenset()
     parts: tuple[str, ...] = ()
+    naming: str = "--adapter lora"
 
 
 def _add_train(parser: Parser) -> None:
@@ -63,17 +66,19 @@ def _add_completion(parser: Parser) -> None:
 
 
 def _add_compare(parser: Parser) -> None:
-    from zo_opt.comparison.options import CompareConfig
+    from zo_opt.comparison.config import CompareConfig
 
     _add_config(parser)
     parser.add_class_arguments(CompareConfig, None)
+    _add_saying(parser)
 
 
 def _compared(values: Mapping[str, Any]) -> Mapping[str, list[Any]]:
     """Adapters and optimizers of the methods compared."""
-    from zo_opt.comparison.options import CompareConfig, unions
+    from zo_opt.comparison.config import CompareConfig
+    from zo_opt.comparison.options import methods_of, unions
 
-    return unions(CompareConfig(methods=values.get("methods", CompareConfig.methods)).check_methods())
+    return unions(methods_of(CompareConfig(methods=values.get("methods", CompareConfig.methods))))
 
 
 def _add_eval(parser: Parser) -> None:
@@ -82,6 +87,11 @@ def _add_eval(parser: Parser) -> None:
     parser.add_argument("--zero_shot", type=bool, default=False, help="leave the adapter out")
     parser.add_argument(
         "--precision", type=str | None, help="of the base: mixed, fp32 or auto; the run's own if left out"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path | None,
+        help="a .jsonl file to which the result is added; evaluations.jsonl of the run if not given",
     )
     _add_saying(parser)
 
@@ -128,9 +138,9 @@ def _add_generate(parser: Parser) -> None:
     parser.add_argument("--seed", type=NonNegativeInt, default=0, help="of sampling")
     parser.add_argument(
         "--batch_size", type=PositiveInt | None,
-        help="with --out: prompts at once; the run's eval_batch_size if not given, one at a time with --do_sample",
+        help="with --out or --json: prompts at once; the run's eval_batch_size if not given, one at a time with --do_sample",
     )  # fmt: skip
-    _add_quiet(parser)
+    _add_saying(parser)
 
 
 def _add_run(parser: Parser) -> None:
@@ -145,19 +155,17 @@ def _add_device(parser: Parser) -> None:
 
 
 def _add_diagnose(parser: Parser) -> None:
-    from zo_opt.cli.diagnose import DiagnoseConfig
-
     _add_config(parser)
     parser.add_class_arguments(DiagnoseConfig, None)
+    _add_saying(parser)
 
 
 def _add_schedule(parser: Parser) -> None:
     from zo_opt.cli.schedule import ScheduleConfig
-    from zo_opt.schedules import SCHEDULES
 
-    parser.epilog = f"Schedules: {', '.join(SCHEDULES)}; or module:function, your own."
     parser.add_argument("--config", type=Path, help="a YAML file of options")
     parser.add_class_arguments(ScheduleConfig, None, skip={"schedule"})
+    _add_saying(parser)
 
 
 def _scheduled(values: Mapping[str, Any]) -> Mapping[str, list[Any]]:
@@ -167,9 +175,8 @@ def _scheduled(values: Mapping[str, Any]) -> Mapping[str, list[Any]]:
 
 
 def _add_plan(parser: Parser) -> None:
-    from zo_opt.cli.plan import PlanConfig
-
     parser.add_class_arguments(PlanConfig, None)
+    _add_saying(parser)
 
 
 def _add_status(parser: Parser) -> None:
@@ -185,6 +192,7 @@ def _add_replay(parser: Parser) -> None:
     _add_device(parser)
     parser.add_argument("--inexact", type=bool, default=False, help="accept weights that differ from training's bits")
     _add_trust(parser)
+    _add_saying(parser)
 
 
 def _add_merge(parser: Parser) -> None:
@@ -192,6 +200,7 @@ def _add_merge(parser: Parser) -> None:
     parser.add_argument("--to", type=Path | None, help="a new directory for the model and its tokenizer")
     parser.add_argument("--as", type=str, default="model", help="model, or lora: the adapter alone in PEFT's format")
     _add_trust(parser)
+    _add_saying(parser)
 
 
 def _add_trust(parser: Parser) -> None:
@@ -214,7 +223,8 @@ COMMANDS = {
         _add_compare,
         GROUPS,
         _compared,
-        COMPARISONS_OWN,
+        COMPARISONS_OWN | {"adapter", "optimizer"},
+        naming="--methods adazeta,lora",
     ),
     "eval": Command(
         "evaluate a run again, or on other rows", "Evaluate the model that a run of zo-opt train made.", _add_eval
@@ -241,6 +251,8 @@ COMMANDS = {
         _add_schedule,
         parts=("schedule",),
         several=_scheduled,
+        skip=frozenset({"schedule"}),
+        naming="--query_schedule adazeta,linear",
     ),
     "plan": Command(
         "which methods fit in memory, before downloading anything",

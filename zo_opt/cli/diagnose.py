@@ -4,40 +4,25 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from rich import box
 from rich.table import Table
 
-from zo_opt.diagnosis.diagnose import EPS_GRID, Diagnosis, diagnose
-from zo_opt.diagnosis.plot import draw
+from zo_opt.cli.options import DiagnoseConfig
+from zo_opt.cli.say import print_json, reporter_of
+from zo_opt.diagnosis.diagnose import Diagnosis, diagnose
+from zo_opt.diagnosis.plot import picture
 from zo_opt.errors import ZOError
-from zo_opt.record.progress import Reporter
 from zo_opt.system.files import write_atomically
+from zo_opt.system.plain_json import without_nan
 from zo_opt.training.config import TrainConfig
-from zo_opt.training.options import PositiveInt
-
-
-@dataclass(frozen=True)
-class DiagnoseConfig:
-    """What is measured, beside the options of a run.
-
-    Args:
-        queries: directions, each on an example of its own.
-        eps_grid: values of zo_eps to try.
-        out: the picture; numbers beside it as .json.
-    """
-
-    queries: PositiveInt = 48
-    eps_grid: Sequence[float] = EPS_GRID
-    out: Path = Path("diagnose.png")
 
 
 def run(options: Namespace, command: str) -> None:
     """Measure, print the table and the advice, draw the picture."""
-    reporter = Reporter()
+    reporter, as_json = reporter_of(options)
     values = vars(options)
     asked = DiagnoseConfig(**{f.name: values.pop(f.name) for f in fields(DiagnoseConfig) if f.name in values})
     out = asked.out
@@ -46,16 +31,21 @@ def run(options: Namespace, command: str) -> None:
     data = out.with_suffix(".json")
     taken = [str(p) for p in (out, data) if p.exists()]
     if taken:
-        raise ZOError(f"{' and '.join(taken)} exist already; give another --out.")
+        raise ZOError(f"{' and '.join(taken)} {'is' if len(taken) == 1 else 'are'} there already; give another --out.")
     if not out.parent.is_dir():
         raise ZOError(f"the directory {out.parent} of --out does not exist; create it first.")
-    diagnosis = diagnose(TrainConfig(**values), reporter, queries=asked.queries, eps_grid=asked.eps_grid)
-    reporter.console.print(table(diagnosis))
-    for line in diagnosis.advice:
+    config = TrainConfig(**values)
+    found = diagnose(config, reporter, queries=asked.queries, eps_grid=asked.eps_grid, trial_steps=asked.trial_steps)
+    reporter.show(table(found))
+    for line in found.advice:
         reporter.say(line)
-    write_atomically(data, (json.dumps(asdict(diagnosis), indent=2) + "\n").encode())
-    draw(diagnosis, out)
+    measured = without_nan(asdict(found))
+    write_atomically(data, (json.dumps(measured, indent=2) + "\n").encode())
+    about = f"{Path(config.model_name_or_path).name} on {config.rows_name or config.task}: {config.optimizer_name}, {config.adapter_name}"
+    write_atomically(out, picture(found, about))
     reporter.say(f"picture: {out}; numbers: {data}")
+    if as_json:
+        print_json(measured)
 
 
 def table(d: Diagnosis) -> Table:

@@ -9,7 +9,7 @@ from contextlib import closing
 from typing import Any
 
 from zo_opt.cli.lines import Lines
-from zo_opt.cli.say import beside_results
+from zo_opt.cli.say import reporter_of
 from zo_opt.errors import ZOError
 from zo_opt.record.progress import Reporter
 from zo_opt.tasks.rows import read_rows
@@ -23,15 +23,17 @@ def run(options: Namespace, command: str) -> None:
     """Write after a prompt, after each row of a file, or in a conversation."""
     if (options.prompt is not None) + (options.file is not None) + options.chat != 1:
         raise ZOError("generate needs one of --prompt TEXT, --file FILE and --chat.")
-    if options.chat and (options.out is not None or options.form != "run"):
+    if options.chat and (options.out is not None or options.form != "run" or options.json):
         raise ZOError(
-            "--out and --form are of no use to --chat, which is a conversation in the chat template; leave them out."
+            "--out, --form and --json are of no use to --chat, which is a conversation in the chat template; leave them out."
         )
-    if options.batch_size is not None and options.out is None:
+    if options.out is not None and options.json:
+        raise ZOError("--out and --json were both given: the lines go to one place; leave one out.")
+    if options.batch_size is not None and options.out is None and not options.json:
         raise ZOError(
-            "batch_size is of no use without --out: on the terminal texts appear one at a time; leave it out."
+            "batch_size is of no use without --out or --json: on the terminal texts appear one at a time; leave it out."
         )
-    reporter = beside_results(options)
+    reporter, as_json = reporter_of(options, beside=True)
     prompts: Sequence[Prompt] = [options.prompt] if options.file is None else read_rows(options.file)
     if options.file is not None and (options.file.suffix == ".txt" or options.form != "run"):
         prompts = [_text_of(row, options) for row in prompts if isinstance(row, Mapping)]
@@ -42,7 +44,7 @@ def run(options: Namespace, command: str) -> None:
         )
         if options.chat:
             _converse(found, reporter, given)
-        elif options.out is None:
+        elif options.out is None and not as_json:
             found.generate(prompts, form=options.form, streamer=_streamer(found), **given)
         else:
             texts = found.texts(prompts, form=options.form, batch_size=options.batch_size, **given)

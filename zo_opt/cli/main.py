@@ -60,6 +60,10 @@ def _run(arguments: Sequence[str]) -> int:
 
     def parser() -> Parser:
         made = Parser(prog=f"zo-opt {chosen}", description=command.description)
+        if command.groups or command.parts:
+            made.notes = [
+                f"Options of what is chosen by name are shown with it: zo-opt {chosen} {command.naming} --help."
+            ]
         command.add(made)
         return made
 
@@ -88,10 +92,8 @@ def _print_config(values: dict[str, Any]) -> int:
 def _overview() -> Parser:
     """What there is."""
     parser = Parser(
-        prog="zo-opt", description="Fine-tune language models with forward passes alone.", version=__version__,
-        epilog="Exit codes: 0 done; 1 training failed, or status of a run that did; 2 a mistake in what was given, said in one sentence; "
-        "128 + signal where it was stopped.",
-    )  # fmt: skip
+        prog="zo-opt", description="Fine-tune language models with forward passes alone.", version=__version__
+    )
     commands = parser.add_subcommands(dest="command", required=False)
     for name, command in COMMANDS.items():
         commands.add_subcommand(name, Parser(description=command.description), help=command.summary)

@@ -8,10 +8,10 @@ import torch
 
 from zo_opt.adapters.peft_write import exportable
 from zo_opt.adapters.storage import load
+from zo_opt.cli.say import print_json, reporter_of
 from zo_opt.errors import ZOError
 from zo_opt.models.quantisation import adopt, quantised_layers
 from zo_opt.record.output import RUN_NAME, output_directory
-from zo_opt.record.progress import Reporter
 from zo_opt.training.run_record import config_of, load_plain_base, load_tuned, read_record
 
 FORMS = ("model", "lora")
@@ -29,7 +29,7 @@ def run(options: Namespace, command: str) -> None:
     adapter = load(options.run_dir).config
     if form == "model" and adapter is not None:
         adapter.check_mergeable()
-    reporter = Reporter()
+    reporter, as_json = reporter_of(options)
     with output_directory(options.to, "--to") as to:
         base, tokenizer = load_plain_base(config, record.get("resolved", {}), reporter)
         adopt(base, torch.float32)
@@ -45,3 +45,5 @@ def run(options: Namespace, command: str) -> None:
             model.merge_and_unload().save_pretrained(to)  # type: ignore[operator]
             tokenizer.save_pretrained(to)
     reporter.say(f"the {'LoRA' if form == 'lora' else 'merged model'} of {options.run_dir} is in {options.to}")
+    if as_json:
+        print_json({"run": options.run_dir, "to": options.to, "as": form})

@@ -7,19 +7,17 @@ import io
 import json
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import fields
+from typing import Any
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
+from zo_opt.cli.options import PlanConfig
+from zo_opt.cli.say import print_json, reporter_of
 from zo_opt.errors import ZOError
-from zo_opt.models import builtin
 from zo_opt.planning import Footprint, Setting, make_skeleton, plan_method, read_config
-from zo_opt.record.progress import Reporter
 from zo_opt.system.files import write_atomically
 from zo_opt.system.memory import current_memory, parse_bytes, readable, total_memory
 from zo_opt.training.pairings import PAIRINGS, get_pairing
@@ -30,45 +28,13 @@ CONTEXT = 512 << 20  # what CUDA itself takes of a device, about
 _SIZES = ("weights", "gradients", "optimizer", "activations", "process")
 
 
-@dataclass(frozen=True)
-class PlanConfig(Setting):
-    """Which methods to plan, for which model, batch and memory.
-
-    Args:
-        model_name_or_path: the built-in name, a local directory or a Hugging Face id, of which config.json alone is read.
-        methods: names with commas between: those of zo-opt compare, or any optimizer:adapter; all if not given.
-        memory: mark what fits in it, such as 24GB or 22.5GiB; what this machine's device has if not given.
-        batch_size: rows a step.
-        length: tokens a row.
-        precision: of the frozen base: mixed (bf16 matrices), fp32, bf16 (every tensor), or auto: mixed where the device is fast at it.
-        device: cuda, cpu, or auto: CUDA where this machine has it.
-        head: lm (label words) or classification (a new head).
-        logits: labels (the output head at label positions, as zo-opt trains) or all (language modelling).
-        layers: adapters in the last so many layers; in all if not given (zo-opt train takes the last quarter).
-        query_mode: of zeroth-order methods: sequential, batched, split or auto; the method's if not given.
-        quantise: the frozen base in int8, int4, bnb-int8 or bnb-nf4; in full if not given.
-        out: a file for the table: .json, .csv or .md.
-        overwrite: replace the file if it is there.
-    """
-
-    precision: Literal["auto", "mixed", "fp32", "bf16"] = "auto"
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    head: Literal["lm", "classification"] = "lm"
-    logits: Literal["labels", "all"] = "labels"
-    query_mode: Literal["sequential", "batched", "split", "auto"] | None = None
-    quantise: Literal["int8", "int4", "bnb-int8", "bnb-nf4"] | None = None
-    model_name_or_path: str = builtin.DEFAULT_MODEL
-    methods: str | None = None
-    memory: str | None = None
-    out: Path | None = None
-    overwrite: bool = False
-
-
 def run(options: Namespace, command: str) -> None:
     """Plan all methods, print the table, write the file."""
+    reporter, as_json = reporter_of(options)
     config = PlanConfig(**vars(options))
     _check(config)
-    device = config.taken_device
+    setting = Setting(**{f.name: getattr(config, f.name) for f in fields(Setting)})
+    device = setting.taken_device
     there = device.type == "cpu" or torch.cuda.is_available()
     memory = parse_bytes(config.memory) if config.memory is not None else total_memory(device) if there else None
     names = config.methods.split(",") if config.methods is not None else PAIRINGS
@@ -78,28 +44,30 @@ def run(options: Namespace, command: str) -> None:
     if positions is not None and config.length > positions:
         raise ZOError(f"length={config.length} is more than the model's {positions} positions; give at most that.")
     base = current_memory(device) if device.type == "cpu" else CONTEXT  # all that a run imports is imported by now
-    rows, notes, reporter = [], {}, Reporter()
+    rows, notes = [], {}
     for pairing in pairings:
         try:
-            rows.append(row(pairing.name, plan_method(skeleton, pairing.config(), config), base, memory))
+            rows.append(row(pairing.name, plan_method(skeleton, pairing.config(), setting), base, memory))
         except ZOError as error:
             notes[pairing.name] = " ".join(str(error).split())
     if not rows:
         name, reason = next(iter(notes.items()))
         raise ZOError(f"nothing could be planned; {name}: {reason.rstrip('.')}.")
-    where = f"{config.taken_precision}, {device.type}" + (
+    where = f"{setting.taken_precision}, {device.type}" + (
         f", {readable(memory)} of memory" if memory is not None else ""
     )
-    print(f"{config.model_name_or_path}: a step of {config.batch_size} x {config.length} tokens, {where}")
-    Console().print(table(rows))
+    reporter.say(f"{config.model_name_or_path}: a step of {config.batch_size} x {config.length} tokens, {where}")
+    reporter.show(table(rows))
     whole = "all that the process takes" if device.type == "cpu" else "all that it takes of the device"
     reporter.say(
         f"Estimates. process: {whole}, {readable(base)} before a model is read included; real runs took up to {ACCURACY:.0%} more."
     )
     for name, reason in notes.items():
         reporter.say(f"{name}: {reason}")
+    rows += [{"method": name, "note": reason} for name, reason in notes.items()]
+    if as_json:
+        print_json(plain(rows, config))
     if config.out is not None:
-        rows += [{"method": name, "note": reason} for name, reason in notes.items()]
         write_atomically(config.out, rendered(rows, config).encode())
         reporter.say(f"written to {config.out}")
 
@@ -128,12 +96,16 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     return shown
 
 
+def plain(rows: Sequence[dict[str, Any]], config: PlanConfig) -> dict[str, Any]:
+    """For programs."""
+    return {"config": {k: v for k, v in vars(config).items() if k not in ("out", "overwrite")}, "methods": list(rows)}
+
+
 def rendered(rows: Sequence[dict[str, Any]], config: PlanConfig) -> str:
     """The file's content, by its ending."""
     assert config.out is not None
     if config.out.suffix == ".json":
-        plain = {k: v for k, v in vars(config).items() if k not in ("out", "overwrite")}
-        return json.dumps({"config": plain, "methods": rows}, indent=2) + "\n"
+        return json.dumps(plain(rows, config), indent=2) + "\n"
     names = ["method", *(f.name for f in fields(Footprint)), "process", "fits", "note"]
     if config.out.suffix == ".csv":
         text = io.StringIO()

@@ -6,7 +6,7 @@ from argparse import Namespace
 from contextlib import closing
 
 from zo_opt.cli.lines import Lines
-from zo_opt.cli.say import beside_results
+from zo_opt.cli.say import reporter_of
 from zo_opt.errors import ZOError
 from zo_opt.tasks.rows import read_rows
 from zo_opt.training.run import Run
@@ -16,7 +16,7 @@ def run(options: Namespace, command: str) -> None:
     """Label the rows of a file: a JSON object a row, in their order, to a file or to the terminal."""
     if options.file is None:
         raise ZOError("predict needs --file, the rows to label.")
-    reporter = beside_results(options)
+    reporter, _ = reporter_of(options, beside=True)
     rows = read_rows(options.file)  # before the model is loaded
     with closing(Lines(options.out)) as lines:
         found = Run(

@@ -5,12 +5,12 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
+from zo_opt.cli.say import print_json, reporter_of
 from zo_opt.errors import ZOError
 from zo_opt.journal import NAME, read_journal, replay
 from zo_opt.models.models import pick_device
 from zo_opt.models.precision import set_precision
 from zo_opt.record.output import RUN_NAME, START_NAME, output_directory
-from zo_opt.record.progress import Reporter
 from zo_opt.training.run_record import config_of, load_plain_base, load_tuned, read_config, read_record
 
 
@@ -42,7 +42,7 @@ def run(options: Namespace, command: str) -> None:
             f"{path} ends after {contents.steps} of the run's {config.most_steps} steps: its end was lost; restore it from a copy, "
             f"or give --steps {contents.steps} to take what is left."
         )
-    reporter = Reporter()
+    reporter, as_json = reporter_of(options)
     with output_directory(options.to, "--to") as to:
         device = pick_device(options.device or config.device)
         base, _ = load_plain_base(config, resolved, reporter)
@@ -51,3 +51,5 @@ def run(options: Namespace, command: str) -> None:
         steps = replay(path, model, steps=options.steps, exact=not options.inexact)
         model.save_pretrained(to)
     reporter.say(f"the adapter after step {steps} of {config.most_steps}, rebuilt on {device.type}, is in {options.to}")
+    if as_json:
+        print_json({"journal": path, "to": options.to, "steps": steps, "of": config.most_steps, "device": device.type})

@@ -10,28 +10,27 @@ from typing import Any
 from rich.console import Console
 
 from zo_opt.record.progress import Reporter
+from zo_opt.system.plain_json import without_nan
 
 
-def reporter_of(options: Namespace) -> Reporter:
-    """Who says what happens: nobody with ``--quiet``; with ``--json`` to standard error, for the result alone is on standard output.
+def reporter_of(options: Namespace, *, beside: bool = False) -> tuple[Reporter, bool]:
+    """Who says what happens, and whether the result is to be JSON on standard output, where it is alone: all else goes to standard error.
 
-    Both are taken out of the options.
+    Both options are taken out.
+
+    Args:
+        options: ``quiet``: nobody says anything; ``json``: for programs.
+        beside: results come on standard output anyway.
     """
-    quiet, to_programs = (bool(vars(options).pop(name, False)) for name in ("quiet", "json"))
-    return _reporter(quiet=quiet, beside=to_programs)
-
-
-def beside_results(options: Namespace) -> Reporter:
-    """Who says what happens in a command whose results come on standard output: standard error, or nobody with ``--quiet``."""
-    return _reporter(quiet=options.quiet, beside=True)
-
-
-def _reporter(*, quiet: bool, beside: bool) -> Reporter:
+    quiet, as_json = (bool(vars(options).pop(name, False)) for name in ("quiet", "json"))
     if quiet:
-        return Reporter(Console(quiet=True))
-    return Reporter(Console(stderr=True, highlight=False, soft_wrap=True)) if beside else Reporter()
+        return Reporter(Console(quiet=True)), as_json
+    if beside or as_json:
+        return Reporter(Console(stderr=True, highlight=False, soft_wrap=True)), as_json
+    return Reporter(), as_json
 
 
 def print_json(values: dict[str, Any]) -> None:
-    """A result, in one line on standard output."""
-    sys.stdout.write(json.dumps(values, ensure_ascii=False) + "\n")
+    """A result, in one line on standard output; null where a number is not finite."""
+    sys.stdout.write(json.dumps(without_nan(values), ensure_ascii=False) + "\n")
+    sys.stdout.flush()

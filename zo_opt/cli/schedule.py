@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from zo_opt.choices import option_names
+from zo_opt.cli.say import print_json, reporter_of
 from zo_opt.errors import ZOError
-from zo_opt.queries.modes import QueryMode
-from zo_opt.schedules import SCHEDULES, AdaZetaQueries, QuerySchedule, RunLength, for_run, simulate
+from zo_opt.schedules import SCHEDULES, AdaZetaQueries, QueryMode, QuerySchedule, RunLength, for_run, simulate
 from zo_opt.schedules.base import two_sided_cost
 from zo_opt.schedules.plot import Course, picture, table
 from zo_opt.system.files import write_atomically
@@ -142,17 +141,20 @@ class ScheduleConfig:
 
 def run(options: Namespace, command: str) -> None:
     """Print the table, draw the picture, write all steps beside it."""
+    reporter, as_json = reporter_of(options)
     config = ScheduleConfig(**vars(options))
     config.check()
     courses, notes = config.courses(), config.notes()
     image_path, table_path = config.files()
     write_atomically(image_path, picture(courses, notes[0]))
     write_atomically(table_path, table(courses, config.steps_per_epoch))
-    console = Console(highlight=False)
-    console.print(summary(courses, config.steps_per_epoch))
+    reporter.show(summary(courses, config.steps_per_epoch))
     for note in notes:
-        console.print(note, markup=False, soft_wrap=True)
-    console.print(f"picture: {image_path}; every step: {table_path}", markup=False, soft_wrap=True)
+        reporter.say(note)
+    reporter.say(f"picture: {image_path}; every step: {table_path}")
+    if as_json:
+        spent = {c.name: {"queries": sum(c.queries), "forwards": c.forwards[-1]} for c in courses}
+        print_json({"picture": image_path, "table": table_path, "notes": notes, "schedules": spent})
 
 
 def summary(courses: list[Course], steps_per_epoch: int) -> Table:

@@ -6,6 +6,7 @@ from argparse import Namespace
 
 from zo_opt.cli.say import print_json, reporter_of
 from zo_opt.distributed import launched_rank, process_group
+from zo_opt.models.models import check_device
 from zo_opt.system.memory import readable
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.followers import check_ranks, follow
@@ -14,9 +15,10 @@ from zo_opt.training.loop import train
 
 def run(options: Namespace, command: str) -> None:
     """Train with the options that were given and say what came out; under torchrun, as one of several processes."""
-    as_json, reporter = vars(options).get("json", False), reporter_of(options)
+    reporter, as_json = reporter_of(options)
     values = vars(options)
     config = TrainConfig(**values)
+    check_device(config.device)  # before anything is fetched
     check_ranks(config)
     with process_group():
         if launched_rank():
@@ -29,4 +31,4 @@ def run(options: Namespace, command: str) -> None:
     )
     reporter.say(f"adapter, report.md and report.png are in {output_dir}")
     if as_json:
-        print_json({"output_dir": str(output_dir)} | summary.to_dict())
+        print_json({"output_dir": output_dir} | summary.to_dict())

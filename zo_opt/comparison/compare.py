@@ -14,17 +14,10 @@ from typing import Any
 import numpy as np
 
 from zo_opt.comparison import output
+from zo_opt.comparison.config import CompareConfig, own_methods
 from zo_opt.comparison.fitting import Sizes, fitting_batch, sizes_of
 from zo_opt.comparison.lr_search import best_lr, lr_grid, model_parameters
-from zo_opt.comparison.options import (
-    SECONDS_PROBE_STEPS,
-    CompareConfig,
-    check_heeded,
-    own_methods,
-    plain,
-    recorded,
-    run_config,
-)
+from zo_opt.comparison.options import SECONDS_PROBE_STEPS, check, check_heeded, plain, recorded, run_config
 from zo_opt.comparison.results import Row, step_seconds, summarise, unlearned
 from zo_opt.comparison.runs import Run
 from zo_opt.comparison.supervisor import run_all
@@ -65,7 +58,7 @@ def compare(
     """
     if options.resume:
         options, base, command = resumed_options(options, base, given)
-    pairings = options.check()
+    pairings = check(options)
     check_heeded(base, pairings)
     for pairing in pairings:
         try:

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from zo_opt.comparison.plots import draw
+from zo_opt.comparison.plots import picture
 from zo_opt.comparison.results import CONFIDENCE, Row
 from zo_opt.comparison.runs import Run
 from zo_opt.system.files import write_atomically
@@ -33,7 +33,27 @@ def write(
     write_atomically(directory / f"{NAME}.csv", to_csv(rows).encode())
     write_atomically(directory / f"{NAME}.md", to_markdown(rows, command, base).encode())
     write_atomically(directory / "rows.json", (json.dumps([asdict(row) for row in rows], indent=1) + "\n").encode())
-    draw(rows, runs, directory / f"{NAME}.png")
+    below = (
+        f"{Path(base.model_name_or_path).name}; {_budget(rows)}, {_seeds(rows)}\n"
+        "Peak memory is that of the whole process while training; the interval speaks of other rows"
+        + (" and other seeds." if any(row.seeds > 1 for row in rows) else ".")
+    )
+    write_atomically(directory / f"{NAME}.png", picture(rows, runs, _title(rows, base), below))
+
+
+def _title(rows: Sequence[Row], base: TrainConfig) -> str:
+    return f"{len(rows)} method{'s' * (len(rows) != 1)} on {Path(base.rows_name or base.task).name}"
+
+
+def _budget(rows: Sequence[Row]) -> str:
+    """The forward passes of a run, which differ by less than a step's."""
+    most = max((row.forwards for row in rows if row.forwards is not None), default=None)
+    return "no run finished" if most is None else f"{most:,} forward passes each"
+
+
+def _seeds(rows: Sequence[Row]) -> str:
+    seeds = max(row.seeds for row in rows)
+    return f"{seeds} seeds" if seeds > 1 else "one seed"
 
 
 def parts(rows: Sequence[Row]) -> dict[str, dict[str, list[str]]]:
@@ -111,7 +131,6 @@ def to_markdown(rows: Sequence[Row], command: str, base: TrainConfig) -> str:
     ]
     table = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
     notes = "".join(f"- {reason}\n" for reason in reasons(rows))
-    task = base.rows_name or base.task
     seeds = max(row.seeds for row in rows)
     means = (
         f"Means over {seeds} seeds; the 95 % interval speaks of other seeds and other rows."
@@ -119,9 +138,9 @@ def to_markdown(rows: Sequence[Row], command: str, base: TrainConfig) -> str:
         else "One seed; the 95 % interval speaks of other rows, not of other seeds."
     )
     return (
-        f"# {len(rows)} methods on {task}\n\n{base.model_name_or_path}\n\n{table}\n"
+        f"# {_title(rows, base)}\n\n{base.model_name_or_path}\n\n{table}\n"
         + (f"{notes}\n" if notes else "")
-        + f"![loss against forward passes, loss against seconds, result against peak memory]({NAME}.png)\n\n```\n{command}\n```\n\n"
+        + f"![results, peak memory and time of all methods, and loss against forward passes]({NAME}.png)\n\n```\n{command}\n```\n\n"
         "A forward pass is one evaluation of the loss on one batch; a backward pass counts as two. What trials of learning rates took "
         "(search) comes on top of a run's own forwards. Peak memory is that of the whole process while training. "
         f"{means} Train loss is the mean over the last tenth of the steps. Kind: forward passes alone, or with backward passes."

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from zo_opt.adapters import trainable_parameters
+from zo_opt.diagnosis import EPS_GRID
+from zo_opt.diagnosis.trials import Trial, best_trial, try_learning_rates
 from zo_opt.directions import DIRECTIONS, StepDirections
 from zo_opt.errors import ZOError
 from zo_opt.estimators import TwoSided, TwoSidedWithCurvature, directional_derivative
@@ -24,9 +26,8 @@ from zo_opt.queries.trainables import Trainables
 from zo_opt.record.progress import Reporter, Tracker
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.examples import Examples, load_examples
+from zo_opt.training.recipe import lr_is_a_length
 from zo_opt.training.setup import Tools, build_tools
-
-EPS_GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,10 @@ class Diagnosis:
         slope: root mean square of the exact projected gradients.
         curvature: mean second derivative z^T H z along the directions.
         roughness: its mean absolute value, which takes its place where the mean is not positive.
-        zo_eps, lr, step: recommended; lr for SGD with one query a step, step for rules whose lr is in parameter units a step (Adam,
-            sign, fzoo, grzo).
+        zo_eps: recommended.
+        lr, step: what follows from slope and curvature: lr for SGD with one query a step, step for rules whose lr is in parameter units
+            a step (Adam, sign, fzoo, grzo).
+        trials: short trainings with that learning rate and smaller ones; empty where none was asked for.
         advice: sentences.
     """
 
@@ -76,22 +79,24 @@ class Diagnosis:
     zo_eps: float
     lr: float
     step: float
+    trials: tuple[Trial, ...]
     advice: tuple[str, ...]
-
-    @property
-    def largest_lr(self) -> float:
-        """Beyond it a step of SGD with one query raises the loss on average: 2 / curvature."""
-        return 2 * self.lr
 
 
 def diagnose(
-    config: TrainConfig, reporter: Reporter, *, queries: int = 48, eps_grid: Sequence[float] = EPS_GRID
+    config: TrainConfig,
+    reporter: Reporter,
+    *,
+    queries: int = 48,
+    eps_grid: Sequence[float] = EPS_GRID,
+    trial_steps: int = 0,
 ) -> Diagnosis:
-    """Projected gradients over a grid of zo_eps against exact ones, and curvature, one direction an example.
+    """Projected gradients over a grid of zo_eps against exact ones, and curvature, one direction an example; then short trainings.
 
     Raises:
         ZOError: a mistake in the options or files; or no finite loss anywhere.
     """
+    asked = "--estimator two-sided " if config.on_activations else ""
     config = replace(config, prompt_cache_mb=0, estimator=config.estimator or "two-sided")  # queries on weights
     config.check()
     if queries < 2 or len(eps_grid) == 0 or min(eps_grid) <= 0:
@@ -109,21 +114,19 @@ def diagnose(
         curvature, roughness = probes[-1].curvature(max(zo_eps, 1e-2))
     slope = float(reference[reference.isfinite()].square().mean().sqrt())
     bend = curvature if curvature > 0 else max(roughness, 1e-12)
+    lr, step = 1 / bend, slope / bend
+    trials: list[Trial] = []
+    tools = forms[0]
+    if (
+        trial_steps and not config.private and tools.model.schedule is None
+    ):  # an adapter that changes could not be put back
+        most = step if lr_is_a_length(config) else lr
+        trials = try_learning_rates(replace(config, zo_eps=zo_eps), tools, most, trial_steps, reporter)
     result = Diagnosis(
-        tuple(eps_grid),
-        found,
-        source,
-        queries,
-        probes[0].trainables.total,
-        slope,
-        curvature,
-        roughness,
-        zo_eps,
-        1 / bend,
-        slope / bend,
-        (),
-    )
-    return replace(result, advice=tuple(advise(result)))
+        tuple(eps_grid), found, source, queries, probes[0].trainables.total, slope, curvature, roughness, zo_eps, lr, step,
+        tuple(trials), (),
+    )  # fmt: skip
+    return replace(result, advice=tuple(advise(result, length=lr_is_a_length(config), asked=asked)))
 
 
 class _Probe:
@@ -216,14 +219,19 @@ def best_zo_eps(eps_grid: Sequence[float], correlations: Sequence[float]) -> flo
     return near[len(near) // 2]
 
 
-def advise(d: Diagnosis) -> list[str]:
-    """What follows from the figures, a sentence each."""
+def advise(d: Diagnosis, *, length: bool, asked: str = "") -> list[str]:
+    """What follows from the figures, a sentence each.
+
+    Args:
+        d: the figures.
+        length: whether lr is how far a step goes.
+        asked: options of a run beside zo_eps and lr that make it the one that was measured.
+    """
+    lines = [_why_zo_eps(d)]
     form, at = d.forms[0], d.eps_grid.index(d.zo_eps)
-    best = form.correlations[at]
-    lines = [f"--zo_eps {d.zo_eps:g}: correlation with exact projected gradients {best:.3f} in {form.precision}."]
-    if best < 0.9:
+    if form.correlations[at] < 0.9:
         lines.append("Every zo_eps loses much of the gradient to rounding or curvature: expect slow progress.")
-    if len(d.forms) > 1 and d.forms[1].correlations[at] - best > 0.02:
+    if len(d.forms) > 1 and d.forms[1].correlations[at] - form.correlations[at] > 0.02:
         lines.append(f"--precision fp32 would give {max(d.forms[1].correlations):.3f}.")
     if max(form.ties) > 0.1:
         drowned = [f"{e:g}" for e, t in zip(d.eps_grid, form.ties, strict=True) if t > 0.1]
@@ -236,9 +244,36 @@ def advise(d: Diagnosis) -> list[str]:
         lines.append(
             "The loss is not convex along random directions here; what follows takes the curvature's absolute value."
         )
-    lines.append(
-        f"SGD (mezo, lozo, subzero, ...): --lr {d.lr:.2g} for one query a step (unstable above {d.largest_lr:.2g}), in "
-        "proportion more for several averaged queries."
-    )
-    lines.append(f"Rules with lr in parameter units a step (adam, sign, fzoo, grzo): --lr up to {d.step:.2g}.")
-    return lines
+    best = best_trial(d.trials)
+    given = [] if best is None else [f"Give zo-opt train: {asked}--zo_eps {d.zo_eps:g} --lr {best.lr:g}"]
+    return [*lines, _why_lr(d, length), *given]
+
+
+def _why_zo_eps(d: Diagnosis) -> str:
+    """The zo_eps advised, and what is wrong with smaller and larger ones."""
+    form, at = d.forms[0], d.eps_grid.index(d.zo_eps)
+    said = f"zo_eps {d.zo_eps:g}: slopes from two losses agree with the exact ones (correlation {form.correlations[at]:.3f} in {form.precision})"
+    worse = [(e, c) for e, c in zip(d.eps_grid, form.correlations, strict=True) if c < form.correlations[at] - 0.05]
+    smaller, larger = ([(e, c) for e, c in worse if (e < d.zo_eps) == below] for below in (True, False))
+    if smaller:
+        said += f"; at {smaller[-1][0]:g} and below rounding drowns them ({smaller[-1][1]:.2f})"
+    if larger:
+        said += f"; from {larger[0][0]:g} on the loss is no straight line between its two points ({larger[0][1]:.2f})"
+    return f"{said}."
+
+
+def _why_lr(d: Diagnosis, length: bool) -> str:
+    """The learning rate advised: that which training was seen to learn with, where it was tried."""
+    curvature = d.curvature if d.curvature > 0 else d.roughness
+    reason = f"slope {d.slope:.2g} over curvature {curvature:.2g}" if length else f"1 / curvature, {curvature:.2g}"
+    most = d.step if length else d.lr
+    if not d.trials:
+        return f"lr at most {most:.2g} ({reason}), less where batches are small; it was not tried."
+    steps, before = len(d.trials[0].losses), d.trials[0].before
+    tried = "; ".join(f"{t.lr:g}: {t.after:.3g}" for t in d.trials)
+    seen = f"loss on training rows {before:.3g} before, and after {steps} steps with lr {tried}"
+    best = best_trial(d.trials)
+    if best is None:
+        return f"No lr tried is good ({seen}); more queries a step or larger batches may be what is missing."
+    much = "" if best is d.trials[0] else f"; {most:.2g} ({reason}) would hold without the noise of small batches"
+    return f"lr {best.lr:g}: {seen}{much}."

@@ -164,15 +164,36 @@ def _draw_new_weights(model: Any, names: list[str]) -> None:
     model.new_modules = sorted({name.rpartition(".")[0] for name in names})
 
 
+def check_device(name: str) -> None:
+    """Whether there may be a device of that name; nothing is put on it.
+
+    Raises:
+        ZOError: there is none.
+    """
+    there = torch.cuda.device_count()
+    here = "auto, cpu or cuda:0" if there else "auto or cpu (or cuda:0 on a machine that has it)"
+    try:
+        device = torch.device("cpu" if name == "auto" else name)
+    except RuntimeError as error:
+        raise ZOError(f"device {name!r} is not known; give {here}.") from error
+    if device.type == "cuda" and (device.index or 0) >= there:
+        raise ZOError(f"device {name!r} is not there: torch sees {there} CUDA devices; give {here}.")
+
+
 def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto": CUDA where there is one, else the CPU."""
+    """The device of that name; "auto": CUDA where there is one, else the CPU.
+
+    Raises:
+        ZOError: there is none of that name, or it cannot be used.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(name)
+    device = torch.device(name)
     try:
-        device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ZOError(f"device {name!r} cannot be used here ({reason_of(error)}); give cpu, cuda or auto.") from error
+        raise ZOError(f"device {name!r} cannot be used ({reason_of(error)}); give auto or cpu.") from error
     return device
 
 

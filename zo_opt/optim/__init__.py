@@ -37,7 +37,7 @@ from zo_opt.optim.step_control import (
 )
 from zo_opt.optim.update_rules import SGD, UPDATE_RULES, Adam, AMSGrad, Momentum, Sign, UpdateRule
 from zo_opt.optim.zo_kalman import ZOKalman
-from zo_opt.queries.modes import QueryMode
+from zo_opt.schedules import QueryMode
 
 # Called with parameters and options, each makes an optimizer; ``.method`` says what it presets and fixes.
 OPTIMIZERS: Table[Any] = Table(

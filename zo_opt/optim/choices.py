@@ -19,8 +19,8 @@ from zo_opt.optim.line_search import LineSearch
 from zo_opt.optim.step_control import STEP_CONTROLS, StepControl
 from zo_opt.optim.update_rules import SGD, UPDATE_RULES, UpdateRule
 from zo_opt.privacy.gaussian import GaussianPrivacy
-from zo_opt.queries.modes import QUERY_MODES, QueryMode
-from zo_opt.schedules import SCHEDULES, ConstantQueries, QuerySchedule
+from zo_opt.queries.modes import QUERY_MODES
+from zo_opt.schedules import SCHEDULES, ConstantQueries, QueryMode, QuerySchedule
 
 PARTS: Mapping[str, Table[Any]] = {
     "estimator": ESTIMATORS,

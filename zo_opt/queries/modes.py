@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,8 @@ from zo_opt.errors import ZOError
 from zo_opt.queries.copies import Copies, Limits, out_of_memory
 from zo_opt.queries.nesting import batch_size, map_tensors, shapes, tokens
 from zo_opt.queries.perturbation import Perturbed, Point
+from zo_opt.schedules import QueryMode
 
-QueryMode = Literal["sequential", "batched", "split", "auto", "distributed"]
 QUERY_MODES: tuple[str, ...] = get_args(QueryMode)
 # Tokens in one forward beyond which copies gain nothing: measured on a CPU (benchmarks/query_modes.py); on a GPU launches are
 # what copies save, and a guess until it is measured there.

@@ -24,7 +24,7 @@ RESULTS_NAME = "results.json"  # the last file of a run: with it, it is finished
 START_NAME = "start"  # the adapter as training began: what the journal is replayed on
 _WRITTEN = (  # atomically: a killed process may leave an unfinished one of them
     RUN_NAME, JOURNAL_NAME, checkpoint.NAME, checkpoint.PREVIOUS_NAME, WEIGHTS_NAME, CONFIG_NAME, SCHEDULE_NAME,
-    RESULTS_NAME, "report.md", "report.png", "README.md",
+    RESULTS_NAME, "report.md", "report.png", "report.html",
 )  # fmt: skip
 
 
@@ -46,7 +46,7 @@ def output_directory(
         ZOError: it cannot be written; another process writes to it; or it is not empty and nothing is to be resumed.
     """
     try:
-        created = unique or not directory.exists()
+        created, above = unique or not directory.exists(), [path for path in directory.parents if not path.exists()]
         directory = _first_free(directory) if unique else directory
         directory.mkdir(parents=True, exist_ok=True)
         lock = _lock(directory, what)
@@ -68,6 +68,8 @@ def output_directory(
         with suppress(OSError):  # somebody else may have removed it
             if created and not any(directory.iterdir()):
                 directory.rmdir()
+                for path in above:
+                    path.rmdir()
 
 
 def never_begun(directory: Path) -> bool:

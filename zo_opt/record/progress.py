@@ -17,6 +17,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 
 class Reporter:
@@ -28,6 +29,11 @@ class Reporter:
     def say(self, sentence: str) -> None:
         """One line."""
         self.console.print(sentence, markup=False)
+
+    def show(self, *tables: Table) -> None:
+        """Tables, whole in whatever width there is: what is too wide is folded."""
+        for table in tables:
+            self.console.print(table, soft_wrap=False)
 
     @contextmanager
     def track(self, what: str, total: int, unit: str, done: int = 0) -> Iterator[Tracker]:

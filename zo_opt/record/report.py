@@ -1,32 +1,84 @@
-"""The run report: report.md in words and numbers, report.png as a picture, results.json for programs."""
+"""The run report: report.md in words and numbers, report.png as a picture, report.html with both, results.json for programs."""
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import re
+from base64 import b64encode
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from zo_opt.record.metrics import read_metrics
+from zo_opt.record.report_picture import picture
 from zo_opt.record.summary import Summary
 from zo_opt.system.files import write_atomically
 from zo_opt.system.memory import readable
 from zo_opt.tasks.metrics import METRICS
 
-BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#a0aec0"
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 62rem; margin: 2.5rem auto; padding: 0 1.25rem; }}
+h1 {{ font-size: 1.6rem; margin: 0; }}
+p {{ color: #52606d; margin: .25rem 0 1.5rem; }}
+img {{ width: 100%; height: auto; }}
+table {{ border-collapse: collapse; width: 100%; margin: 1.5rem 0; }}
+th, td {{ text-align: left; vertical-align: top; padding: .45rem 1rem .45rem 0; border-bottom: 1px solid #e4e7eb; overflow-wrap: anywhere; }}
+th {{ font-weight: normal; color: #52606d; white-space: nowrap; }}
+pre {{ background: #f5f7fa; padding: .9rem 1rem; border-radius: .4rem; white-space: pre-wrap; overflow-wrap: anywhere; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+<p>{model}, tuned {how}.</p>
+<img alt="loss, queries and metric against forward passes" src="data:image/png;base64,{image}">
+<table>
+{rows}
+</table>
+<pre>{command}</pre>
+<p>± is one standard error over the rows evaluated on.</p>
+</body>
+</html>
+"""
 
 
 def write(directory: Path, summary: Summary) -> None:
-    """Write report.md, report.png and, last, results.json: with it the run is finished."""
+    """Write report.md, report.png, report.html and, last, results.json: with it the run is finished."""
+    image = picture(read_metrics(directory), summary)
     write_atomically(directory / "report.md", markdown(summary).encode())
-    draw(read_metrics(directory), summary, directory / "report.png")
+    write_atomically(directory / "report.png", image)
+    write_atomically(directory / "report.html", html(summary, image).encode())
     write_atomically(directory / "results.json", (_json(summary.to_dict()) + "\n").encode())
 
 
 def markdown(s: Summary) -> str:
     """The summary as a short page."""
+    table = "\n".join(f"| {name} | {value} |" for name, value in facts(s).items())
+    return (
+        f"# {s.optimizer} on {s.task}\n\n{s.model}, tuned {s.how}.\n\n"
+        f"![loss, queries and {METRICS[s.metric].label} against forward passes](report.png)\n\n"
+        f"| | |\n|---|---|\n{table}\n\n```\n{s.command}\n```\n\n± is one standard error over the rows evaluated on.\n"
+    )
+
+
+def html(s: Summary, image: bytes) -> str:
+    """The same page in one file that needs nothing beside it; ``image``: the picture, PNG."""
+    plain = "\n".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts(s).items())
+    rows = re.sub(r"\*\*(.*?)\*\*", r"<strong>\1</strong>", plain)
+    title = escape(f"{s.optimizer} on {s.task}")
+    return _PAGE.format(
+        title=title, model=escape(s.model), how=escape(s.how), image=b64encode(image).decode(), rows=rows, command=escape(s.command),
+    )  # fmt: skip
+
+
+def facts(s: Summary) -> dict[str, str]:
+    """What is in the report's table: name -> value, in Markdown; what there is nothing to say of is left out."""
     metric, before, after = METRICS[s.metric], s.before, s.after
     dropped = f" ({s.dropped} dropped: loss not finite)" if s.dropped else ""
     rows = {
@@ -55,12 +107,7 @@ def markdown(s: Summary) -> str:
         "prompts cut to fit": f"{s.truncated}",
         "versions": ", ".join(f"{package} {version}" for package, version in s.versions.items()),
     }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value)
-    return (
-        f"# {s.optimizer} on {s.task}\n\n{s.model}, tuned {s.how}.\n\n"
-        f"![loss and queries against forward passes, {metric.label} before and after](report.png)\n\n"
-        f"| | |\n|---|---|\n{table}\n\n```\n{s.command}\n```\n\n± is one standard error over the rows evaluated on.\n"
-    )
+    return {name: value for name, value in rows.items() if value}
 
 
 def _evaluated(s: Summary) -> str:
@@ -101,86 +148,6 @@ def _cache_share(s: Summary) -> str:
     if elsewhere is None or (s.cache_place == "cpu" and s.device == "cpu"):
         return f"of which {readable(s.cache_bytes)} kept prompts"
     return f"and {readable(s.cache_bytes)} of kept prompts {elsewhere}"
-
-
-def draw(metrics: list[dict[str, Any]], s: Summary, path: Path) -> None:
-    """Loss against forward passes, the query schedule under it, the primary metric before and after beside them."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 5), layout="constrained", dpi=160)
-    grid = figure.add_gridspec(2, 2, width_ratios=(3.4, 1), height_ratios=(3, 1))
-    loss_axes = figure.add_subplot(grid[0, 0])
-    lower_axes = figure.add_subplot(grid[1, 0], sharex=loss_axes)
-    forwards, losses = ([m[name] for m in metrics] for name in ("forwards", "loss"))
-    loss_axes.plot(forwards, losses, ".", color=GREY, markersize=3, label="each step")
-    loss_axes.plot(forwards, smooth(losses), color=BLUE, linewidth=2.2, label="running mean")
-    loss_axes.axhline(s.before.loss, color=ORANGE, linewidth=1, linestyle="--", label="evaluation, before")
-    loss_axes.axhline(s.after.loss, color=ORANGE, linewidth=1.6, label="evaluation, after")
-    if s.curve:
-        seen = [math.nan if p["loss"] is None else p["loss"] for p in s.curve]
-        loss_axes.plot(
-            [p["forwards"] for p in s.curve], seen, "o-", color=ORANGE, markersize=4, label="evaluation, on the way"
-        )
-    loss_axes.set_ylabel("loss")
-    finite = sorted(x for x in losses if math.isfinite(x))
-    if finite:  # one outlying batch must not flatten the curve
-        top = max(finite[int(0.99 * (len(finite) - 1))], s.before.loss, s.after.loss)
-        low = min(finite[0], s.after.loss)
-        loss_axes.set_ylim(low - 0.05 * (top - low), top + 0.25 * (top - low))
-    loss_axes.legend(frameon=False, ncols=2, fontsize=9)
-    loss_axes.tick_params(labelbottom=False)
-    below = [m["queries" if s.queries else "lr"] for m in metrics]
-    lower_axes.step(forwards, below, color=BLUE, where="pre")
-    lower_axes.set_ylim(0, 1.25 * max(below, default=1))
-    lower_axes.set_ylabel("queries\na step" if s.queries else "lr")
-    lower_axes.set_xlabel("forward passes")
-    _draw_metric(figure.add_subplot(grid[:, 1]), s)
-    metric = METRICS[s.metric]
-    name, change = Path(s.model).name, metric.change(s.before.value, s.after.value)
-    gained = change if metric.share else f"{metric.label} {change}"
-    figure.suptitle(
-        f"{name} on {Path(s.task).name}: {gained} in {s.forwards:,} training forward passes, "
-        f"{'no backward pass' if s.queries else 'a backward pass counted as two'}",
-        fontsize=13,
-    )
-    save_picture(figure, path)
-
-
-def _draw_metric(axes: Any, s: Summary) -> None:
-    metric, shown = METRICS[s.metric], (s.before, s.after)
-    heights, errors = (
-        [x * metric.unit if math.isfinite(x) else 0.0 for x in values]
-        for values in ([e.value for e in shown], [e.standard_error for e in shown])
-    )
-    bars = axes.bar(
-        ["before", "after"], heights, color=[GREY, BLUE], width=0.62, yerr=errors, capsize=4, ecolor="#4a5568"
-    )
-    labels = [metric.show(e.value).replace("%", " %") for e in shown]
-    axes.bar_label(bars, labels=labels, padding=4, fontsize=11)
-    highest = max(h + e for h, e in zip(heights, errors, strict=True))
-    axes.set_ylim(0, 105 if metric.share else 1.15 * (highest or 1))
-    unit = " (%)" if metric.share else "" if metric.higher_is_better else " (less is better)"
-    axes.set_ylabel(f"{metric.label} on {s.after.on_rows}{unit}")
-
-
-def save_picture(figure: Any, path: Path) -> None:
-    """Write a matplotlib figure as PNG, atomically; its axes lose their upper and right frame."""
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    write_atomically(path, image.getvalue())
-
-
-def smooth(values: list[float]) -> list[float]:
-    """Exponential running mean over a tenth of the run, without the bias of its start; non-finite values are skipped."""
-    decay = 1 - 1 / max(len(values) / 10, 2)
-    mean, weight, smoothed = 0.0, 0.0, []
-    for value in values:
-        if math.isfinite(value):
-            mean, weight = decay * mean + (1 - decay) * value, decay * weight + 1 - decay
-        smoothed.append(mean / weight if weight else math.nan)
-    return smoothed
 
 
 def _json(plain: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ nothing but its arguments: a resumed run then continues as if it had never stopp
 
 from zo_opt.choices import Table
 from zo_opt.schedules.adazeta import AdaZetaQueries, derived_beta
-from zo_opt.schedules.base import History, QuerySchedule, RunLength, Schedule, for_run, simulate
+from zo_opt.schedules.base import History, QueryMode, QuerySchedule, RunLength, Schedule, for_run, simulate
 from zo_opt.schedules.budget import BudgetQueries
 from zo_opt.schedules.fixed import ConstantQueries, CosineQueries, EveryExample, LinearQueries, StepwiseQueries
 from zo_opt.schedules.variance import VarianceQueries
@@ -44,6 +44,7 @@ __all__ = [
     "EveryExample",
     "History",
     "LinearQueries",
+    "QueryMode",
     "QuerySchedule",
     "RunLength",
     "Schedule",

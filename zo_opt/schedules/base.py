@@ -7,11 +7,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Self
+from typing import Literal, Self
 
 from zo_opt.errors import ZOError
 
 SIGNAL_DECAY = 0.9
+QueryMode = Literal["sequential", "batched", "split", "auto", "distributed"]  # how the queries of a step are evaluated
 
 
 @dataclass

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d")
+from zo_opt.system.pictures import COLOURS, key, new_figure, styled, to_png
 
 
 @dataclass(frozen=True)
@@ -49,43 +48,42 @@ def table(courses: Sequence[Course], steps_per_epoch: int) -> bytes:
 
 
 def picture(courses: Sequence[Course], caption: str) -> bytes:
-    """PNG: queries a step on the left, forward passes spent on the right, both against steps."""
-    from matplotlib.figure import Figure
+    """PNG: queries a step on the left, forward passes spent on the right, both against steps; ``caption``: what the numbers rest on."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    figure = Figure(figsize=(12, 4.6), layout="constrained", dpi=160)
-    query_axes, forward_axes = figure.subplots(1, 2)
-    for number, course in enumerate(courses):
-        # Where schedules coincide, the later, thinner line lies inside the earlier one and both are seen.
-        width = 1.8 + 0.5 * (len(courses) - 1 - number)
-        style = {"color": COLOURS[number % len(COLOURS)], "linewidth": width, "solid_capstyle": "butt"}
-        steps = _changes(course.queries)
-        queries = [course.queries[min(step, len(course.queries) - 1)] for step in steps]
-        query_axes.plot(steps, queries, drawstyle="steps-post", **style)
-        spent = [0, *course.forwards]
-        label = f"{course.name}\n{sum(course.queries):,} queries\n{spent[-1]:,} forward passes"
-        forward_axes.plot(steps, [spent[step] for step in steps], label=label, **style)
-    query_axes.set_ylabel("queries a step")
-    query_axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    query_axes.set_ylim(0, 1.08 * max(max(course.queries) for course in courses))
-    forward_axes.set_ylabel("forward passes spent")
-    forward_axes.set_ylim(bottom=0)
-    forward_axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-    for axes in (query_axes, forward_axes):
-        axes.set_xlabel("optimizer step")
-        axes.set_xlim(0, len(courses[0].queries))
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        axes.grid(color="#e2e8f0", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    # Outside, because steep and flat schedules together leave no corner free.
-    legend = figure.legend(frameon=False, fontsize=9, loc="outside right upper", labelspacing=0.9)
-    for handle in legend.get_lines():
-        handle.set_linewidth(2.5)
-    figure.suptitle(caption, fontsize=11)
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    return image.getvalue()
+    steps = len(courses[0].queries)
+    with styled():
+        title = f"What {'a query schedule asks' if len(courses) == 1 else 'query schedules ask'} for in {steps:,} steps"
+        figure = new_figure(10.5, 4.6, title, caption)
+        query_axes, forward_axes = figure.subplots(1, 2)
+        for number, course in enumerate(courses):
+            # Where schedules coincide, the later, thinner line lies inside the earlier one and both are seen.
+            width = 1.8 + 0.4 * (len(courses) - 1 - number)
+            style = {"color": COLOURS[number % len(COLOURS)], "linewidth": width, "solid_capstyle": "butt"}
+            changes = _changes(course.queries)
+            queries = [course.queries[min(step, steps - 1)] for step in changes]
+            query_axes.plot(
+                changes,
+                queries,
+                drawstyle="steps-post",
+                label=f"{course.name}: {sum(course.queries):,} queries",
+                **style,
+            )
+            spent = [0, *course.forwards]
+            forward_axes.plot(
+                changes, [spent[step] for step in changes], label=f"{course.name}: {spent[-1]:,} passes", **style
+            )
+        for axes, what in ((query_axes, "queries a step"), (forward_axes, "forward passes spent")):
+            axes.set_ylabel(what)
+            axes.set_xlabel("optimizer step")
+            axes.set_xlim(0, steps)
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+            key(axes, 2)
+        query_axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        query_axes.set_ylim(0, 1.08 * max(max(course.queries) for course in courses))
+        forward_axes.set_ylim(bottom=0)
+        forward_axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+        return to_png(figure)
 
 
 def _changes(queries: Sequence[int]) -> list[int]:

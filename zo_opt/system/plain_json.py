@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections import Counter
 from pathlib import Path
@@ -68,6 +69,21 @@ def is_number(value: Any, *, null: bool = False, most: float = sys.float_info.ma
     (True, False, False, False, True)
     """
     return (null and value is None) or (type(value) in (int, float) and abs(value) <= most)
+
+
+def without_nan(value: Any) -> Any:
+    """The same values with null for every number that is not finite, which JSON does not have; paths as their text.
+
+    >>> without_nan({"a": [1.0, float("inf")], "b": float("nan")})
+    {'a': [1.0, None], 'b': None}
+    """
+    if isinstance(value, dict):
+        return {name: without_nan(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

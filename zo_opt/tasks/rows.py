@@ -178,7 +178,10 @@ def hold_out(rows: Sequence[T], held_out: int, *, last: bool = False) -> tuple[l
 def _check_column(row: Row, column: str, place: str) -> None:
     if column in row:
         return
-    raise ZOError(f"{place}: there is no column {column!r}; its columns are {', '.join(map(str, row))}.")
+    raise ZOError(
+        f"{place}: there is no column {column!r}; its columns are {', '.join(map(str, row))}; name the right one with "
+        "--text_column, --label_column, --target_column or in --template."
+    )
 
 
 def _read_jsonl(path: Path, text: str) -> list[Row]:

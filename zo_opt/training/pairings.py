@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zo_opt.adapters import ADAPTERS
+from zo_opt.choices import did_you_mean
 from zo_opt.errors import ZOError
 from zo_opt.optim import OPTIMIZERS
 from zo_opt.training.config import TrainConfig
@@ -120,7 +121,9 @@ def get_pairing(name: str) -> Pairing:
             )
     if len(parts) == 2:
         (ADAPTERS if parts[0] in OPTIMIZERS else OPTIMIZERS).find(parts[1] if parts[0] in OPTIMIZERS else parts[0])
-    raise ZOError(f"method {name!r} is not known; choose of {', '.join(PAIRINGS)}, or give optimizer:adapter.")
+    raise ZOError(
+        f"method {name!r} is not known; choose of {', '.join(PAIRINGS)}, or give optimizer:adapter.{did_you_mean(name, PAIRINGS)}"
+    )
 
 
 def default_lr(optimizer: str, adapter: str, *, adam: bool, parameters: int) -> float:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence, Set
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from contextlib import nullcontext, suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import NoneType
@@ -21,6 +21,7 @@ import yaml
 
 from zo_opt import presets
 from zo_opt.errors import ZOError
+from zo_opt.training.help import part_names
 from zo_opt.training.options import GROUPS, PARTS, LearningOptions
 from zo_opt.training.sentences import Parser, without_options
 
@@ -62,11 +63,13 @@ def parse_arguments(
     for path in files:
         values = _merged(values, normalised(read_options_file(path), parts))
     names = {part: _named(line, part) or _name_of(values.get(part)) for part in PARTS}
-    plain: dict[str, Any] = {}
-    if "--help" not in line and "-h" not in line:
-        first = add_plain_options(parser(), groups, skip)
-        first.asked = names if several is None and any(names.values()) else None
-        plain = _parse_plain(line, first, parts)
+    first, plain, helping = add_plain_options(parser(), groups, skip), {}, bool({"--help", "-h"}.intersection(line))
+    first.asked = names if several is None and any(names.values()) else None
+    with suppress(ZOError) if helping else nullcontext():  # help is given whatever stands beside it
+        plain = _parse_plain([a for a in line if a not in ("--help", "-h")], first, parts)
+    if helping and not any(names.values()) and (several is None or not plain):
+        _add_names(first, [part for part in parts if part not in skip])
+        first.parse_args(["--help"])
     kinds = several(values | plain) if several is not None else {}
     values = {k: v for k, v in values.items() if k not in PARTS or _name_of(v) in (None, names[k])}  # not named anew
     full = parser()
@@ -142,7 +145,6 @@ def add_parts(
     fixed = without_options(names["optimizer"])
     parser.parts = parts
     parser.names = {part: names[part] or default_name(part, names) for part in parts if part not in (several or {})}
-    said = {p.arg_name: p.description for p in docstring_parser.parse(LearningOptions.__doc__ or "").params}
     for part in parts:
         if part in fixed:
             continue
@@ -150,7 +152,7 @@ def add_parts(
         chosen = parser.names.get(part)
         group = parser.add_argument_group(f"{part} ({chosen})" if chosen and not kinds else part)
         if not kinds:
-            group.add_argument(f"--{part}.name", type=str, help=f"{said[part]} Known: {', '.join(TABLES[part])}.")
+            group.add_argument(f"--{part}.name", type=str, help=_said_of(part, TABLES[part]))
             kinds = [TABLES[part].find(chosen)] if chosen and chosen != "none" else []
         added: set[str] = set()
         for kind in kinds:
@@ -162,6 +164,24 @@ def add_parts(
                     group.add_argument(
                         f"--{part}.{name}", type=hints.get(name, Any), default=default, help=helps.get(name)
                     )
+
+
+def _add_names(parser: Parser, parts: Sequence[str]) -> None:
+    """Parts with the names that there are, and nothing of what they are, which takes torch to say."""
+    parser.parts = parser.parts or parts
+    group = parser.add_argument_group("What is chosen by name") if parts else None
+    for part in parts:
+        assert group is not None
+        default = getattr(LearningOptions, part)
+        group.add_argument(f"--{part}.name", type=str, default=default, help=_said_of(part, part_names(part)))
+
+
+def _said_of(part: str, names: Iterable[str]) -> str:
+    """The help of a part's name."""
+    said = next(
+        p.description for p in docstring_parser.parse(LearningOptions.__doc__ or "").params if p.arg_name == part
+    )
+    return f"{said} Known: {', '.join(names)}."
 
 
 def read_options_file(path: Path) -> dict[str, Any]:
@@ -180,8 +200,12 @@ def read_options_file(path: Path) -> dict[str, Any]:
                 raise ZOError(f"{path} is nested more than {_DEEPEST} deep; options are not.")
         values = yaml.safe_load(content)
     except (OSError, ValueError, yaml.YAMLError, RecursionError, MemoryError, OverflowError) as error:
-        said = " ".join(str(error).split())
-        raise ZOError(f"the file of options {path} cannot be read ({type(error).__name__}: {said}).") from error
+        said = (
+            error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {' '.join(str(error).split())}"
+        )
+        raise ZOError(
+            f"the file of options {path} cannot be read ({said}); give the path of a YAML file of options."
+        ) from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ZOError(f"{path} is no file of options; give lines such as 'steps: 200'.")
     return values

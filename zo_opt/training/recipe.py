@@ -67,11 +67,14 @@ def own_lr(config: TrainConfig, *, parameters: int) -> float:
     """The method's learning rate, where none was given; ``parameters``: of the model."""
     if config.on_activations:
         return REWARD_LR if config.values_alone else FEEDBACK_LR
-    # AdamW's lr is a length, whatever the gradient's scale.
-    length = not config.zeroth_order or config.method.sort(config.make_choices() | {"lr": 0.0})[0].lr_is_a_length
-    lr = default_lr(config.optimizer_name, config.adapter_name, adam=length, parameters=parameters)
+    lr = default_lr(config.optimizer_name, config.adapter_name, adam=lr_is_a_length(config), parameters=parameters)
     # LoRA+ moves B faster and A slower than LoRA does: the two rates lie around LoRA's.
     return lr if config.loraplus_lr_ratio is None else lr / math.sqrt(config.loraplus_lr_ratio)
+
+
+def lr_is_a_length(config: TrainConfig) -> bool:
+    """Whether lr is how far a step goes, whatever the gradient's scale, as AdamW's is."""
+    return not config.zeroth_order or config.method.sort(config.make_choices() | {"lr": 0.0})[0].lr_is_a_length
 
 
 def last_quarter(model: nn.Module) -> int:

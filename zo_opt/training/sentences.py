@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType, UnionType
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin
+from textwrap import fill
+from types import MappingProxyType
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
 from zo_opt.choices import did_you_mean
 from zo_opt.errors import ZOError
+from zo_opt.training.help import EXIT_CODES, HelpFormatter, advice
 from zo_opt.training.options import PARTS
 
 # What users of transformers, or of earlier versions, would type.
@@ -18,7 +20,8 @@ _ELSEWHERE = {
     "learning_rate": "lr", "num_train_epochs": "epochs", "max_steps": "steps", "lr_scheduler_type": "lr_schedule",
     "per_device_train_batch_size": "batch_size", "gradient_accumulation_steps": "batch_size",
     "per_device_eval_batch_size": "eval_batch_size", "max_seq_length": "max_length", "resume_from_checkpoint": "resume",
-    "model": "model_name_or_path", "quantize": "quantise", "load_in_8bit": "quantise", "bf16": "precision", "fp16": "precision",
+    "model": "model_name_or_path", "quantize": "quantise", "load_in_8bit": "quantise", "load_in_4bit": "quantise", "eps": "zo_eps",
+     "bf16": "precision", "fp16": "precision",
     "optim": "optimizer", "validation_file": "eval_file", "dataset_name": "dataset", "dataset_config_name": "dataset_config",
     "eval_strategy": "eval_steps", "evaluation_strategy": "eval_steps", "load_best_model_at_end": "keep", "early_stopping_patience": "patience",
     "clip": "step_control.factor", "alpha": "schedule.alpha", "beta": "schedule.beta", "queries": "schedule.queries",
@@ -30,6 +33,15 @@ _ELSEWHERE = {
 }  # fmt: skip
 
 
+_NOT_HERE = {
+    "lora_dropout": "two losses must differ by the perturbation alone, so that there is no dropout",
+    "logging_steps": "every step is recorded in metrics.jsonl",
+    "overwrite_output_dir": "no result is ever overwritten; give a new --output_dir",
+    "save_total_limit": "one checkpoint is kept, and with --keep best the best weights",
+    "gradient_checkpointing": "forward passes keep nothing for a way back",
+}
+
+
 class Parser(ArgumentParser):
     """Mistakes in options are sentences; true-or-false options may stand alone.
 
@@ -37,20 +49,30 @@ class Parser(ArgumentParser):
         parts: those that its command has.
         names: of the parts whose options it has.
         asked: names given to parts; None where none was, so that nothing heavy is asked, or where there are several of a part.
+        notes: what its help says besides, at the end.
     """
 
     parts: Sequence[str] = ()
     names: Mapping[str, str | None] = MappingProxyType({})
     asked: Mapping[str, str | None] | None = None
+    notes: Sequence[str] = ()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)  # what a short form means changes with every new option
+        # What a short form means changes with every new option.
+        super().__init__(*args, allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = " ".join(message.split()).rstrip(".")
         sentence = f"{text}."
         if (found := re.match(r'Parser key "([\w.]+)": (.*)', text)) is not None and found[1] in self.hints():
-            sentence = f"{found[1]}={_given(found[2])} is not possible; give {in_words(self.hints()[found[1]])}."
+            sentence = f"{found[1]}={_given(found[2])} is not possible; give {advice(self.hints()[found[1]])}."
+        elif (found := re.match(r"argument --([\w.]+): expected (?:one|at least one) argument", text)) is not None:
+            sentence = f"--{found[1]} was given without a value; give {advice(self.hints()[found[1]])}."
+        elif (found := re.match(r"the following arguments are required: (\w+)", text)) is not None:
+            said = next((a.help for a in self._actions if a.dest == found[1]), "")
+            sentence = f"{self.prog} needs {found[1]}: {said}."
+        elif (found := re.match(r"unrecognized arguments: ([^-\s]\S*)", text)) is not None:
+            sentence = f"{found[1]!r} stands alone; options are given with their names, such as --{self._first_option()} {found[1]}."
         elif (
             found := re.match(r"unrecognized arguments: -*([\w.\-]+)|(?:Key|Option) '([\w.]+)' is not", text)
         ) is not None:
@@ -60,15 +82,19 @@ class Parser(ArgumentParser):
         raise ZOError(f"{sentence} See {self.prog} --help.")
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
-        """The help; of a hundred options the usage names none, and a part is shown as it is typed: ``--adapter NAME``."""
-        text = re.sub(r"--(\w+)\.name\b", r"--\1", super().format_help(*args, **kwargs))
-        return (
-            re.sub(r"\Ausage: .*?\n\n", f"usage: {self.prog} [options]\n\n", text, flags=re.S) if self.parts else text
-        )
+        """The help; of a hundred options the usage names none."""
+        text = super().format_help(*args, **kwargs).rstrip("\n").replace(",null}", "}") + "\n"
+        if self.parts:
+            text = re.sub(r"\Ausage: .*?\n\n", f"usage: {self.prog} [options]\n\n", text, flags=re.S)
+        return text + "".join(f"\n{fill(note, 79)}\n" for note in (*self.notes, EXIT_CODES))
 
     def hints(self) -> dict[str, Any]:
         """Option -> its type."""
         return {a.dest: getattr(a, "_typehint", None) or a.type for a in self._actions if a.dest != "help"}
+
+    def _first_option(self) -> str:
+        """An option to name as an example."""
+        return next(name for name in ("output_dir", "out", "to", "device", *self.hints()) if name in self.hints())
 
     def let_flags_stand_alone(self) -> None:
         """``--resume`` means ``--resume true``."""
@@ -82,13 +108,18 @@ class Parser(ArgumentParser):
         optimizer = self.names.get("optimizer")
         if part in without_options(optimizer):
             return f"{part} is no option of optimizer {optimizer!r}; leave it out, or choose another optimizer."
+        if part in PARTS and option == "name":
+            there = next((name for name in ("methods", "query_schedule") if name in known), None)
+            return f"--{part} is not known." + (f" Did you mean --{there}?" if there is not None else "")
+        if name in _NOT_HERE:
+            return f"--{name} is not known: {_NOT_HERE[name]}."
         if part in PARTS and dot:
             has = [k.partition(".")[2] for k in known if k.startswith(f"{part}.") and not k.endswith(".name")]
             chosen = f"{part} {self.names[part]!r}" if self.names.get(part) else f"the {part}"
             return f"{chosen} has no option {option!r}; it has {', '.join(has) or 'none'}.{did_you_mean(option, has)}"
         meant = _ELSEWHERE.get(name, "")
         owner, dot, option = meant.partition(".")
-        if dot and owner in self.parts and self.asked is not None:
+        if dot and owner in self.parts and self.asked is not None and not name.startswith("lora_"):
             meant = " or --".join(f"{part}.{option}" for part in having(option, self.asked)) or meant
         if meant in known or owner in self.parts:
             return f"--{name} is not known. Did you mean --{meant}?"
@@ -114,34 +145,6 @@ def having(option: str, names: Mapping[str, str | None]) -> list[str]:
         if part not in fixed and chosen in TABLES[part] and option in own_options(part, TABLES[part].find(chosen)):
             found.append(part)
     return ["optimizer"] if "optimizer" in found else found
-
-
-def in_words(hint: Any) -> str:
-    """What an option of a type can be.
-
-    >>> in_words(Literal["lm", "classification"] | None), in_words(list[int])
-    ('lm, classification or null', 'a list such as [a whole number]')
-    """
-    words = _words(hint)
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
-
-
-def _words(hint: Any) -> list[str]:
-    kind, inner = get_origin(hint), get_args(hint)
-    if kind in (Union, UnionType):
-        return [word for one in inner for word in _words(one)]
-    if kind is Literal:
-        return [str(one) for one in inner]
-    if kind in (list, Sequence):
-        return [f"a list such as [{in_words(inner[0])}]"]
-    if kind in (dict, Mapping):
-        return ["a mapping such as {name: value}"]
-    known = {
-        "PositiveInt": "a whole number of at least 1", "NonNegativeInt": "a whole number of at least 0",
-        "PositiveFloat": "a number above 0", "NonNegativeFloat": "a number of at least 0",
-        "int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "Path": "a path", "NoneType": "null",
-    }  # fmt: skip
-    return [known.get(getattr(hint, "__name__", ""), str(hint))]
 
 
 def _given(problem: str) -> str:
