@@ -6,12 +6,14 @@ import importlib
 import inspect
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import griffe
 from docstrings import to_markdown
 
-from zo_opt.adapters import ADAPTERS
+from zo_opt.adapters import ADAPTERS, AdapterConfig
 from zo_opt.directions import DIRECTIONS
 from zo_opt.estimators import ESTIMATORS
 from zo_opt.optim import OPTIMIZERS, STEP_CONTROLS, UPDATE_RULES
@@ -19,13 +21,13 @@ from zo_opt.schedules import SCHEDULES
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
-# Page -> its title, option and table.
+# Page -> its title, option, table, and its page of the API.
 PARTS = {
-    "estimators": ("Estimators", "--estimator", ESTIMATORS),
-    "directions": ("Directions", "--directions", DIRECTIONS),
-    "query-schedules": ("Query schedules", "--query_schedule", SCHEDULES),
-    "update-rules": ("Update rules", "--update_rule", UPDATE_RULES),
-    "step-control": ("Step control", "--step_control", STEP_CONTROLS),
+    "estimators": ("Estimators", "--estimator", ESTIMATORS, "estimators"),
+    "directions": ("Directions", "--directions", DIRECTIONS, "directions"),
+    "query-schedules": ("Query schedules", "--query_schedule", SCHEDULES, "query-schedules"),
+    "update-rules": ("Update rules", "--update_rule", UPDATE_RULES, "optimizers"),
+    "step-control": ("Step control", "--step_control", STEP_CONTROLS, "optimizers"),
 }
 # Page of the API -> its modules. Names are those of each module's __all__.
 API = {
@@ -50,7 +52,7 @@ def menu() -> dict[str, list[dict[str, str]]]:
     return {
         "Optimizers": [{name: f"methods/optimizers/{name}.md"} for name in OPTIMIZERS if name != "adamw"],
         "Adapters": [{name: f"methods/adapters/{slug(name)}.md"} for name in ADAPTERS],
-        "Parts": [{title: f"methods/{page}.md"} for page, (title, _, _) in PARTS.items()],
+        "Parts": [{title: f"methods/{page}.md"} for page, (title, *_) in PARTS.items()],
         "API": [{title: f"api/{slug(title)}.md"} for title in API],
     }
 
@@ -99,7 +101,9 @@ def optimizer(name: str) -> str:
 
 {optimizer_figures(name)}
 
-::: {thing.__module__}.{thing.__qualname__}
+{about(thing)}
+
+{in_api(thing, "optimizers", up="../../")}
 """
 
 
@@ -129,25 +133,63 @@ zo-opt train --adapter {name} --optimizer adamw --steps 200
 
 {adapter_figures(name)}
 
-::: {thing.__module__}.{thing.__qualname__}
+{about(thing)}
+
+{in_api(thing, "adapters", up="../../")}
 """
 
 
-def parts(title: str, option: str, table: Any) -> str:
+def parts(title: str, option: str, table: Any, page: str) -> str:
     """The page of a table of parts."""
     text = f"# {title}\n\nEach is a name for `{option}`, a class in Python, and may be your own (`module:Class`).\n"
     for name, thing in table.items():
-        text += f"\n## `{name}`\n\n{head(thing)}\n\n::: {thing.__module__}.{thing.__qualname__}\n    options: {{heading_level: 3}}\n"
+        text += f"\n## `{name}`\n\n{head(thing)}\n\n{about(thing, heading='###')}\n\n{in_api(thing, page)}\n"
     return text
 
 
 def head(thing: Any) -> str:
     """The equation, as a docstring begins with it, and the sentences that say when to use the thing."""
-    paragraphs = to_markdown(inspect.getdoc(thing) or "").split("\n\n")
-    first = " ".join(paragraphs[0].replace("&lt;", "<").split())
-    use = next((" ".join(p.split()) for p in paragraphs if p.startswith("Use it")), "")
+    first, rest = paragraphs(thing)[0], paragraphs(thing)[1:]
+    first = " ".join(first.replace("&lt;", "<").split())
+    use = next((" ".join(p.split()) for p in rest if p.startswith("Use it")), "")
     shown = f"```text\n{first}\n```" if re.search(r"<-| = ", first) else first
     return f"{shown}\n\n{use}"
+
+
+def about(thing: Any, heading: str = "##") -> str:
+    """The rest of a docstring, and the options as a table."""
+    rest = [p for p in paragraphs(thing)[1:] if not p.startswith("Use it")]
+    options = own_options(thing)
+    rows = "\n".join(f"| `{name}` | {default} | {text} |" for name, default, text in options)
+    table = f"| option | default | meaning |\n|---|---|---|\n{rows}" if options else ""
+    parted = [part for part in ("\n\n".join(rest), table) if part]
+    return (f"{heading} Details\n\n" if heading == "##" else "") + "\n\n".join(parted)
+
+
+def paragraphs(thing: Any) -> list[str]:
+    """The text of a docstring without its sections."""
+    sections = griffe.parse_google(griffe.Docstring(to_markdown(inspect.getdoc(thing) or "")), warnings=False)
+    return "\n\n".join(section.value for section in sections if section.kind.value == "text").split("\n\n")
+
+
+def own_options(thing: Any) -> list[tuple[str, str, str]]:
+    """Name, default and meaning of what belongs to the thing alone."""
+    if inspect.isclass(thing) and issubclass(thing, AdapterConfig):
+        common = {f.name for f in fields(AdapterConfig)}
+        return [(f.name, f"`{f.default!r}`", f.metadata["help"]) for f in fields(thing) if f.name not in common]
+    sections = griffe.parse_google(griffe.Docstring(to_markdown(inspect.getdoc(thing) or "")), warnings=False)
+    said = {p.name: " ".join(p.description.split()) for s in sections if s.kind.value == "parameters" for p in s.value}
+    called = inspect.signature(getattr(thing, "choose", thing)).parameters
+    defaults = {name: p.default for name, p in called.items() if p.default is not inspect.Parameter.empty}
+    return [
+        (name, ", ".join(f"`{defaults[n]!r}`" for n in name.split(", ") if n in defaults), text)
+        for name, text in said.items()
+    ]
+
+
+def in_api(thing: Any, page: str, up: str = "../") -> str:
+    """A link to the thing's place in the API."""
+    return f"[`{thing.__name__}` in the API]({up}api/{page}.md#{thing.__module__}.{thing.__qualname__})"
 
 
 def facts_table(facts: dict[str, str]) -> str:
@@ -209,7 +251,7 @@ def api(title: str, modules: tuple[str, ...]) -> str:
         text += f"\n`{name}`: {about}\n"
         for public in getattr(module, "__all__", None) or own_names(module):
             thing = getattr(module, public)
-            if hasattr(thing, "__qualname__"):
+            if hasattr(thing, "__qualname__") and thing.__module__.split(".")[0] == name.split(".")[0]:
                 text += f"\n::: {thing.__module__}.{thing.__qualname__}\n"
     return text
 
