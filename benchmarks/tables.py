@@ -133,7 +133,7 @@ def whole_model() -> None:
         )
 
     table(
-        "tokens | noise, of the loop's | step less two forwards, of the loop's | times faster than a MeZO step | memory above the weights, of a forward's",
+        "tokens | noise, of the loop's | step less two forwards, of the loop's | times faster | memory beyond weights, of a forward's",
         *(row(name, cell) for name, cell in busy.items() if isinstance(cell, dict) and "64" in name),
         row("float32 1x64, quiet machine", quiet["float32 1x64"]),
     )
@@ -244,7 +244,8 @@ def quantised() -> None:
     table(
         "base | weights, MB | own memory, MB | seconds a step | zero-shot | tuned",
         *(
-            f"{name} | {r['weights'] / 1e6:.0f} | {r['training'] / 1e6:.0f} | {r['step_seconds']:.2f} | {percent(r['before'])} | {percent(r['after'])}"
+            f"{name} | {r['weights'] / 1e6:.0f} | {r['training'] / 1e6:.0f} | {r['step_seconds']:.2f} | "
+            f"{percent(r['before'])} | {percent(r['after'])}"
             for name, r in ((name, found[name]) for name in bases)
         ),
     )  # fmt: skip
