@@ -32,6 +32,7 @@ PARTS = {
 # Page of the API -> its modules. Names are those of each module's __all__.
 API = {
     "A run": ("zo_opt.training.run",),
+    "Options of a run": ("zo_opt.training.options",),
     "Adapters": ("zo_opt.adapters",),
     "Optimizers": ("zo_opt.optim",),
     "Estimators": ("zo_opt.estimators",),
@@ -181,10 +182,7 @@ def own_options(thing: Any) -> list[tuple[str, str, str]]:
     said = {p.name: " ".join(p.description.split()) for s in sections if s.kind.value == "parameters" for p in s.value}
     called = inspect.signature(getattr(thing, "choose", thing)).parameters
     defaults = {name: p.default for name, p in called.items() if p.default is not inspect.Parameter.empty}
-    return [
-        (name, ", ".join(f"`{defaults[n]!r}`" for n in name.split(", ") if n in defaults), text)
-        for name, text in said.items()
-    ]
+    return [(name, f"`{defaults[name]!r}`" if name in defaults else "", text) for name, text in said.items()]
 
 
 def in_api(thing: Any, page: str, up: str = "../") -> str:
@@ -251,7 +249,7 @@ def api(title: str, modules: tuple[str, ...]) -> str:
         text += f"\n`{name}`: {about}\n"
         for public in getattr(module, "__all__", None) or own_names(module):
             thing = getattr(module, public)
-            if hasattr(thing, "__qualname__") and thing.__module__.split(".")[0] == name.split(".")[0]:
+            if hasattr(thing, "__qualname__") and thing.__module__.startswith(name):
                 text += f"\n::: {thing.__module__}.{thing.__qualname__}\n"
     return text
 

@@ -73,6 +73,10 @@ def arguments(command: str) -> list[str]:
     return [a for a in shlex.split(command) if a not in ("...", "&&")]
 
 
+def test_the_readme_is_short() -> None:
+    assert len(PAGES["README.md"].splitlines()) <= 120
+
+
 def test_the_documents_have_commands() -> None:
     assert len(COMMAND_LINES) > 40
     assert {c.split()[0] for text in SHELL.values() for c in commands(text)} == COMMANDS.keys()
