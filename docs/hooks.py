@@ -24,6 +24,7 @@ OUTSIDE = {
     "developing/changelog.md": "CHANGELOG.md",
 }
 INSIDE = {path: page for page, path in OUTSIDE.items()}
+AS_TEXT = (".md", ".py")  # shown as they are
 LINK = re.compile(r"(?<=\]\()(?!https?:|#|mailto:)([^)#\s]+)")
 
 
@@ -56,7 +57,7 @@ def on_files(files: Any, config: Any) -> Any:
     for path in (*ROOT.glob("benchmarks/**/*"), *ROOT.glob("examples/*.py"), ROOT / "CITATION.cff"):
         if path.is_file() and "__pycache__" not in path.parts:
             name = f"repository/{path.relative_to(ROOT)}"
-            name += ".txt" if path.suffix == ".md" else ""  # shown as it is, not as a page
+            name += ".txt" if path.suffix in AS_TEXT else ""
             files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
 
@@ -83,5 +84,5 @@ def relink(page: str, link: str) -> str:
     elif path.startswith("docs/"):
         target = path.removeprefix("docs/")
     else:
-        target = f"repository/{path}" + (".txt" if path.endswith(".md") else "")
+        target = f"repository/{path}" + (".txt" if path.endswith(AS_TEXT) else "")
     return posixpath.relpath(target, posixpath.dirname(page) or ".")
