@@ -2,7 +2,7 @@
 
 Python blocks run as they are; a block that begins with ``# name.py`` is also written into that file. Lines of ``zo-opt`` run in this process, on toy
 rows, a tiny model and with few steps; other lines of the shell run in the shell. What needs a network or several processes is looked at instead:
-``pip install`` and ``make`` are what CI runs, and ``torchrun`` lines are parsed by tests/test_documents.py. Pages prepare what they need in
+``pip install`` and ``make`` are what CI runs; tests/test_documents.py checks ``torchrun`` lines and the options of scripts. Pages prepare what they need in
 comments (``invisible-code-block``).
 """
 
@@ -109,6 +109,8 @@ class Page:
                 assert "-m pip install" in (ROOT / ".ci" / "run").read_text()
             elif words[0] == "make":
                 assert re.search(rf"^make {words[1]}\b", (ROOT / ".ci" / "run").read_text(), re.M)
+            elif words[:1] == ["python"]:
+                assert (ROOT / words[1]).is_file()
             elif words[0] != "torchrun":
                 assert os.system(f"bash -ec {shlex.quote(line)}") == 0, line
 
