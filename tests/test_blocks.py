@@ -1,9 +1,9 @@
 """Every code block of the documents runs, page by page, in an empty directory.
 
 Python blocks run as they are; a block that begins with ``# name.py`` is also written into that file. Lines of ``zo-opt`` run in this process, on toy
-rows, a tiny model and with few steps; other lines of the shell run in the shell. What needs a network or several processes is looked at instead:
-``pip install`` and ``make`` are what CI runs; tests/test_documents.py checks ``torchrun`` lines and the options of scripts. Pages prepare what they need in
-comments (``invisible-code-block``).
+rows, a tiny model and with few steps; other lines of the shell run in the shell. What needs a network, several processes or minutes is looked at
+instead: ``pip install`` and ``make`` are what CI runs; tests/test_documents.py checks ``torchrun`` lines and the options of scripts. Pages prepare
+what they need in comments (``invisible-code-block``).
 """
 
 from __future__ import annotations
