@@ -2,12 +2,12 @@
 
     python benchmarks/learning.py accuracy --data DIR --out benchmarks/results/learning.jsonl
     python benchmarks/learning.py accuracy --tasks trec,sst2 --methods feedback --seeds 0,1,2 ...
-    python benchmarks/learning.py table benchmarks/results/learning.jsonl
+    python benchmarks/tables.py learning                          # the stored runs as a table
     python benchmarks/learning.py cosine --data DIR
     python benchmarks/learning.py cost
 
 DIR holds one folder a set: sst2 (train.tsv, dev.tsv), trec (train.jsonl, test.jsonl), cb and rte (train.jsonl, validation.jsonl). BoolQ and MRPC come
-with the package. Options were chosen on training rows (docs/learning.md); the rows measured here took part in no choice.
+with the package. Options were chosen on training rows (docs/methods/learning.md); the rows measured here took part in no choice.
 A line of the file is a run: what was asked, and its results.json without the rows' scores.
 """
 
@@ -90,25 +90,6 @@ def accuracy(arguments: argparse.Namespace) -> None:
                     f"{task} {method} seed {seed}: {100 * results['after']['accuracy']:.1f} % in {seconds:.0f} s",
                     flush=True,
                 )
-
-
-def table(arguments: argparse.Namespace) -> None:
-    """The runs of a file as a table, a line a task and method."""
-    runs: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
-    for line in Path(arguments.file).read_text().splitlines():
-        run = json.loads(line)
-        runs[run["task"], run["method"], " ".join(run["more"])].append(run)
-    print("| set | method | accuracy, each seed | mean | zero-shot | logistic regression | whole run, s |")
-    print("|---|---|---|---|---|---|---|")
-    for (task, method, more), found in runs.items():
-        values = [100 * run["results"]["after"]["accuracy"] for run in found]
-        before, regression = 100 * found[0]["results"]["before"]["accuracy"], found[0]["results"].get("regression")
-        shown = ", ".join(f"{v:.1f}" for v in values)
-        seconds = ", ".join(f"{run['seconds']:.0f}" for run in found)
-        print(
-            f"| {task} | {method} {more} | {shown} | **{mean(values):.1f}** | {before:.1f} | "
-            f"{'' if regression is None else f'{100 * regression:.1f}'} | {seconds} |"
-        )
 
 
 def tools_of(task: str, data: Path, more: dict[str, Any]) -> tuple[Any, Any]:
@@ -230,9 +211,6 @@ def main() -> None:
     run.add_argument("--out", default="learning.jsonl")
     run.add_argument("more", nargs="*", help="options of zo-opt train, after --")
     run.set_defaults(run=accuracy)
-    shown = kinds.add_parser("table")
-    shown.add_argument("file")
-    shown.set_defaults(run=table)
     angle = kinds.add_parser("cosine")
     angle.add_argument("--tasks", default="sst2,trec")
     angle.add_argument("--steps", type=int, default=200)

@@ -1,4 +1,4 @@
-"""What ranks cost and give: steps on 1, 2 and 4 processes of one thread, against the cost model of docs/scaling.md.
+"""What ranks cost and give: steps on 1, 2 and 4 processes of one thread, against the cost model of docs/how-to/processes.md.
 
     OMP_NUM_THREADS=1 python benchmarks/scaling.py --rounds 5
 

@@ -1,9 +1,10 @@
-"""What documents print works: commands are taken by the package's own parser, Python blocks run, files and options that are named exist."""
+"""What documents name exists: commands and options of the package, files, modules, rows of tables. Their blocks run in test_blocks.py."""
 
 from __future__ import annotations
 
 import ast
 import importlib
+import os
 import re
 import shlex
 import sys
@@ -17,9 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from forked_runs import ForkedRun
 from packaging.requirements import Requirement
-from tiny_models import build
 
 from zo_opt import MeZO, optim
 from zo_opt.adapters import ADAPTERS
@@ -34,23 +33,21 @@ from zo_opt.training.parts import TABLES, own_options
 from zo_opt.training.sentences import Parser
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "docs"))
+
+import method_pages  # noqa: E402
+
 NAMES = [
     "README.md",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
     "SECURITY.md",
-    *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")),
+    *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md")),
 ]
 PAGES = {name: (ROOT / name).read_text() for name in NAMES}
 SCRIPTS = {p.name: p.read_text() for folder in ("benchmarks", "examples") for p in (ROOT / folder).glob("*.py")}
+MADE = method_pages.pages()  # of the site, from the code
 SHELL = PAGES | {".ci/run": (ROOT / ".ci" / "run").read_text()}
-
-
-def blocks(page: str, *languages: str) -> list[str]:
-    """The code blocks of a page in one of the languages; "" of none."""
-    return [
-        b for language, b in re.findall(r"^```(\w*)\n(.*?)^```", PAGES[page], re.DOTALL | re.M) if language in languages
-    ]
 
 
 def commands(text: str) -> list[str]:
@@ -61,7 +58,9 @@ def commands(text: str) -> list[str]:
     return [" ".join(c.split()) for c in found if c.split() and c.split()[0] in COMMANDS]
 
 
-COMMAND_LINES = sorted({c for text in [*SHELL.values(), *SCRIPTS.values()] for c in commands(text)})
+# test_blocks.py runs the lines that begin with zo-opt; torchrun's, those in prose, in scripts and on pages made from the code are parsed.
+PARSED = [re.sub(r"^(?:\.venv/bin/)?zo-opt .*$", "", text, flags=re.M) for text in SHELL.values()]
+COMMAND_LINES = sorted({c for text in [*PARSED, *SCRIPTS.values(), *MADE.values()] for c in commands(text)})
 
 
 def arguments(command: str) -> list[str]:
@@ -76,9 +75,13 @@ def arguments(command: str) -> list[str]:
     return [a for a in shlex.split(command) if a not in ("...", "&&")]
 
 
+def test_the_readme_is_short() -> None:
+    assert len(PAGES["README.md"].splitlines()) <= 120
+
+
 def test_the_documents_have_commands() -> None:
     assert len(COMMAND_LINES) > 40
-    assert {c.split()[0] for c in COMMAND_LINES} == COMMANDS.keys()
+    assert {c.split()[0] for text in SHELL.values() for c in commands(text)} == COMMANDS.keys()
 
 
 @pytest.mark.parametrize("command", COMMAND_LINES)
@@ -148,10 +151,9 @@ def test_options_of_scripts_in_documents_exist(script: str) -> None:
 def test_files_named_exist(page: str) -> None:
     text = SHELL.get(page, SCRIPTS.get(page, ""))
     named = set(re.findall(r"\b((?:zo_opt|kernels|tests|benchmarks|examples|docs)/[\w/.-]*\w)", text))
-    named |= {
-        f"docs/{link}" if page.startswith("docs/") else link for link in re.findall(r"\]\(([\w./-]+\.\w+)\)", text)
-    }
-    written = {"benchmarks/results/gpu.json"}  # by a script that needs a GPU
+    links = re.findall(r"\]\(([\w./-]+\.\w+)(?:#[\w-]+)?\)", text)
+    named |= {os.path.normpath(Path(page).parent / link) for link in links}
+    written = {"benchmarks/results/gpu.json", *(f"docs/{made}" for made in MADE)}  # on a GPU; with the site
     assert {n for n in named - written if not (ROOT / n).exists() and not list(ROOT.glob(f"{n}*"))} == set()
 
 
@@ -176,112 +178,6 @@ def test_what_scripts_import_of_the_package_exists(script: str) -> None:
                     importlib.import_module(f"{node.module}.{alias.name}")
 
 
-def test_all_blocks_of_the_readme_are_of_a_language_that_is_run_here() -> None:
-    assert set(re.findall(r"^```(\w+)", PAGES["README.md"], re.M)) == {"bash", "python"}
-
-
-@pytest.mark.filterwarnings("ignore:'pin_memory' argument")  # the Trainer's own, without a GPU
-def test_python_blocks_of_the_readme(
-    tiny_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
-    for block in blocks("README.md", "python"):
-        source = block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tiny_dir("llama")))
-        exec(compile(source.replace("layers=8", "layers=2"), "README.md", "exec"), names)
-    assert (tmp_path / "my-adapter" / "adapter_model.safetensors").is_file()
-
-
-def given(page: str) -> dict[str, object]:
-    """What the blocks of a page take as given."""
-    ids = torch.arange(12).view(2, 6)
-    batch = {"input_ids": ids, "labels": ids}
-    rows = [{"input_ids": ids[0], "labels": ids[0]}] * 4
-    if page == "docs/trainer.md":
-        from transformers import Trainer, TrainingArguments
-
-        return {
-            "model": build("llama"),
-            "train": rows,
-            "dev": rows,
-            "Trainer": Trainer,
-            "TrainingArguments": TrainingArguments,
-        }
-    if page == "docs/scaling.md":
-        return {"model": build("llama"), "loader": [batch]}
-    if page == "docs/privacy.md":
-        from zo_opt import AdaZeta
-        from zo_opt.privacy import GaussianPrivacy
-        from zo_opt.schedules import constant_queries
-
-        theta = torch.nn.Parameter(torch.ones(2))
-        return {
-            "AdaZeta": AdaZeta, "GaussianPrivacy": GaussianPrivacy, "constant_queries": constant_queries, "model": None,
-            "parameters": [theta], "rows": list(range(1000)), "collate": torch.tensor,
-            "losses": lambda model, batch: theta.sum() * batch.double(),
-        }  # fmt: skip
-    return {}
-
-
-@pytest.mark.filterwarnings("ignore")  # the Trainer's own
-@pytest.mark.parametrize("page", [p for p in PAGES if p != "README.md" and blocks(p, "python")])
-def test_python_blocks_of_other_pages(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    names = given(page)
-    started = page == "docs/scaling.md"
-    if started:
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        for block in blocks(page, "python"):
-            lines = block.splitlines()
-            if "from trl" in block:  # run by tests/test_trainer_trl.py, where TRL is
-                lines = [line for line in lines if line.startswith("from zo_opt")]
-            exec(compile("\n".join(lines), page, "exec"), names)
-    finally:
-        if started:
-            torch.distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize(
-    "command", [c for b in blocks("README.md", "bash") for c in b.splitlines() if c and not c.startswith("zo-opt")]
-)
-def test_make_and_pip_commands_are_what_ci_runs(command: str) -> None:
-    ci, command = SHELL[".ci/run"], command.split("#", maxsplit=1)[0].strip()
-    if command.startswith("make"):
-        assert command in ci
-        assert re.search(rf"^{command.split()[1]}:", (ROOT / "Makefile").read_text(), flags=re.M)
-    else:
-        assert command == "pip install ." and "-m pip install" in ci
-
-
-def test_the_command_lines_of_the_readme_run(
-    tiny_dir: Callable[[str], Path], sentiment_files: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The documented options as they stand, on toy files; built-in model and rows are replaced."""
-    monkeypatch.chdir(tmp_path)
-    toy = tmp_path / "my.jsonl"
-    rows = sentiment_files.train.read_text()  # type: ignore[attr-defined]
-    (tmp_path / "new.jsonl").write_text(rows)
-    toy.write_text(rows.replace('"label": 0', '"label": "no"').replace('"label": 1', '"label": "yes"'))
-    monkeypatch.setattr(runs.subprocess, "Popen", ForkedRun)
-    model = ["--model_name_or_path", str(tiny_dir("llama"))]
-    own = {
-        "train": ["--train_file", str(toy), "--steps", "2", *model],
-        "plan": ["--length", "32", *model],
-        "compare": ["--train_file", str(toy), "--budget_forwards", "6", *model],
-    }
-    own["diagnose"] = [*own["train"], "--queries", "4", "--eps_grid", "[0.01]"]
-    lines = [c.split("#")[0].strip() for b in blocks("README.md", "bash") for c in b.splitlines()]
-    for command in (c for c in lines if c.startswith("zo-opt")):
-        line = shlex.split(command)[1:]
-        if "--help" in line:
-            continue
-        if line[0] in own:
-            replaced = {"./my-model", "--model_name_or_path", "--task", "rte"}
-            line = [a for a in line if a not in replaced] + own[line[0]]
-        assert main(line) == 0, command
-
-
 # --- tables ---
 
 
@@ -295,7 +191,7 @@ def rows_of(page: str, header: str) -> dict[str, list[str]]:
 
 def test_the_table_of_optimizers() -> None:
     """Of each method its class, what a step costs and what cannot be given to it."""
-    table = rows_of("docs/optimizers.md", "| name | class |")
+    table = rows_of("docs/methods/optimizers.md", "| name | class |")
     for name, (_, kind, _, cost, _, _, fixed) in table.items():
         assert getattr(optim, kind.strip("`")) is OPTIMIZERS[name]
         assert fixed == ", ".join(f"`{f}`" for f in sorted(OPTIMIZERS[name].method.fixes)), name
@@ -309,14 +205,14 @@ def test_the_table_of_optimizers() -> None:
 
 
 def test_the_table_of_adapters() -> None:
-    for name, row in rows_of("docs/adapters.md", "| `--adapter`, class |").items():
+    for name, row in rows_of("docs/methods/adapters.md", "| `--adapter`, class |").items():
         assert row[0] == f"`{name}`, `{ADAPTERS[name].__name__}`"
 
 
 def test_tasks_that_documents_name_exist() -> None:
     named = {
         t
-        for row in rows_of("docs/tasks.md", "| task | kind | rows |").values()
+        for row in rows_of("docs/how-to/data.md", "| task | kind | rows |").values()
         for t in re.findall(r"`(\w[\w-]*)`", row[0])
     }
     assert named <= TASKS.keys()
@@ -328,14 +224,14 @@ def test_arguments_of_the_trainer() -> None:
     from zo_opt.training import ZOArguments
 
     own = {f.name for f in fields(ZOArguments)} - {f.name for f in fields(TrainingArguments)}
-    rows = rows_of("docs/trainer.md", "| argument | meaning")
+    rows = rows_of("docs/how-to/trainer.md", "| argument | meaning")
     named = {a for row in rows.values() for a in re.findall(r"`(\w+)`", row[0])}
     assert named == own
 
 
 def test_folders_that_documents_list() -> None:
-    """README's list has every folder, and says what its own first sentence says."""
-    table = rows_of("README.md", "| folder | what |")
+    """The list has every folder, and says what its own first sentence says."""
+    table = rows_of("docs/developing/design.md", "| folder | what |")
     packages = {p.parent.name for p in (ROOT / "zo_opt").glob("*/__init__.py")}
     assert table.keys() == {f"zo_opt/{name}/" for name in packages} | {"kernels/tt_kernels/"}
     for folder, (_, what) in table.items():
@@ -381,7 +277,7 @@ def test_what_is_imported_is_declared_and_used() -> None:
 
 
 def called(action: Callable[[], object]) -> list[str]:
-    """The package's functions that an action calls, in order, as docs/developing.md writes them."""
+    """The package's functions that an action calls, in order, as docs/developing/design.md writes them."""
     calls: list[str] = []
     package = str(ROOT / "zo_opt") + "/"
 
@@ -398,7 +294,7 @@ def called(action: Callable[[], object]) -> list[str]:
 
 
 def diagram(title: str) -> list[str]:
-    text = PAGES["docs/developing.md"].split(f"## {title}\n")[1]
+    text = PAGES["docs/developing/design.md"].split(f"## {title}\n")[1]
     return re.findall(r"[\w/]+\.py · [\w.]+", text.split("```text\n")[1].split("```")[0])
 
 

@@ -130,8 +130,8 @@ def test_the_number_of_trained_parameters(name, config, adapters, count):
 
 
 def documented():
-    """The rows of the table of docs/adapters.md: name -> its cells."""
-    page = (Path(__file__).parents[1] / "docs" / "adapters.md").read_text()
+    """The rows of the table of docs/methods/adapters.md: name -> its cells."""
+    page = (Path(__file__).parents[1] / "docs" / "methods" / "adapters.md").read_text()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:3] == "| `"]
     return {row[0].split("`")[1]: row for row in rows if len(row) == 7}
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 class AdaLoRAConfig(SensitivityConfig):
     """h = W0 x + alpha / (rank + 1e-5) P diag(Lambda) Q x, whose ranks fall from ``rank`` to ``target_rank`` on average.
 
+    Use it by backpropagation for long runs, where ranks should go to the layers that need them.
+
     P (out, rank) and Q (rank, in) start Gaussian with standard deviation 0.02 and Lambda at zero [code]: an exact identity. Triplet i
     is (P_:i, lambda_i, Q_i:). After every optimizer step triplets are scored by their smoothed sensitivity; every ``interval`` steps
     between warm-up and final phase the lambdas of the lowest ones are set to zero, so many that a cubic budget is kept. They

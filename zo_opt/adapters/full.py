@@ -16,6 +16,8 @@ from zo_opt.errors import ZOError
 class FullConfig(AdapterConfig):
     """Every parameter of the model is trained in place, or those of ``layers`` and of the modules that ``target_modules`` names.
 
+    Use it where adapters are not enough; forward passes need no copy of the weights.
+
     The whole model becomes float32, what stays frozen too. Weights that layers share are trained once and stay shared. Nothing is wrapped,
     so that the pretrained weights are gone: ``unload`` and ``merge_and_unload`` both return the model with what it has learned,
     in float32. ``save_pretrained`` writes all that is trained, and ``load_adapter_model`` puts it into a fresh base model.

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 class LaMDAConfig(AdapterConfig):
     """h = W0 x + B S A x - B0 S0 A x, A (PMA, rank x in) frozen, S (LDA, rank x rank) trained, B (PMB, out x rank) frozen by and by.
 
+    Use it for many adapters on one model, each of which must be small in the end.
+
     With W0 = U Sigma V^T: A = V_r^T and B = U_r (arXiv 2406.12832, section 3). Over the first ``freeze_share`` (eta) of training
     the columns of B are frozen one after the other, those of the largest singular values first; then S alone is trained, rank^2
     numbers a matrix. With ``freeze_share=0`` it is so from the start. [choice] After n optimizer steps floor(rank n / floor(eta T))

@@ -18,6 +18,8 @@ from zo_opt.errors import ZOError
 class LaMDAPlusPlusConfig(LaMDAConfig):
     """LaMDA with a rank for each matrix from a small set, by E(r) = sum_{i<=r} sigma_i^2 / sum_i sigma_i^2 at the smallest of them.
 
+    Use it as LaMDA, where matrices have spectra of different kinds.
+
     ``order="easy-first"``: more rank to matrices with a high E, which a low rank hurts less, as the publication's summary has it;
     ``"hard-first"``: to those with a low E. ``rank`` is the budget: the ranks' mean is at most this. How ranks are spread is ours, see
     :func:`allocate_ranks`. The result is written into ``rank_pattern`` (the saved configuration has it); one that is given

@@ -21,6 +21,8 @@ from zo_opt.errors import ZOError
 class LoRAConfig(AdapterConfig):
     """h = W0 x + (alpha / rank) B A x (arXiv 2106.09685, equation 3), A (rank, in) and B (out, rank) in float32.
 
+    Use it first where backpropagation fits.
+
     A starts Kaiming-uniform with a = sqrt(5), that is uniform in +-1 / sqrt(in), and B at zero. In embeddings A (rank, rows) starts
     at zero and B Gaussian, as in the authors' code and PEFT. Both starts are exact identities.
 

@@ -29,6 +29,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class TTConfig(AdapterConfig):
     """Serial tensor-train adapters: x + up(act(down(x))), down and up tensor-train linear layers.
 
+    Use it to train few numbers by queries on weights, at every token; it cannot be merged.
+
     The start is an exact identity. With the defaults the trainable parameters are AdaZeta's published ones: 610,560 on Llama-2-7B,
     136,704 on RoBERTa-large. Sizes are factorised automatically: the hidden size into ceil(log16) factors
     as equal as possible, the bottleneck into floor(log16(hidden size)).

@@ -23,6 +23,8 @@ from zo_opt.adapters.weights import matrix
 class TTLoRAConfig(AdapterConfig):
     """h = W0 x + (alpha / rank) B A x, where A (rank x in) and B (out x rank) are a tensor train each.
 
+    Use it by default: with ``trainable="input"`` it is what queries on activations reach; at every token it can be merged.
+
     B starts at zero (its last core), which is an exact identity. A's entries start with variance 1 / in.
     [choice] ``rank`` is one dim of both trains; inner ranks are ``tt_rank``, or less where a bond cannot use so much.
     It merges into the weights, and ``AdapterModel.export_peft`` writes A and B as an ordinary LoRA.

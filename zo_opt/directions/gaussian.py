@@ -18,6 +18,8 @@ BLOCK = 1 << 16
 class Gaussian(Directions):
     """z ~ N(0, I), drawn with torch's native generator: fast; the bits differ between CPU and CUDA, and between versions of torch.
 
+    Use it to follow publications, which draw normal entries.
+
     Entries come in blocks of 2^16, each with a seed of its own, so that a range costs at most its own blocks.
     """
 
@@ -28,6 +30,8 @@ class Gaussian(Directions):
 @dataclass(frozen=True)
 class PhiloxGaussian(Directions):
     """z ~ N(0, I) by Box and Muller's transform of Philox words: the same on every device, to the rounding of log and cos.
+
+    Use it where normal entries must be the same on CPU and GPU.
 
     Four times slower than the native generator. One 64-bit word gives two entries (the transform is evaluated in float64).
     """

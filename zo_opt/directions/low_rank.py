@@ -34,6 +34,8 @@ class _PlainVectors(MatrixDirections):
 class LowRank(_PlainVectors):
     """z_W = U V^T: U (m, r) fresh in every step and query, V (n, r) kept for ``interval`` steps; Gaussian entries.
 
+    Use it on whole matrices, as LOZO does.
+
     Source: LOZO, arXiv 2410.07698 (``interval`` is its nu). Entries have variance r: the estimate is g U V^T / r.
 
     Args:
@@ -57,6 +59,8 @@ class LowRank(_PlainVectors):
 @dataclass(frozen=True)
 class Subspace(_PlainVectors):
     """z_W = U Z V^T: U (m, r) and V (n, r) with orthonormal columns, drawn every ``interval`` steps; Z (r, r) Gaussian, fresh.
+
+    Use it on whole matrices, as SubZero does.
 
     Source: SubZero, arXiv 2410.08989 (``interval`` is its F). A matrix with a side below ``rank`` takes that side as its rank.
 

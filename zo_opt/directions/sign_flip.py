@@ -19,6 +19,8 @@ KIND = 3
 class SignFlip(MatrixDirections):
     """z_q = Z * (a_q b_q^T): Z ~ N(0, I) shared by the step's queries, a_q and b_q sign vectors of the query; Z * a_q for vectors.
 
+    Use it with split queries over many rows, as GRZO does: the rows share one product.
+
     Source: GRZO, arXiv 2606.02857. Each z_q alone is N(0, I); those of two queries are uncorrelated. For a linear layer
     Z x-products of a whole batch with a direction an example cost one product (flip input, multiply, flip output).
     """

@@ -20,6 +20,8 @@ KIND = 2
 class Sparse(Directions):
     """z = s m / sqrt(density): signs s, and a mask m that keeps each entry with probability ``density``, fresh for every query.
 
+    Use it where few of many numbers should move in each query.
+
     E[z z^T] = I. [choice] Sparse-MeZO's mask, which depends on the weights, is :class:`~zo_opt.optim.SparseMeZO`'s. Bits are Philox's.
 
     Raises:

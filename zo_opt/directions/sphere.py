@@ -18,6 +18,8 @@ _CHUNK = 1 << 18
 class Sphere(Directions):
     """z = sqrt(d) x / ||x||, x ~ N(0, I) over all d trainables, so that E[z z^T] = I and ||z||^2 = d exactly.
 
+    Use it where every direction should have the same length.
+
     Source: Flaxman et al., arXiv cs/0408007. The norm costs one more draw of the whole direction, remembered while it is in use.
     """
 

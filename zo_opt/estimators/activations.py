@@ -47,6 +47,8 @@ class Measured:
 class Activations(Estimator):
     """dL/dh of the adapters' inner activations h by SPSA, on to the parameters by the exact chain rule within each adapter.
 
+    Use it for adapters on answers, where nothing should be remembered from step to step.
+
     Every answer position has directions of its own, so that a query splits the batch for nothing. The closure is run once at the
     weights; if it returns a loss that torch can differentiate from the body's output on, a query is one shifted forward up to there,
     and the rest is exact. If it returns a number, or one a sequence (a reward), a query is a shifted run of the closure. Differences are
@@ -160,6 +162,8 @@ class Activations(Estimator):
 @dataclass(frozen=True)
 class LearnedFeedback(Activations):
     """:class:`Activations` that remembers: the mean Jacobian from inner activations to the body's output, and how positions differ from it.
+
+    Use it for adapters on answers; it is the default of ``zo-opt train``.
 
     The equations stand in :mod:`zo_opt.estimators.feedback`. Where the closure returns a number without gradient there is no Jacobian to
     learn, and the prior alone serves. What it remembers is part of the optimizer's state; a run cannot be replayed from

@@ -24,6 +24,8 @@ from zo_opt.queries.substitution import Substitution
 class ForwardMode(Estimator):
     """g_q = dL/dtheta . z_q, exact: no zo_eps, no truncation error.
 
+    Use it to tell the noise of directions from the error of zo_eps: it has no zo_eps.
+
     Source: Baydin et al., arXiv 2202.08587. Counted as two forwards a query: the values and their tangents.
 
     Raises:

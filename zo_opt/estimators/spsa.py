@@ -16,6 +16,8 @@ from zo_opt.queries.modes import Evaluator
 class TwoSided(Estimator):
     """g_q = (L(theta + zo_eps z_q) - L(theta - zo_eps z_q)) / (2 zo_eps); the gradient estimate is the mean of g_q z_q.
 
+    Use it for queries on weights: its error falls with the square of zo_eps.
+
     Source: Spall 1992; MeZO, arXiv 2305.17333, definition 1. In split mode with as many queries as examples this is GRZO's
     estimate (arXiv 2606.02857): one direction an example.
 
@@ -37,6 +39,8 @@ class TwoSided(Estimator):
 class TwoSidedWithCurvature(Estimator):
     """:class:`TwoSided`, and the second derivatives (L(theta + zo_eps z_q) + L(theta - zo_eps z_q) - 2 L(theta)) / zo_eps^2.
 
+    Use it where the optimizer needs curvature, as HiZOO does.
+
     Source: HiZOO, arXiv 2402.15173, algorithm 1. One forward more a step: L(theta) is shared.
     """
 
@@ -56,6 +60,8 @@ class TwoSidedWithCurvature(Estimator):
 @dataclass(frozen=True)
 class OneSided(Estimator):
     """g_q = (L(theta + zo_eps z_q) - L(theta)) / zo_eps, in Q + 1 forwards: L(theta) is shared.
+
+    Use it for many queries a step: each costs one forward pass, and its error falls with zo_eps alone.
 
     Source: FZOO, arXiv 2506.09034. In split mode a step costs two forwards and the base loss is that of the query's slice.
     """

@@ -30,6 +30,8 @@ _CASTS = {Tensor.to, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16}
 class AGZO(ZerothOrderOptimizer):
     """theta <- theta - lr * mean_q (L(theta + zo_eps z_q) - L(theta)) / zo_eps * z_q, with z_W = R A^T for a linear layer's W (out, in).
 
+    Use it on whole models with linear layers, in one process, where a batch has fewer tokens than the layers are wide.
+
     A (in, r) is an orthonormal basis of the leading right singular directions of the layer's inputs X (tokens, in) in this step's forward at
     the weights: A = qr(X^T Omega), then ``iterations`` times A = qr(X^T X A), Omega (tokens, r) and R (out, r) Gaussian. A gradient
     of W is a sum of rows of X, so that it lies in their span. All other parameters get Gaussian entries. Q + 1 forwards.

@@ -19,6 +19,8 @@ from zo_opt.queries.trainables import Piece
 class HiZOO(ZerothOrderOptimizer):
     """Perturb along z / sqrt(H);  H <- (1-s) H + s * mean_q |l+ + l- - 2 l0| H z_q^2 / (2 eps^2);  step g_q z_q / sqrt(H).
 
+    Use it where numbers of very different curvature are trained together, as in whole models.
+
     Source: arXiv 2402.15173, algorithm 1: H (its inverse Sigma) is updated before the step uses it, and starts at one. Three
     forwards a query (one more a step than MeZO: l0 is shared). Keeps one float32 tensor a parameter. Other arguments as in
     :class:`~zo_opt.optim.machine.ZerothOrderOptimizer`.

@@ -22,6 +22,8 @@ from zo_opt.queries.trainables import Trainables
 class MeZOSVRG(ZerothOrderOptimizer):
     """theta <- theta - lr * (mean_q (g_q(theta) - g_q(theta~)) z_q + G), G the estimate at the snapshot theta~ on a large batch.
 
+    Use it where the batch's noise is larger than the directions' noise, and a large batch can be run now and then.
+
     Every ``interval`` steps theta~ <- theta, and the step is G's own. Between, g_q(theta) and g_q(theta~) are taken on the same
     mini-batch along the same direction: four forwards a query. Source: arXiv 2404.08080, algorithm 1; [choice] one lr for both
     kinds of step. Keeps a float32 copy of the trainables. Other arguments as in

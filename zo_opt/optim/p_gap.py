@@ -23,6 +23,8 @@ Triplets = tuple[Tensor, Tensor, Tensor]  # U (m, r), sigma (r,), V (n, r)
 class PGAP(ZerothOrderOptimizer):
     """theta <- theta - lr * mean_q g_q z_q along z_W = U C V^T, where U diag(sigma) V^T is the rank-r part of an estimate of W's gradient.
 
+    Use it on whole models for many steps, where the leading directions of the gradient change slowly.
+
     C = C' - (<S, C'> - xi sqrt(delta) ||S||) / ||S||^2 * S with S = diag(sigma) and C' (r, r) Gaussian, so that <S, C> = xi sqrt(delta) ||S||, xi a
     fair sign: the part along the estimate has a fixed length, the part across it is random. Every ``interval`` steps the estimate is
     the mean of ``probes`` two-sided queries along Gaussian directions. 2Q forwards, 2 probes in those steps.

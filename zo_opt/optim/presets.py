@@ -61,6 +61,8 @@ def preset(name: str, *fixes: str) -> Callable[[Choose], Preset]:
 def MeZO() -> dict[str, Any]:  # noqa: N802
     """theta <- theta - lr * mean_q g_q z_q, with g_q from two forward passes along the seeded direction z_q.
 
+    Use it first, and as what others are compared with: it keeps nothing but the weights.
+
     Source: arXiv 2305.17333, algorithms 1 and 2. Released values: whole model lr 1e-6, zo_eps 1e-3 (the defaults here); LoRA
     lr 1e-4, zo_eps 1e-2. One query a step unless a schedule is given.
     """
@@ -70,6 +72,8 @@ def MeZO() -> dict[str, Any]:  # noqa: N802
 @preset("adazeta")
 def AdaZeta() -> dict[str, Any]:  # noqa: N802
     """theta <- theta - lr * (1/Q_k) sum_q g_q z_q with Q_k = min(max(int(alpha * e_k^beta), 1), Q_max).
+
+    Use it with tensor-train adapters and many epochs, so that its schedule has time to grow.
 
     Source: arXiv 2406.18060, algorithm 1 and section 3.3. Released values are the defaults (alpha 0.85, beta 0.4, Q_max 15, lr 1e-4,
     zo_eps 1e-3, weight decay 0.01).
@@ -81,6 +85,8 @@ def AdaZeta() -> dict[str, Any]:  # noqa: N802
 def ZOSign() -> dict[str, Any]:  # noqa: N802
     """theta <- theta - lr * sign(mean_q g_q z_q): every entry moves by lr, in parameter units.
 
+    Use it where the scale of gradients is not known: each number moves by lr, whatever the loss says.
+
     Source: Liu et al., "signSGD via zeroth-order oracle", ICLR 2019; in ZO-Bench, arXiv 2402.11592.
     """
     return {"lr": 1e-6, "update_rule": Sign()}
@@ -89,6 +95,8 @@ def ZOSign() -> dict[str, Any]:  # noqa: N802
 @preset("zo-momentum", "update_rule")
 def ZOMomentum(beta: float = 0.9) -> dict[str, Any]:  # noqa: N802
     """m <- beta m + mean_q g_q z_q;  theta <- theta - lr * m.
+
+    Use it where single estimates are noisy and there is room for one more number for each trained one.
 
     Source: ZO-SGD-MMT in ZO-Bench, arXiv 2402.11592; the convention is :class:`~zo_opt.optim.Momentum`'s.
 
@@ -101,6 +109,8 @@ def ZOMomentum(beta: float = 0.9) -> dict[str, Any]:  # noqa: N802
 @preset("zo-adam", "update_rule")
 def ZOAdam(beta1: float = 0.9, beta2: float = 0.999, adam_eps: float = 1e-8) -> dict[str, Any]:  # noqa: N802
     """m <- b1 m + (1-b1) g;  v <- b2 v + (1-b2) g^2;  w <- max(w, v);  theta <- theta - lr * m / (sqrt(w) + eps).
+
+    Use it for comparison with published ZO-AdaMM; plain steps with a tuned lr are hard to beat.
 
     g = mean_q g_q z_q. Source: ZO-AdaMM, arXiv 1910.06513, algorithm 1 (no bias correction); ZO-Bench's ZO-Adam.
 
@@ -115,6 +125,8 @@ def ZOAdam(beta1: float = 0.9, beta2: float = 0.999, adam_eps: float = 1e-8) -> 
 def ZOConservative() -> dict[str, Any]:  # noqa: N802
     """theta <- argmin of the loss over {theta, theta - lr g, theta + lr g}, g = mean_q g_q z_q.
 
+    Use it where a bad step costs much: it looks at the loss before it moves.
+
     Source: ZO-SGD-Cons in ZO-Bench, arXiv 2402.11592, after Kim et al., arXiv 2109.13391. Three forwards a step more than MeZO.
     [choice] Weight decay is applied after the choice.
     """
@@ -124,6 +136,8 @@ def ZOConservative() -> dict[str, Any]:  # noqa: N802
 @preset("lozo", "directions")
 def LOZO(rank: int = 2, interval: int = 50) -> dict[str, Any]:  # noqa: N802
     """theta <- theta - lr * mean_q g_q z_q / r, z_W = U V^T for every matrix W, with U fresh in every step and V kept for nu steps.
+
+    Use it on whole models, whose gradients are nearly of low rank.
 
     Source: arXiv 2410.07698, algorithm 1 (losses at W +- zo_eps U V^T, without 1/r); parameters of one axis get Gaussian directions.
 
@@ -138,6 +152,8 @@ def LOZO(rank: int = 2, interval: int = 50) -> dict[str, Any]:  # noqa: N802
 def SubZero(rank: int = 32, interval: int = 500) -> dict[str, Any]:  # noqa: N802
     """MeZO along z_W = U Z V^T for every matrix W, U and V with orthonormal columns refreshed every F steps, Z (r, r) fresh.
 
+    Use it on whole models for many steps, where a subspace of each matrix is searched before the next is drawn.
+
     Source: arXiv 2410.08989, algorithm 1; parameters of one axis get Gaussian directions.
 
     Args:
@@ -150,6 +166,8 @@ def SubZero(rank: int = 32, interval: int = 500) -> dict[str, Any]:  # noqa: N80
 @preset("fzoo", "estimator")
 def FZOO() -> dict[str, Any]:  # noqa: N802
     """theta <- theta - lr / (N sigma) * sum_i (l_i - l_0) z_i, sigma = std(l_i), z_i of signs: N + 1 forwards a step.
+
+    Use it where a forward pass over several copies is cheap: one-sided queries cost half, and the spread sets the step's length.
 
     Source: arXiv 2506.09034, algorithm 1. Not divided by zo_eps: lr is in parameter units a step, up to 1 / sqrt(N). N is the query
     schedule, at least 2; 8 by default. In split mode l_0 is that of the query's slice and sigma the spread of the differences.
@@ -167,6 +185,8 @@ def FZOO() -> dict[str, Any]:  # noqa: N802
 def GRZO() -> dict[str, Any]:  # noqa: N802
     """theta <- theta - lr * mean_i d_i / std(d) * z_i, d_i the two-sided difference of example i along its own direction z_i.
 
+    Use it where the batch has many rows: each has a direction of its own, for two forward passes in all.
+
     Source: arXiv 2606.02857. Directions are sign-flip factorised (:class:`~zo_opt.directions.SignFlip`); query mode is split
     with as many queries as examples (a schedule given here may ask for fewer). lr is in parameter units a step. Needs ``module``.
     """
@@ -182,6 +202,8 @@ def GRZO() -> dict[str, Any]:  # noqa: N802
 @preset("forward-gradient", "estimator", "zo_eps")
 def ForwardGradient() -> dict[str, Any]:  # noqa: N802
     """theta <- theta - lr * mean_q (dL/dtheta . z_q) z_q, the derivative exact: no zo_eps, no backward pass.
+
+    Use it to see what exact derivatives along directions would give; it needs a model that torch can differentiate forward.
 
     Source: Baydin et al., arXiv 2202.08587; in ZO-Bench, arXiv 2402.11592. Needs a model whose operations all have forward-mode
     derivatives and a closure that returns the loss as a tensor. Counted as two forwards a query; activations carry tangents,

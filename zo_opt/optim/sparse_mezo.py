@@ -18,6 +18,8 @@ from zo_opt.queries.trainables import Trainables
 class SparseMeZO(ZerothOrderOptimizer):
     """theta <- theta - lr * mean_q g_q (m * z_q), perturbed along m * z_q, with m_i = 1 where |theta_i| <= h, else 0.
 
+    Use it on whole models; small weights are said to bear larger steps. In our comparison it learned less than MeZO.
+
     Source: arXiv 2402.15751, algorithm 1. h is one number a parameter: the ``density`` quantile of its magnitudes when training
     starts; the mask follows the current weights and is never stored. [choice] A parameter with h = 0 (LoRA's B starts as
     zeros) is tuned whole: its entries would leave the mask with their first step. Other arguments as in

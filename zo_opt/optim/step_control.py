@@ -34,6 +34,8 @@ class StepControl(ABC):
 class ClipProjectedGrads(StepControl):
     """Clip at ``factor`` times the running root mean square of past projected gradients.
 
+    Use it where single queries are far off, as on noisy batches.
+
     [choice] One example with a huge loss difference (a query is one noisy scalar) must not decide a step. The
     running square is an exponential average with ``decay`` a step, seeded by the first step.
 
@@ -64,6 +66,8 @@ class ClipProjectedGrads(StepControl):
 @dataclass(frozen=True)
 class DivideBySpread(StepControl):
     """Divide by the standard deviation of the step's own projected gradients: FZOO's sigma, GRZO's std(d).
+
+    Use it where lr should not depend on the scale of the loss, as FZOO and GRZO do.
 
     Source: arXiv 2506.09034 and arXiv 2606.02857. FZOO's lr / (N sigma) * sum (l_i - l_0) z_i with sigma = std(l_i) is this on
     one-sided differences: zo_eps cancels. [choice] The sample deviation (N - 1);

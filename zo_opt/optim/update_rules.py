@@ -35,7 +35,10 @@ class UpdateRule(ABC):
 
 @dataclass(frozen=True)
 class SGD(UpdateRule):
-    """theta <- theta - lr * g (arXiv 2305.17333, algorithm 1)."""
+    """theta <- theta - lr * g (arXiv 2305.17333, algorithm 1).
+
+    Use it where a journal must replay to the bit, and where memory is short: it keeps nothing.
+    """
 
     linear: ClassVar[bool] = True
     exact_signs: ClassVar[bool] = True
@@ -47,6 +50,8 @@ class SGD(UpdateRule):
 @dataclass(frozen=True)
 class Adam(UpdateRule):
     """m <- b1 m + (1-b1) g;  v <- b2 v + (1-b2) g^2;  theta <- theta - lr * m^ / (sqrt(v^) + eps), with bias correction.
+
+    Use it where trained numbers have gradients of different scale; its lr is the length of a step.
 
     Source: Kingma & Ba, arXiv 1412.6980, algorithm 1, on the zeroth-order estimate g.
     """
@@ -72,6 +77,8 @@ class Adam(UpdateRule):
 class Sign(UpdateRule):
     """theta <- theta - lr * sign(g): every entry moves by lr.
 
+    Use it where nothing should be kept and lr should be the length of a step.
+
     Source: ZO-SGD-Sign, Liu et al., ICLR 2019; in ZO-Bench, arXiv 2402.11592.
     """
 
@@ -85,6 +92,8 @@ class Sign(UpdateRule):
 @dataclass(frozen=True)
 class Momentum(UpdateRule):
     """m <- beta m + g;  theta <- theta - lr * m.
+
+    Use it to average noisy estimates over about 1 / (1 - beta) steps.
 
     Source: ZO-SGD-MMT in ZO-Bench, arXiv 2402.11592. [choice] ``torch.optim.SGD``'s convention (no damping), where the step in
     the long run is lr / (1 - beta) of a gradient.
@@ -103,6 +112,8 @@ class Momentum(UpdateRule):
 @dataclass(frozen=True)
 class AMSGrad(UpdateRule):
     """m <- b1 m + (1-b1) g;  v <- b2 v + (1-b2) g^2;  w <- max(w, v);  theta <- theta - lr * m / (sqrt(w) + eps).
+
+    Use it for comparison with ZO-AdaMM.
 
     Source: ZO-AdaMM, Chen et al., arXiv 1910.06513, algorithm 1: no bias correction; eps keeps a zero estimate finite.
     """

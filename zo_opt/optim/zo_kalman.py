@@ -21,6 +21,8 @@ from zo_opt.queries.trainables import Piece
 class ZOKalman(ZerothOrderOptimizer):
     """The gradient as a hidden state g, seen along one direction at a time: y_q = z_q . g + noise; the update rule follows its mean m.
 
+    Use it for a thousand trained numbers or fewer, such as spectral gains, where old measurements are worth keeping.
+
     Predict: m <- a m, P <- a^2 P + (1 - a^2) I (the gradient drifts, and is forgotten, with correlation a from step to step).
     Correct: S = Z P Z^T + R I, K = P Z^T S^-1, m <- m + K (y - Z m), P <- P - K Z P.
 

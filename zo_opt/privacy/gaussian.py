@@ -2,7 +2,7 @@
 
 Source: DPZero, arXiv 2310.09639 (algorithm 2, per-example clipping of the scalar and scalar noise); DP-ZO, arXiv 2401.04343. The
 directions are public and drawn without looking at rows, so the noisy scalars are all that the weights know of the rows, and all
-that has to be accounted for. Epsilon comes from the package ``dp-accounting``. What is promised, and what is not, is in docs/privacy.md.
+that has to be accounted for. Epsilon comes from the package ``dp-accounting``. What is promised, and what is not, is in docs/how-to/privacy.md.
 """
 
 from __future__ import annotations

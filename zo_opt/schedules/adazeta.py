@@ -16,6 +16,8 @@ MAX_QUERIES = 15  # the released Q_max
 class AdaZetaQueries(Schedule):
     """AdaZeta's adaptive schedule Q_k = min(max(int(alpha * e_k^beta), 1), Q_max).
 
+    Use it for runs of many epochs; in few epochs it stays at ``min_queries``.
+
     Source: arXiv 2406.18060, section 3.3, with e_k = floor(k / ceil(D/B)) the epoch (D examples, batches of B); the
     integer part and the floor of 1 are those of the released code. Default values: the released ones.
 

@@ -13,6 +13,8 @@ from zo_opt.schedules.base import History, RunLength, Schedule, check_whole, sim
 class BudgetQueries(Schedule):
     """Spend exactly ``forwards`` forward passes in ``steps`` steps, as evenly as whole queries allow.
 
+    Use it to compare methods: it spends a budget of forward passes to the last one.
+
     Every step divides what is left by the steps that are left (rounded down, so that later steps make up for it), which
     also corrects whatever earlier steps cost more or less than expected. A remainder that buys no query,
     ``(forwards - steps * forwards_per_step) % forwards_per_query``, stays unspent. Steps beyond ``steps`` take what is

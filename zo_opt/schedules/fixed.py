@@ -17,6 +17,8 @@ from zo_opt.schedules.base import History, RunLength, Schedule, check_whole
 class ConstantQueries(Schedule):
     """The same number of queries in every step.
 
+    Use it first: it is the plainest.
+
     Raises:
         ZOError: fewer than one query.
 
@@ -35,7 +37,10 @@ class ConstantQueries(Schedule):
 
 @dataclass(frozen=True)
 class EveryExample(Schedule):
-    """As many queries as the batch has examples: for ``query_mode="split"``, which gives each an example of its own."""
+    """As many queries as the batch has examples: for ``query_mode="split"``, which gives each an example of its own.
+
+    Use it with split queries and GRZO.
+    """
 
     needs_split: ClassVar[bool] = True
 
@@ -66,6 +71,8 @@ class _Ramp(Schedule):
 class LinearQueries(_Ramp):
     """From ``start`` queries in step 0 evenly to ``end`` in step ``steps - 1``, to the nearest whole number; then ``end``.
 
+    Use it to grow (or shrink) the number of queries evenly.
+
     Args:
         start, end: queries, at least 1.
         steps: of the ramp; the run's if not given.
@@ -86,6 +93,8 @@ class LinearQueries(_Ramp):
 class CosineQueries(_Ramp):
     """From ``start`` to ``end`` along half a cosine: slow at both ends, fast in the middle; then ``end``.
 
+    Use it to grow late and quickly, with few queries for a longer while at the start.
+
     Q = start + (end - start) * (1 - cos(pi * step / (steps - 1))) / 2, to the nearest whole number. Arguments as in
     :class:`LinearQueries`.
 
@@ -101,6 +110,8 @@ class CosineQueries(_Ramp):
 @dataclass(frozen=True)
 class StepwiseQueries(Schedule):
     """So many queries from each milestone on.
+
+    Use it where you know at which step more queries are needed.
 
     Args:
         milestones: step -> queries, the first step 0; or as text, ``step:queries`` with commas between. If not given: four

@@ -13,6 +13,8 @@ from zo_opt.schedules.base import History, Schedule, check_range
 class VarianceQueries(Schedule):
     """Q = ceil(min_queries * peak_signal / signal), at most ``max_queries``.
 
+    Use it where gradients fade: it asks for more queries as the signal falls below its peak.
+
     The relative variance of the mean of Q estimates in d dimensions is about (d + 1) / Q * (1 + sigma^2 / ||gradient||^2)
     with sigma^2 the variance of the batch. The mean square of projected gradients (:meth:`History.observe`) estimates
     ||gradient||^2, so keeping Q * signal where it was at the peak keeps the second term in check as the gradient falls

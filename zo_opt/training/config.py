@@ -1,4 +1,4 @@
-"""Everything ``zo-opt train`` can be told, with its defaults (the recipe of docs/learning.md), and what follows from it."""
+"""Everything ``zo-opt train`` can be told, with its defaults (the recipe of docs/methods/learning.md), and what follows from it."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class TrainConfig(FirstOptions, RowOptions, ModelOptions, LearningOptions, RunOp
         check_delta(self.privacy_delta)
         if self.privacy_clip is None:
             raise ZOError(
-                "privacy needs --privacy_clip, the bound on one row's projected gradient; choose it without looking at these rows (docs/privacy.md)."
+                "privacy needs --privacy_clip, the bound on one row's projected gradient; choose it on other rows (docs/how-to/privacy.md)."
             )
         kind = OPTIMIZERS.find(self.optimizer_name)
         if (

@@ -17,7 +17,7 @@ else:
 BACKPROPAGATION = "adamw"
 DEFAULT_MODEL = "smollm2-135m-instruct"
 WHOLE_MODEL = ("full", "lisa")  # adapters that train the model's own weights
-# Steps where nobody says how many: more passes over few rows bring a lower loss on these and a higher one on others (docs/learning.md).
+# Steps where nobody says how many: more passes over few rows bring a lower loss on these and a higher one on others (docs/methods/learning.md).
 EPOCHS, LEAST_STEPS, MOST_STEPS = 5, 100, 400
 
 
@@ -27,7 +27,7 @@ class FirstOptions:
 
     Args:
         model_name_or_path: the built-in model, a Hugging Face id or a local directory.
-        task: a built-in task (docs/tasks.md): labels (sst2, rte, cb, boolq, copa, mrpc, piqa), generation (arithmetic, nq_open, sciq) or
+        task: a built-in task (docs/how-to/data.md): labels (sst2, rte, cb, boolq, copa, mrpc, piqa), generation (arithmetic, nq_open, sciq) or
             language modelling (sciq-text; lm: on your own --train_file); or module:name, your own. Its prompt is used for
             --train_file too unless --template is given.
         train_file: your own rows, .jsonl, .json, .csv, .tsv or .parquet, or org/name of a data set of the hub; for language modelling also .txt.
@@ -40,7 +40,7 @@ class FirstOptions:
             backward pass counted as two.
         lr: learning rate; if not given, 3e-3 for queries on activations (1e-3 for an objective without a gradient); of weights 0.01 where lr
             is a step's length (adam, sign ...), else 0.02 for adapters and 1e4 / parameters, 1e-4 at most, for whole models; of adamw the
-            adapter's own (docs/optimizers.md).
+            adapter's own (docs/methods/optimizers.md).
         output_dir: where everything goes; runs/<task>-<optimizer>-<time> if not given. Must be empty unless resuming.
         resume: continue the run in output_dir, with its options, or with --steps to another end than it had; patience, save_steps,
             max_failed_steps, report_to, share, rank_timeout, rank_check_every and prompt_cache_dir may be given anew, too, other values of
@@ -77,7 +77,7 @@ class RowOptions:
         optional_columns: columns of the prompt that may be blank in a row, or missing, as "input,context"; lines of the template that show
             nothing but blank ones are left out, the last line excepted.
         objective: what is trained: loss; or, without a gradient and with zeroth-order optimizers alone, 1 - accuracy, f1 or exact_match
-            (of what the model writes) on the batch, or minus the mean of your_module:reward (docs/any_forward.md).
+            (of what the model writes) on the batch, or minus the mean of your_module:reward (docs/how-to/reward.md).
         max_train_rows: use only the first so many training rows.
         held_out: rows to hold out where there is no eval_file (at most 30 % of all); of running text the last lines.
         validation: evaluate on rows held out of the training rows instead, for choosing options; the held-out rows stay unseen.
@@ -117,7 +117,7 @@ class ModelOptions:
         trust_remote_code: let the checkpoint's own Python code run.
         device: cpu, cuda or auto.
         precision: of the frozen base: "mixed" (bf16 matrix products, fp32 everything else), "fp32", or "auto".
-        quantise: keep the frozen base's weights in few bits (docs/any_forward.md): int8 or int4 (torchao), bnb-int8 or bnb-nf4
+        quantise: keep the frozen base's weights in few bits (docs/how-to/quantise.md): int8 or int4 (torchao), bnb-int8 or bnb-nf4
             (bitsandbytes). In full if not given.
         compile: run the layers through torch.compile (sequential query mode; takes a minute, see benchmarks/compiled.py for what
             it gains).
@@ -144,8 +144,8 @@ class LearningOptions:
     """How the adapter is moved. Parts are chosen by name (PARTS); their own options are nested: --optimizer.beta1, --schedule.alpha.
 
     Args:
-        adapter: the adapter (docs/adapters.md), or module:Class, your own.
-        optimizer: how it is tuned (docs/optimizers.md): adazeta, mezo, ...; adamw is backpropagation, for comparison; or
+        adapter: the adapter (docs/methods/adapters.md), or module:Class, your own.
+        optimizer: how it is tuned (docs/methods/optimizers.md): adazeta, mezo, ...; adamw is backpropagation, for comparison; or
             module:name, your own.
         estimator: losses -> derivatives: two-sided or one-sided, of weights; activations or learned-feedback, of inner activations of adapters
             that act on answers. If not given, learned-feedback for adazeta with tt-lora where nothing else speaks against it, else the
@@ -194,15 +194,15 @@ class RunOptions:
         eval_steps: steps between evaluations on the held-out rows while the run trains; none if not given.
         keep: with eval_steps: best, the weights that were best on the held-out rows (if not given), or last.
         patience: with eval_steps: end after so many evaluations that brought nothing better.
-        save_steps: steps between checkpoints (docs/durability.md).
+        save_steps: steps between checkpoints (docs/how-to/resume.md).
         max_failed_steps: so many steps in a row without any finite loss end the run.
         report_to: none, or where to send what metrics.jsonl has as well: tensorboard, wandb, mlflow and others that accelerate knows;
             several with commas between.
-        share: what several processes share (torchrun, docs/scaling.md): queries, data, or both as a grid such as 2x4 (query groups x
+        share: what several processes share (torchrun, docs/how-to/processes.md): queries, data, or both as a grid such as 2x4 (query groups x
             data ranks); query_mode then says how each evaluates its part.
         rank_timeout: of several processes, seconds to wait for the slowest beyond the first one's own part of a step.
         rank_check_every: of several processes, steps between comparisons of all trainables by SHA-256.
-        privacy_epsilon: differential privacy of the training rows (docs/privacy.md): noise such that all steps together stay within
+        privacy_epsilon: differential privacy of the training rows (docs/how-to/privacy.md): noise such that all steps together stay within
             this epsilon.
         privacy_delta: its delta; well below 1 / rows.
         privacy_noise: the noise on a sum of rows, in units of privacy_clip, in place of privacy_epsilon.

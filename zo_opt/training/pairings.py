@@ -80,7 +80,7 @@ PAIRINGS: dict[str, Pairing] = {
         ),
         # The paper's own start and schedule; its queries split over the batch, which makes them free.
         Pairing("adazeta", "adazeta", "tt"),
-        # The defaults of zo-opt train: queries on activations with learned feedback (docs/learning.md), and the same adapters by backpropagation.
+        # Of zo-opt train: queries on activations with learned feedback (docs/methods/learning.md), and the same adapters by backpropagation.
         Pairing("adazeta-feedback", "adazeta", "tt-lora"),
         Pairing("tt-lora-answers", BACKPROPAGATION, "tt-lora", adapter_options={"positions": "answer"}),
     )

@@ -1,4 +1,4 @@
-"""Differential privacy of a run's training rows: noise found, rows sampled, a step made (docs/privacy.md)."""
+"""Differential privacy of a run's training rows: noise found, rows sampled, a step made (docs/how-to/privacy.md)."""
 
 from __future__ import annotations
 

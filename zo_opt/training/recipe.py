@@ -1,4 +1,4 @@
-"""Which adapter, where, and at which learning rate, where the user did not say: found in docs/learning.md."""
+"""Which adapter, where, and at which learning rate, where the user did not say: found in docs/methods/learning.md."""
 
 from __future__ import annotations
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 class AFLoRAConfig(SensitivityConfig):
     """h = W0 x + diag(b) B diag(d) A x (arXiv 2403.13269), A (rank, in), B (out, rank), d (rank,), b (out,), all trained at first.
 
+    Use it by backpropagation, for comparison; few numbers move in the end.
+
     After every optimizer step each A and each B has a freezing score, the mean over its entries of AdaLoRA's s = Ibar * U
     (:class:`~zo_opt.adapters.sensitivity.Sensitivity`). From warm-up to final phase the share 1 - (1 - (t - t_i) / (T - t_i - t_f))^3 of all these
     matrices is frozen, lowest scores first; a frozen one stays frozen. In the final phase d and b alone are trained.

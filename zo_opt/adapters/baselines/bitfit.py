@@ -22,6 +22,8 @@ from zo_opt.system.layers import layer_of
 class BitFitConfig(AdapterConfig):
     """f(x) = W x + b + delta, where delta (out,) is trained, in float32 from zero, and W and b are frozen (arXiv 2106.10199, section 3).
 
+    Use it in models that have biases, and to change what a model writes at once.
+
     By default every module with a weight and a bias is adapted: linear layers, Conv1D (GPT-2) and norms, in the whole model
     or in ``layers``. ``target_modules`` narrows it, to queries and the feed-forward's first layer, say, as in the paper's section 3. The paper
     also trains the task's head whole: ``modules_to_save=["classifier"]``. The base model's biases are not written to; merging adds delta to them.

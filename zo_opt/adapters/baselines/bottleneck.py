@@ -20,6 +20,8 @@ from zo_opt.adapters.tt import Bottleneck
 class BottleneckConfig(AdapterConfig):
     """Serial adapters x + up(act(down(x))), down (m x d) and up (d x m) dense matrices with biases.
 
+    Use it for comparison with tensor-train adapters of the same shape.
+
     An adapter has 2md + d + m parameters, d features and a bottleneck of m (arXiv 1902.00751, section 2.1). They sit where
     :class:`~zo_opt.TTConfig` puts its own: in encoders after the attention's output and after the feed-forward, each before the
     residual is added, which are the paper's places. The start is an exact identity.

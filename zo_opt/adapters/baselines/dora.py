@@ -19,6 +19,8 @@ _TINY = torch.finfo(torch.float32).tiny
 class DoRAConfig(LoRAConfig):
     """W = m (W0 + s B A) / ||W0 + s B A|| (arXiv 2402.09353, equation 5), s = alpha / rank; m (out,) in float32.
 
+    Use it where LoRA falls short and time does not matter: each forward makes a copy of the weight.
+
     The norm is each output's, over its inputs (the paper's columns: its weights are (in, out)). m starts as the norm of W0, which is an
     exact identity. As the paper proposes (section 4.3) and PEFT does, the norm counts as a constant in a backward pass; a zeroth-order
     query sees it change, so that its derivative is the whole one. The bias is not scaled. Starts of A and B and the options are LoRA's.

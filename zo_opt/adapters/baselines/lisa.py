@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 class LISAConfig(AdapterConfig):
     """gamma random layers are trained in place for K steps, then others are drawn; what is outside of the layers always is.
 
+    Use it to train a whole model by backpropagation, with the optimizer's memory of a few layers.
+
     Source: arXiv 2403.17919, algorithm 1. gamma is ``blocks``, K is ``interval``. Outside of the layers are embeddings, the final norm and the
     head. [choice] Exactly gamma layers are drawn, uniformly and without replacement, as in the authors' code; in the paper each is drawn
     with probability gamma / N. K = 20 is that code's. ``layers`` says which layers may be drawn; the others stay frozen.

@@ -14,6 +14,8 @@ from zo_opt.adapters.targets import Target
 class LoRAFAConfig(LoRAConfig):
     """h = W0 x + (alpha / rank) B A x with A frozen and B alone trained (arXiv 2308.03303, section 3).
 
+    Use it by backpropagation where LoRA's activations do not fit.
+
     A backward pass keeps A x, of rank numbers a token, instead of x. Starts and options are LoRA's. A is saved, so that a file does not depend
     on a random generator. [choice] Embeddings are no targets: their A starts at zero, where frozen it would stay.
 

@@ -21,6 +21,8 @@ from zo_opt.system.layers import layer_of
 class SpectralConfig(AdapterConfig):
     """h = (W0 + U_r diag(g) S_r V_r^T) x, where W0 = U S V^T is the pretrained weight's SVD and g alone is trained.
 
+    Use it with queries on weights: a few hundred numbers, in the directions that matter most to each weight.
+
     LaMDA's core (arXiv 2406.12832) reduced to its diagonal: singular value i is multiplied by 1 + g_i. g starts at zero, which is
     an exact identity, and is in units of the singular value, so that one learning rate fits all matrices. It is a method for
     zeroth-order tuning: with rank 16 on the seven matrices of the last 8 layers of a Llama-like model 896 numbers are trained.

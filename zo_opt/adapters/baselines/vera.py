@@ -20,6 +20,8 @@ from zo_opt.adapters.targets import ATTENTION, Target
 class VeRAConfig(AdapterConfig):
     """h = W0 x + diag(b) B diag(d) A x (arXiv 2310.11454, equation 2), A and B frozen, d (rank,) and b (out,) trained, float32.
 
+    Use it for many small adapters on one model, and with queries on weights.
+
     A (rank, largest in) and B (largest out, rank) are one tensor each, shared by all targets, which use their first columns and rows
     (and, under ``rank_pattern``, their first so many of the rank). Both are drawn Kaiming-uniform (gain sqrt(2), as in PEFT) and saved,
     so that a file never

@@ -22,6 +22,8 @@ from zo_opt.errors import ZOError
 class ZOActConfig(AdapterConfig):
     """h = (W0 + C A^T) x: A (in, rank) a frozen orthonormal basis of the layer's inputs, C (out, rank) trained from zero.
 
+    Use it with one-sided queries on a frozen, also quantised, base, where the first batch looks like the rest.
+
     A has the leading right singular vectors of X (tokens, in), all that enters the layer in the first batch that the model runs on with its
     adapters in: a gradient of the weight lies in the span of such inputs. ``zo-opt train`` shows it the first step's rows before
     anything else, as the base sees them; in a loop of your own run the model once before the optimizer's first step. A is saved with the adapter.
