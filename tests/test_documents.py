@@ -23,7 +23,6 @@ from packaging.requirements import Requirement
 from zo_opt import MeZO, optim
 from zo_opt.adapters import ADAPTERS
 from zo_opt.cli.main import COMMANDS, main
-from zo_opt.comparison import runs
 from zo_opt.comparison.config import CompareConfig
 from zo_opt.comparison.options import check
 from zo_opt.optim import OPTIMIZERS
