@@ -29,6 +29,6 @@ def run(options: Namespace, command: str) -> None:
         f"{summary.outcome} with "
         f"{summary.forwards:,} forward passes in {summary.train_seconds:.0f} s; peak memory {readable(summary.peak_memory)}"
     )
-    reporter.say(f"adapter, report.md and report.png are in {output_dir}")
+    reporter.say(f"adapter, report.md, report.html and report.png are in {output_dir}")
     if as_json:
         print_json({"output_dir": output_dir} | summary.to_dict())

@@ -70,7 +70,8 @@ def _draw_loss(axes: Any, metrics: Sequence[dict[str, Any]], s: Summary) -> None
     axes.plot(
         [x for x, _, _ in seen],
         [y for _, _, y in seen],
-        "o-",
+        "o",
+        linestyle=_joined(s),
         color=VERMILION,
         linewidth=1.4,
         markersize=5,
@@ -142,8 +143,8 @@ def _draw_metric(axes: Any, s: Summary) -> None:
 
 
 def _joined(s: Summary) -> str:
-    """Between two points with nothing seen between them a line is a guess."""
-    return "-" if s.curve else "--"
+    """Between two points with nothing seen between them a line would be made up."""
+    return "-" if s.curve else "none"
 
 
 def _forwards_of(s: Summary, step: int) -> int:

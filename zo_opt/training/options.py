@@ -141,7 +141,9 @@ class ModelOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LearningOptions:
-    """How the adapter is moved. Parts are chosen by name (PARTS); their own options are nested: --optimizer.beta1, --schedule.alpha.
+    """How the adapter is moved.
+
+    Parts are chosen by name (PARTS); their own options are nested: --optimizer.beta1, --schedule.alpha.
 
     Args:
         adapter: the adapter (docs/methods/adapters.md), or module:Class, your own.
