@@ -45,7 +45,7 @@ WRITING: dict[str, Any] = {
 # The same by queries on activations, a direction a row: half the evaluations.
 ROWS_OWN: dict[str, Any] = {k: WRITING[k] for k in ("objective", "template", "verbalizers", "max_train_rows")} | {
     "adapter": {"name": "tt-lora", "layers": 4, "target_modules": ["down_proj"]}, "schedule": {"name": "constant", "queries": 1},
-    "lr": 5e-3, "zo_eps": 0.6,
+    "lr": 3e-3,
 }  # fmt: skip
 CHOICES = ((0.3, 0.3), (0.3, 1.0), (0.5, 1.0))  # lr, zo_eps
 EPS = (0.01, 0.03, 0.1, 0.3, 1.0)
