@@ -90,7 +90,7 @@ def train(
                 shown = show(tools.train.scorer, tools.train.encoded[0], private=config.private)
                 for line in shown.lines():
                     reporter.say(line)
-                record = _new_record(config, command, tools, examples.record) | {"shown": shown.to_plain()}
+                record = run_record(config, command, tools, examples.record) | {"shown": shown.to_plain()}
             run = _Run(config, reporter, record, examples.record, output_dir, tools, stepper, stop)
             run.prepare()
             return run.finish(), output_dir
@@ -211,8 +211,7 @@ class _Run:
 
     def _write_record(self) -> None:
         """run.json: the checkpoints' record, and each training row's hash besides."""
-        record = self.record | ({"rows": self.rows.to_plain(each=True)} if "rows" in self.record else {})
-        write_atomically(self.output_dir / RUN_NAME, (json.dumps(record, indent=2) + "\n").encode())
+        write_atomically(self.output_dir / RUN_NAME, record_bytes(self.record, self.rows))
 
     def _evaluate(self, what: str) -> Evaluation:
         with self.reporter.track(what, len(self.tools.held_out), "rows") as tracker:
@@ -313,7 +312,7 @@ class _Run:
         return note + (f"  dropped {dropped}" if dropped else "")
 
 
-def _new_record(config: TrainConfig, command: str, tools: Tools, rows: RowRecord) -> dict[str, Any]:
+def run_record(config: TrainConfig, command: str, tools: Tools, rows: RowRecord) -> dict[str, Any]:
     """What run.json says, and every checkpoint: how the run was made."""
     scorer = tools.train.scorer
     return {
@@ -326,6 +325,12 @@ def _new_record(config: TrainConfig, command: str, tools: Tools, rows: RowRecord
         "versions": versions(),
         "started": _now(),
     }
+
+
+def record_bytes(record: dict[str, Any], rows: RowRecord) -> bytes:
+    """A record as run.json has it: each training row's hash besides."""
+    whole = record | ({"rows": rows.to_plain(each=True)} if "rows" in record else {})
+    return (json.dumps(whole, indent=2) + "\n").encode()
 
 
 def _default_directory(config: TrainConfig) -> Path:
