@@ -14,7 +14,7 @@ from typing import Any
 from zo_opt.errors import ZOError
 from zo_opt.federated.client import Client, Memory
 from zo_opt.federated.flower import ClientApp, ConfigRecord, Context, Message, content_of, message_with
-from zo_opt.federated.plan import KEY, Plan
+from zo_opt.federated.plan import KEY, TRUST, Plan
 from zo_opt.federated.split import deal
 from zo_opt.federated.tuning import Tuning, local, own_examples, planned_examples, tuning
 
@@ -24,7 +24,7 @@ app = ClientApp()
 
 def train(message: Message, context: Context) -> Message:
     """Answer a request."""
-    plan = Plan.of(context.run_config.get(KEY), trust_remote_code=bool(context.node_config.get("trust-remote-code")))
+    plan = Plan.of(context.run_config.get(KEY), trust_remote_code=bool(context.node_config.get(TRUST)))
     client = client_of(plan, context.node_config, context.node_id)
     record = context.state.config_records.get(MEMORY)
     stored = None if record is None else record.get(MEMORY)

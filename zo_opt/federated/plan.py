@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from zo_opt.training.run_record import config_of, task_in
 
 FORMAT = "zo_opt.federated/1"
 KEY = "plan"  # in the configuration of Flower's run
+TRUST = "trust-remote-code"  # in that, for the server, and in a client's own: whether code that a plan names may run
 APP = "app"  # the folder that flwr run takes
 _WHERE = Path("the plan of the federated training")
 
@@ -60,37 +62,59 @@ class Plan:
         Raises:
             ZOError: it is no plan, or names code that nobody allowed.
         """
+        outline = Outline.of(text)
+        config = config_of(outline.plain, _WHERE, trust_remote_code=trust_remote_code)
+        task = task_in({"resolved": outline.plain}, _WHERE)
+        if task is None:
+            raise ZOError(f"{_WHERE} names no task; run the one that zo-opt federated prepared.")
+        return cls(config, outline.rules, outline.pool, task, outline.directory)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What of a plan can be read without importing anything that it names.
+
+    Attributes:
+        plain: all of it, as plain values.
+        rules, pool, directory: of the plan.
+    """
+
+    plain: dict[str, Any]
+    rules: FederatedConfig
+    pool: Pool
+    directory: Path
+
+    @classmethod
+    def of(cls, text: object) -> Outline:
+        """From a plan's text.
+
+        Raises:
+            ZOError: it is no plan.
+        """
         try:
             plain = parse(text) if isinstance(text, str) else None
             if not isinstance(plain, dict) or plain.get("format") != FORMAT:
                 raise ValueError(f"it is no plan of the format {FORMAT!r}")
-            config = config_of(plain, _WHERE, trust_remote_code=trust_remote_code)
-            task = task_in({"resolved": plain}, _WHERE)
-            if task is None:
-                raise ValueError("it names no task")
-            return cls(config, FederatedConfig(**plain["rules"]), Pool(**plain["pool"]), task, Path(plain["directory"]))
-        except ZOError:
-            raise
+            rules, pool = FederatedConfig(**plain["rules"]), Pool(**plain["pool"])
+            return cls(plain, rules, pool, Path(plain["directory"]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ZOError(f"{_WHERE} cannot be read ({error}); run the one that zo-opt federated prepared.") from error
 
-    @classmethod
-    def at(cls, directory: Path, *, trust_remote_code: bool = False) -> Plan:
-        """The plan that was prepared in a directory.
 
-        Raises:
-            ZOError: there is none.
-        """
-        import tomllib
+def plan_text(directory: Path) -> str:
+    """The text of the plan that was prepared in a directory.
 
-        path = directory / APP / "pyproject.toml"
-        try:
-            found: Any = tomllib.loads(path.read_text(encoding="utf-8"))["tool"]["flwr"]["app"]["config"][KEY]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ZOError(
-                f"{directory} holds no federated training; give the output_dir of zo-opt federated prepare."
-            ) from error
-        return replace(cls.of(found, trust_remote_code=trust_remote_code), directory=directory)
+    Raises:
+        ZOError: there is none.
+    """
+    path = directory / APP / "pyproject.toml"
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))["tool"]["flwr"]["app"]["config"][KEY]
+        return str(found)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ZOError(
+            f"{directory} holds no federated training; give the output_dir of zo-opt federated prepare."
+        ) from error
 
 
 def app_files(plan: Plan) -> Mapping[str, str]:
@@ -101,6 +125,7 @@ def app_files(plan: Plan) -> Mapping[str, str]:
 [project]
 name = "zo-opt-federated"
 version = "1.0.0"
+description = "Federated tuning by seeds and scalars"
 license = "Apache-2.0"
 dependencies = []
 
@@ -113,5 +138,6 @@ clientapp = "zo_opt.federated.client_app:app"
 
 [tool.flwr.app.config]
 {KEY} = {text}
+{TRUST} = false
 """
     }

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from zo_opt.federated.plan import Plan
+from zo_opt.federated.plan import Outline, plan_text
 from zo_opt.federated.prepare import spent
 from zo_opt.federated.server import Server
 
@@ -17,8 +17,9 @@ def report(directory: Path) -> dict[str, Any]:
     Raises:
         ZOError: there is no training in the directory, or its checkpoint is damaged.
     """
-    plan = Plan.at(directory, trust_remote_code=True)
-    pool, server = plan.pool, Server.load(directory, plan.pool, say=lambda _: None)
+    outline = Outline.of(plan_text(directory))
+    pool, delta = outline.pool, outline.rules.privacy_delta
+    server = Server.load(directory, pool, say=lambda _: None)
     refused: Counter[str] = sum((record.refused for record in server.rounds), Counter())
     total = {
         name: sum(getattr(record, name) for record in server.rounds)
@@ -31,6 +32,6 @@ def report(directory: Path) -> dict[str, Any]:
         "bytes_to_a_client_and_round": total["sent"] / max(1, total["asked"]),
         "bytes_from_a_client_and_round": total["received"] / max(1, total["answered"]),
         "bound_of_an_answer": pool.bound(0), "most_asked": most,
-        "epsilon": spent(pool, most, plan.rules.privacy_delta) if pool.noise else None,
-        "delta": plan.rules.privacy_delta if pool.noise else None, "evaluations": evaluations,
+        "epsilon": spent(pool, most, delta) if pool.noise else None,
+        "delta": delta if pool.noise else None, "evaluations": evaluations,
     }  # fmt: skip

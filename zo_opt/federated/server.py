@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,10 @@ class Record:
     sent: int = 0
     received: int = 0
     evaluation: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return vars(self) | {"refused": dict(self.refused)}
 
 
 class Server:
@@ -184,9 +188,9 @@ class Server:
         """
         arrays = {"totals": self.totals, "magnitudes": self.magnitudes, "uses": self.uses, "changed": self.changed}
         plain = {
-            "format": checkpoint.FORMAT, "pool": self.pool.to_dict(), "round": self.round,
+            "format": checkpoint.FORMAT, "pool": self.pool.to_dict(), "zo": {"step": self.round},
             "nodes": {str(number): list(vars(node).values()) for number, node in self.nodes.items()},
-            "rounds": [asdict(record) for record in self.rounds],
+            "rounds": [record.to_dict() for record in self.rounds],
         }  # fmt: skip
         parts = checkpoint.sealed({name: torch.from_numpy(array) for name, array in arrays.items()}, plain)
         write_atomically(directory / checkpoint.NAME, *parts, previous=directory / checkpoint.PREVIOUS_NAME)
@@ -211,7 +215,7 @@ class Server:
                 if array.shape != (pool.size,) or array.dtype != np.int64:
                     raise TypeError(f"{name} is of another shape")
                 setattr(server, name, array.copy())
-            server.round = int(plain["round"])
+            server.round = int(plain["zo"]["step"])
             server.nodes = {int(number): Node(*values) for number, values in plain["nodes"].items()}
             server.rounds = [Record(**record | {"refused": Counter(record["refused"])}) for record in plain["rounds"]]
         except (KeyError, TypeError, ValueError, AttributeError) as error:

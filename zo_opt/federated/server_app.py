@@ -11,7 +11,7 @@ import numpy as np
 
 from zo_opt.directions.philox import mix
 from zo_opt.federated.flower import TRAIN, Context, Grid, ServerApp, content_of, message_with
-from zo_opt.federated.plan import KEY, Plan
+from zo_opt.federated.plan import KEY, TRUST, Outline, Plan, plan_text
 from zo_opt.federated.server import Record, Server
 from zo_opt.federated.tuning import Tuning, planned_examples, tuning
 from zo_opt.record.output import output_directory
@@ -23,10 +23,8 @@ log = logging.getLogger("flwr").info
 
 def main(grid: Grid, context: Context) -> None:
     """All rounds that are not done yet, of the plan that was prepared on this machine."""
-    text = context.run_config.get(KEY)
-    plan = Plan.at(
-        Plan.of(text, trust_remote_code=True).directory, trust_remote_code=True
-    )  # which is this machine's own
+    directory = Outline.of(context.run_config.get(KEY)).directory
+    plan = Plan.of(plan_text(directory), trust_remote_code=bool(context.run_config.get(TRUST)))
     with output_directory(plan.directory, "the training's directory", resume=True):
         serve(plan, grid, log)
 
