@@ -7,12 +7,13 @@
     python benchmarks/federated.py hostile --messages 10000
     python benchmarks/federated.py epsilon
 
-DIR holds trec (train.jsonl, test.jsonl) and sst2 (train.tsv, dev.tsv). ``accuracy``: 20 clients, their rows dealt with label skew (Dirichlet 0.5); spectral gains
-that act on answers, in the last layers. ``federated`` is zo_opt's server and clients in one process, message by message; ``mezo`` and ``adam`` tune
-the same adapters on all rows in one place, by two-sided queries on the weights, with the same number of token evaluations: plain SGD
-with one query a step, and Adam with a query for each sixteenth of the batch. ``fedavg`` is LoRA on the same layers and positions by
-AdamW and backpropagation (counted as two forwards more) on each client, averaged by Flower's own FedAvg strategy. ``bytes`` and ``fedavg`` need Flower. A
-line of the file is a run; its ``curve`` has a point an evaluation: rounds, token evaluations, bytes of a client to and fro, accuracy.
+DIR holds trec (train.jsonl, test.jsonl) and sst2 (train.tsv, dev.tsv). ``accuracy``: 20 clients, their rows dealt with label skew
+(Dirichlet 0.5); spectral gains that act on answers, in the last layers. ``federated`` is zo_opt's server and clients in one process, message by
+message; ``mezo`` and ``adam`` tune the same adapters on all rows in one place, by two-sided queries on the weights, with the same number of token
+evaluations: plain SGD with one query a step, and Adam with a query for each sixteenth of the batch. ``fedavg`` is LoRA on the same layers and
+positions by AdamW and backpropagation (counted as two forwards more) on each client, averaged by Flower's own FedAvg strategy. ``bytes`` and
+``fedavg`` need Flower. A line of the file is a run; its ``curve`` has a point an evaluation: rounds, token evaluations, bytes of a client to
+and fro, accuracy.
 """
 
 from __future__ import annotations
@@ -241,43 +242,45 @@ def table(options: argparse.Namespace) -> None:
 
 def bytes_(options: argparse.Namespace) -> None:
     """Messages as Flower puts them on the wire: a round of all clients, and one that was away for 50 rounds."""
+    for size in (1024, 4096):
+        _bytes_of(size)
+
+
+def _bytes_of(size: int) -> None:
     from local_grid import wire_bytes
 
     from zo_opt.federated.flower import message_with
 
-    for size in (1024, 4096):
-        pool = Pool(size=size, seeds=4, rounds=60, lr=1e-2, clip=5.0)
-        server, sent, received, catch_up = Server(pool), [], [], 0
-        memories, weights = (
-            {n: Memory.fresh(pool) for n in range(20)},
-            Weights([torch.nn.Parameter(torch.zeros(256))], pool),
-        )
-        target = torch.randn(256, generator=torch.Generator().manual_seed(0))
-        parameter = torch.nn.Parameter(torch.zeros(256))
-        weights = Weights([parameter], pool)
-        clients = {
-            n: Client(pool, weights, lambda rows: (parameter.detach() - target).square().sum(), rows=8, batch_size=4, seed=n) for n in memories
-        }  # fmt: skip
-        same = True
-        for number in range(52):
-            nodes = [n for n in memories if n != 7 or number in (0, 51)]
-            for node, content in server.begin(nodes).items():
-                message = message_with(content, dst_node_id=2**63 + node, message_type="train", ttl=1200.0)
-                message.metadata.__dict__["_message_id"] = "f" * 64
-                answer = clients[node].answer(content, memories[node])
-                if number == 51 and node == 7:
-                    catch_up, digest = wire_bytes(message), memories[node].totals.copy()
-                    same = np.array_equal(digest, server.totals)
-                elif number:
-                    sent.append(wire_bytes(message))
-                received.append(wire_bytes(message_with(answer, reply_to=message)))
-                server.take(node, answer)
-            server.end()
-        used = 20 * pool.seeds
-        print(
-            f"K {size}: to a client and round {max(sent)} bytes (bar {16 * used + 512}), from it {max(received)} (bar {16 * pool.seeds + 512}); "
-            f"caught up after 50 rounds with {catch_up} (bar {16 * size + 512}), the same numbers: {same}"
-        )
+    def wrapped(content: bytes, node: int) -> Any:
+        message = message_with(content, dst_node_id=2**63 + node, message_type="train", ttl=1200.0)
+        message.metadata.__dict__["_message_id"] = "f" * 64  # as long as a SuperLink's
+        return message
+
+    pool = Pool(size=size, seeds=4, rounds=60, lr=1e-2, clip=5.0)
+    parameter = torch.nn.Parameter(torch.zeros(256))
+    weights, target = Weights([parameter], pool), torch.randn(256, generator=torch.Generator().manual_seed(0))
+
+    def loss(_: Any) -> torch.Tensor:
+        return (parameter.detach() - target).square().sum()
+
+    server, memories = Server(pool), [Memory.fresh(pool) for _ in range(20)]
+    clients = [Client(pool, weights, loss, rows=8, batch_size=4, seed=n) for n in range(20)]
+    sent, received, catch_up = 0, 0, 0
+    for number in range(52):
+        for node, content in server.begin([n for n in range(20) if n != 7 or number in (0, 51)]).items():
+            request, answer = wrapped(content, node), clients[node].answer(content, memories[node])
+            if number == 51 and node == 7:
+                catch_up = wire_bytes(request)
+            else:
+                sent = max(sent, wire_bytes(request))
+            received = max(received, wire_bytes(message_with(answer, reply_to=request)))
+            server.take(node, answer)
+        same = np.array_equal(memories[7].totals, server.totals)
+        server.end()
+    print(
+        f"K {size}: to a client and round {sent} bytes (bar {16 * 20 * pool.seeds + 512}), from it {received} (bar {16 * pool.seeds + 512}); "
+        f"caught up after 50 rounds with {catch_up} (bar {16 * size + 512}), the same numbers: {same}"
+    )
 
 
 def kills(options: argparse.Namespace) -> None:
@@ -429,8 +432,11 @@ def bent(rng: random.Random, pool: Pool, other: Pool, number: int, seeds: Any, k
     content = plain.to_bytes(pool)
     choices: list[Any] = [
         content, plain.to_bytes(other), Answer(rng.randrange(2**32), seeds, plain.numbers).to_bytes(pool),
-        Answer(number, seeds[::-1].copy(), plain.numbers).to_bytes(pool), Answer(number, seeds, plain.numbers * rng.randrange(2, 2**40)).to_bytes(pool),
-        Answer(number, seeds[:0], plain.numbers[:0]).to_bytes(pool), content[: rng.randrange(len(content))], content + rng.randbytes(rng.randrange(1, 99)),
+        Answer(number, seeds[::-1].copy(), plain.numbers).to_bytes(pool),
+        Answer(number, seeds, plain.numbers * rng.randrange(2, 2**40)).to_bytes(pool),
+       
+        Answer(number, seeds[:0], plain.numbers[:0]).to_bytes(pool), content[: rng.randrange(len(content))],
+        content + rng.randbytes(rng.randrange(1, 99)),
         rng.randbytes(rng.randrange(200)), None, "text", 1.5, [], {"z": content}, math.nan,
         bytes(b ^ (rng.random() < 0.05) * rng.randrange(256) for b in content), content[:16] + np.full(4, np.nan).tobytes() + content[48:],
     ]  # fmt: skip

@@ -139,7 +139,7 @@ def test_a_training_learns_with_clients_that_come_and_go() -> None:
 
 
 def test_a_client_away_for_50_rounds_comes_back_to_the_same_bits() -> None:
-    theta, clients, memories = quadratic(POOL)
+    _, clients, memories = quadratic(POOL)
     server = Server(POOL)
     requests = play(server, clients, memories, [0, 1, 2, 3, 4])
     for _ in range(50):
