@@ -434,7 +434,7 @@ def bent(rng: random.Random, pool: Pool, other: Pool, number: int, seeds: Any, k
         content, plain.to_bytes(other), Answer(rng.randrange(2**32), seeds, plain.numbers).to_bytes(pool),
         Answer(number, seeds[::-1].copy(), plain.numbers).to_bytes(pool),
         Answer(number, seeds, plain.numbers * rng.randrange(2, 2**40)).to_bytes(pool),
-       
+
         Answer(number, seeds[:0], plain.numbers[:0]).to_bytes(pool), content[: rng.randrange(len(content))],
         content + rng.randbytes(rng.randrange(1, 99)),
         rng.randbytes(rng.randrange(200)), None, "text", 1.5, [], {"z": content}, math.nan,
