@@ -1,7 +1,7 @@
 """Federated tuning by seeds and scalars: accuracy against rounds and bytes, sizes of messages, kills, hostile clients, epsilon.
 
-    python benchmarks/federated.py accuracy --data DIR --task trec --methods federated,mezo,adam,fedavg --out benchmarks/results/federated.jsonl
-    python benchmarks/federated.py table benchmarks/results/federated.jsonl
+    python benchmarks/federated.py accuracy --data DIR --task trec --methods federated,mezo,adam,fedavg --out federated.jsonl
+    python benchmarks/federated.py table federated.jsonl
     python benchmarks/federated.py bytes
     python benchmarks/federated.py kills --rounds 50
     python benchmarks/federated.py hostile --messages 10000
@@ -247,9 +247,7 @@ def bytes_(options: argparse.Namespace) -> None:
 
 
 def _bytes_of(size: int) -> None:
-    from local_grid import wire_bytes
-
-    from zo_opt.federated.flower import message_with
+    from local_grid import message_with, wire_bytes
 
     def wrapped(content: bytes, node: int) -> Any:
         message = message_with(content, dst_node_id=2**63 + node, message_type="train", ttl=1200.0)

@@ -11,6 +11,8 @@ from flwr.app import Error, Message
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
+from zo_opt.federated.flower import message_with
+
 # What Flower's runtime sets before it runs an app.
 TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
 
@@ -83,3 +85,6 @@ def wire_bytes(message: Message) -> int:
         return len(part.deflate()) + sum(size(child) for child in (part.children or {}).values())
 
     return size(message)
+
+
+__all__ = ["LocalGrid", "message_with", "wire_bytes"]

@@ -13,12 +13,12 @@ from conftest import Sentiment, run_main
 pytest.importorskip("flwr")
 
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
-from local_grid import LocalGrid, wire_bytes
+from local_grid import LocalGrid, message_with, wire_bytes
 
 from zo_opt import ZOError, load_run
 from zo_opt.adapters.storage import read_tensors
 from zo_opt.federated import client_app, server_app
-from zo_opt.federated.flower import content_of, message_with
+from zo_opt.federated.flower import content_of
 from zo_opt.federated.messages import Request
 from zo_opt.federated.plan import Plan, plan_text
 from zo_opt.federated.server import Server
