@@ -81,14 +81,14 @@ def test_a_training_over_flower(prepared: Callable[[], Path], sentiment_files: S
 def test_a_server_goes_on_where_it_was_killed(prepared: Callable[[], Path]) -> None:
     directory = prepared()
     text = plan_text(directory)
-    calls = 0
+    calls, one = 0, honest(text, 1)
 
     def failing(message: Message) -> Message:
         nonlocal calls
         calls += 1
         if calls == 4:
             raise KeyboardInterrupt  # the server's process ends within its fourth round
-        return honest(text, 1)(message)
+        return one(message)
 
     with pytest.raises(KeyboardInterrupt):
         server_app.serve(
