@@ -293,10 +293,12 @@ def kills(options: argparse.Namespace) -> None:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(directory, pool, theirs))
             process.start()
+            theirs.close()  # so that its end is seen at once
             fuse = time.monotonic() + rng.uniform(0.0, options.fuse)
             found = ours.recv()
             if found[0] < done or (found[0] == done and found[1] != totals):
                 seen["lost rounds"] += 1
+            done, totals = found
             while process.is_alive() or ours.poll():
                 if time.monotonic() > fuse:
                     os.kill(process.pid or 0, signal.SIGKILL)
@@ -350,6 +352,7 @@ def _ask(
         ours, theirs = context.Pipe()
         process = context.Process(target=_client, args=(node, content, memories[node], pool, theirs))
         process.start()
+        theirs.close()
         if rng.random() < 0.15:
             time.sleep(rng.uniform(0, 0.03))
             os.kill(process.pid, signal.SIGKILL)
@@ -357,13 +360,10 @@ def _ask(
             if rng.random() < 0.5:  # its node with it
                 memories[node] = Memory.fresh(pool).to_bytes()
         try:
-            answers[node], memories[node] = (
-                ours.recv() if ours.poll(5.0 if process.is_alive() else 0.0) else (None, memories[node])
-            )
-        except EOFError:
+            answers[node], memories[node] = ours.recv()
+        except (EOFError, ConnectionResetError):
             answers[node] = None
         process.join()
-        theirs.close()
     try:
         pipe.send(answers)
     except BrokenPipeError:
