@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from zo_opt import presets
 from zo_opt.cli.options import DiagnoseConfig, PlanConfig
+from zo_opt.federated.options import SKIPPED, FederatedConfig
 from zo_opt.training.options import COMPARISONS_OWN, GROUPS, NonNegativeInt, PositiveFloat, PositiveInt
 from zo_opt.training.sentences import Parser
 
@@ -52,6 +53,18 @@ def _add_config(parser: Parser) -> None:
 
 def _add_quiet(parser: Parser) -> None:
     parser.add_argument("--quiet", type=bool, default=False, help="say nothing but errors")
+
+
+def _add_federated(parser: Parser) -> None:
+    parser.add_argument(
+        "action",
+        nargs="?",
+        type=Literal["prepare", "report"] | None,
+        help="write a training's directory; or say how far it is",
+    )
+    parser.add_argument("--config", type=Path, help="a YAML file of options")
+    _add_saying(parser)
+    parser.add_class_arguments(FederatedConfig, None)
 
 
 def _add_saying(parser: Parser) -> None:
@@ -273,6 +286,14 @@ COMMANDS = {
         "save the tuned model as a plain one, or the adapter as a LoRA",
         "Fold the adapter that a run tuned into its base model, and save a plain model.",
         _add_merge,
+    ),
+    "federated": Command(
+        "prepare a training on clients' own rows, which Flower runs",
+        "Prepare a federated training, in which clients exchange seeds and scalars alone; flwr runs it, and report says how far it is.",
+        _add_federated,
+        GROUPS,
+        skip=SKIPPED,
+        parts=("adapter",),
     ),
     "completion": Command(
         "commands and options completed by the shell",

@@ -69,7 +69,7 @@ def _run(arguments: Sequence[str]) -> int:
 
     print_config = "--print_config" in rest
     rest = [a for a in rest if a != "--print_config"]
-    parts = PARTS if command.groups else command.parts
+    parts = command.parts or (PARTS if command.groups else ())
     values = parse_arguments(rest, parser, command.groups, skip=command.skip, parts=parts, several=command.several)
     if print_config:
         return _print_config(values)

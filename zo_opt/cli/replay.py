@@ -7,6 +7,8 @@ from pathlib import Path
 
 from zo_opt.cli.say import print_json, reporter_of
 from zo_opt.errors import ZOError
+from zo_opt.federated.plan import APP
+from zo_opt.federated.replaying import rebuild
 from zo_opt.journal import NAME, read_journal, replay
 from zo_opt.models.models import pick_device
 from zo_opt.models.precision import set_precision
@@ -18,6 +20,9 @@ def run(options: Namespace, command: str) -> None:
     """Rebuild the adapter that a run tuned, from the base model, the adapter's start and the journal."""
     if options.to is None:
         raise ZOError("replay needs --to, a new directory for the adapter.")
+    if (options.journal / APP).is_dir():
+        _replay_federated(options)
+        return
     path: Path = options.journal / NAME if options.journal.is_dir() else options.journal
     run_dir = path.parent
     if not path.exists() and (run_dir / RUN_NAME).is_file() and not (run_dir / START_NAME).exists():
@@ -53,3 +58,20 @@ def run(options: Namespace, command: str) -> None:
     reporter.say(f"the adapter after step {steps} of {config.most_steps}, rebuilt on {device.type}, is in {options.to}")
     if as_json:
         print_json({"journal": path, "to": options.to, "steps": steps, "of": config.most_steps, "device": device.type})
+
+
+def _replay_federated(options: Namespace) -> None:
+    """A federated training's journal is its pool's numbers."""
+    for name in ("steps", "inexact"):
+        if getattr(options, name):
+            raise ZOError(f"{name} is of journals of steps, and a federated training has none; leave it out.")
+    reporter, as_json = reporter_of(options)
+    with output_directory(options.to, "--to") as to:
+        rounds, seeds = rebuild(
+            options.journal, to, reporter, device=options.device, trust_remote_code=options.trust_remote_code
+        )
+    reporter.say(
+        f"the adapter after {rounds:,} rounds, rebuilt from the numbers of {seeds:,} seeds, is in {options.to}"
+    )
+    if as_json:
+        print_json({"journal": options.journal, "to": options.to, "rounds": rounds, "seeds": seeds})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 from collections.abc import Collection
@@ -36,7 +35,7 @@ from zo_opt.training.private import make_privacy
 from zo_opt.training.regression import regression_accuracy
 from zo_opt.training.resume import keeps_journal, resume, resumed_config
 from zo_opt.training.row_record import RowRecord, check_resumed
-from zo_opt.training.run_record import default_directory, new_record
+from zo_opt.training.run_record import default_directory, new_record, record_bytes
 from zo_opt.training.setup import Tools, build_tools
 from zo_opt.training.shown import show
 from zo_opt.training.stepper import Stepper
@@ -239,8 +238,7 @@ class _Run:
 
     def _write_record(self) -> None:
         """run.json: the checkpoints' record, and each training row's hash besides."""
-        record = self.record | ({"rows": self.rows.to_plain(each=True)} if "rows" in self.record else {})
-        write_atomically(self.output_dir / RUN_NAME, (json.dumps(record, indent=2) + "\n").encode())
+        write_atomically(self.output_dir / RUN_NAME, record_bytes(self.record, self.rows))
 
     def _evaluate(self, what: str) -> Evaluation:
         with self.reporter.track(what, len(self.tools.held_out), "rows") as tracker:

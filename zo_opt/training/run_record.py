@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 import warnings
 from collections.abc import Collection, Mapping
@@ -139,6 +140,12 @@ def new_record(config: TrainConfig, command: str, tools: Tools, rows: RowRecord)
         "versions": versions(),
         "started": _now(),
     }
+
+
+def record_bytes(record: dict[str, Any], rows: RowRecord) -> bytes:
+    """A record as run.json has it: each training row's hash besides."""
+    whole = record | ({"rows": rows.to_plain(each=True)} if "rows" in record else {})
+    return (json.dumps(whole, indent=2) + "\n").encode()
 
 
 def default_directory(config: TrainConfig) -> Path:
