@@ -3,7 +3,7 @@
     python benchmarks/federated.py accuracy --data DIR --task trec --methods federated,mezo,adam,fedavg --out federated.jsonl
     python benchmarks/federated.py table federated.jsonl
     python benchmarks/federated.py bytes
-    python benchmarks/federated.py kills --rounds 50
+    python benchmarks/federated.py kills --rounds 50 --fuse 12
     python benchmarks/federated.py hostile --messages 10000
     python benchmarks/federated.py epsilon
 
@@ -60,6 +60,8 @@ Point = dict[str, Any]
 class Bench:
     """A task's rows, dealt among clients, and a model with adapters in its last layers."""
 
+    now: Bench | None = None
+
     def __init__(self, options: argparse.Namespace, adapter: dict[str, Any]) -> None:
         from rich.console import Console
 
@@ -76,10 +78,20 @@ class Bench:
             options.task, Path(options.data), more | {"query_mode": "sequential", "steps": 1} | cache
         )
         self.tools.record_prompts(config, Path(options.cache or "."), Reporter(Console(quiet=True)))
+        Bench.now = self
         self.model, self.rows, self.options = self.tools.model, self.tools.train, options
         self.parameters = trainable_parameters(self.model)
         self.shares = deal(self.rows.labels, options.clients, options.seed, options.skew)
         self.tokens, self.began = 0, time.monotonic()
+
+    @classmethod
+    def close(cls) -> None:
+        """Let go of the prompts on disk, for the next method."""
+        if cls.now is not None and cls.now.tools.prompts is not None:
+            store = cls.now.tools.prompts.recorder.store
+            if store is not None:
+                store.close(remove=False)
+        cls.now = None
 
     def loss(self, indices: list[int], passes: int = 1) -> torch.Tensor:
         """Of these rows, at the weights as they are; a label is one token."""
@@ -221,6 +233,7 @@ def accuracy(options: argparse.Namespace) -> None:
         start = time.monotonic()
         with torch.no_grad():
             curve = list(METHODS[method](options))
+        Bench.close()
         plain = {k: v for k, v in vars(options).items() if k not in ("run", "out", "data", "cache", "methods")}
         run = {"method": method, "options": plain, "curve": curve, "seconds": round(time.monotonic() - start)}
         with Path(options.out).open("a") as file:
