@@ -298,6 +298,19 @@ def exact_match() -> None:
     table("queries on | evaluations | exact match before | after, mean (each seed)", *rows)
 
 
+def federated() -> None:
+    """Federated tuning beside the same adapters in one place: TREC."""
+    names = {"federated": "federated", "mezo": "in one place, SGD (`mezo`)", "adam": "in one place, Adam"}
+    rows = []
+    for run in lines("federated.jsonl"):
+        curve, last = run["curve"], run["curve"][-1]
+        accuracies = ", ".join(f"{point['accuracy']:.1f}" for point in curve)
+        rows.append(
+            f"{names[run['method']]} | {last['tokens']:,} | {last['bytes']:,} | {accuracies} % | {last['loss']:.3f}"
+        )
+    table("TREC | token evaluations | bytes of a client, to and fro | accuracy on the way | loss at the end", *rows)
+
+
 def scaling() -> None:
     """Speed of several processes."""
     found = stored("scaling.json")["measured"]

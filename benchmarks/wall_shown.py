@@ -7,9 +7,9 @@ import json
 import re
 from typing import Any
 
-from zo_opt.record.report import BLUE, ORANGE, save_picture
+from zo_opt.system.files import write_atomically
+from zo_opt.system.pictures import BLUE, INK, VERMILION, new_figure, styled, to_png
 
-DARK = "#4a5568"
 INFERENCE = "a forward pass alone"
 
 
@@ -74,9 +74,6 @@ def _death(cell: dict[str, Any]) -> str:
 
 def draw(arguments: argparse.Namespace) -> None:
     """A bar a method: the tokens of the largest batch."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
     results = json.loads(arguments.file.read_text())
     found = {
         c["method"]: c
@@ -85,17 +82,28 @@ def draw(arguments: argparse.Namespace) -> None:
     }
     tokens = {name: cell["size"] * results["length"] for name, cell in found.items()}
     reach = tokens.pop(INFERENCE, None)
-    most = max([*tokens.values(), reach or 1])
     groups = {
         "trained: adapters at every token, or all weights": [n for n in tokens if not found[n]["answers"]],
         "trained: adapters at the answer alone": [n for n in tokens if found[n]["answers"]],
     }
-    figure = Figure(figsize=(10, 5.8), layout="constrained", dpi=160)
-    axes, place, ticks = figure.subplots(), 0.0, {}
+    gib = results["bound"] / 2**30
+    with styled():
+        figure = new_figure(
+            10, 5.8, f"A process of {gib:g} GiB: how large a batch can it train?",
+            f"{results['model']}, rows of {results['length']} tokens; the largest batch of which one step fits",
+        )  # fmt: skip
+        _bars(figure.subplots(), groups, tokens, found, reach)
+        write_atomically(arguments.out, to_png(figure))
+
+
+def _bars(axes: Any, groups: dict[str, list[str]], tokens: dict[str, int], found: Any, reach: int | None) -> None:
+    from matplotlib.patches import Patch
+
+    most, place, ticks = max([*tokens.values(), reach or 1]), 0.0, {}
     for title, names in groups.items():
-        axes.text(0.008 * most, place - 0.8, title, fontsize=11, color=DARK, style="italic", va="center")
+        axes.text(0.008 * most, place - 0.8, title, fontsize=11, color=INK, style="italic", va="center")
         for name in sorted(names, key=lambda n: (not found[n]["backward"], tokens[n])):
-            size, colour = tokens[name], ORANGE if found[name]["backward"] else BLUE
+            size, colour = tokens[name], VERMILION if found[name]["backward"] else BLUE
             axes.barh(place, size, color=colour, height=0.78)
             inside = size > 0.2 * most
             said = f"{size:,}" if size else "not one row"
@@ -109,15 +117,13 @@ def draw(arguments: argparse.Namespace) -> None:
             place += 1
         place += 1.2
     if reach is not None:
-        axes.axvline(reach, color=DARK, linewidth=1.4, linestyle="--", zorder=0)
-        axes.text(reach - 0.01 * most, -0.8, f"inference: {reach:,}", ha="right", va="center", fontsize=11, color=DARK)
+        axes.axvline(reach, color=INK, linewidth=1.4, linestyle="--", zorder=0)
+        axes.text(reach - 0.01 * most, -0.8, f"inference: {reach:,}", ha="right", va="center", fontsize=11, color=INK)
     axes.set_yticks(list(ticks), list(ticks.values()), fontsize=11)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(place - 1.6, -1.3)
     axes.set_xlim(0, 1.02 * most)
-    axes.set_xlabel(f"tokens in the largest batch that one step can train ({results['model']})", fontsize=11)
-    handles = [Patch(color=ORANGE, label="backpropagation"), Patch(color=BLUE, label="forward passes alone")]
+    axes.set_xlabel("tokens", fontsize=11)
+    axes.grid(visible=False, axis="y")
+    handles = [Patch(color=VERMILION, label="backpropagation"), Patch(color=BLUE, label="forward passes alone")]
     axes.legend(handles=handles, loc="center right", bbox_to_anchor=(0.94, 0.74), frameon=False, fontsize=13)
-    gib = results["bound"] / 2**30
-    figure.suptitle(f"A process of {gib:g} GiB: how large a batch can it train?", fontsize=16, fontweight="bold")
-    save_picture(figure, arguments.out)
