@@ -68,6 +68,7 @@ SWEEP: dict[str, dict[str, tuple[dict[str, Any], Any, Any]]] = {
         "top_p": (SAMPLED, 0.01, 1.0),
         "top_k": (SAMPLED, 1, 50),
         "seed": (SAMPLED | {"temperature": 5}, 1, 2),
+        "batch_size": ({}, None, 2),
         "quiet": ({"out": "{out}.jsonl"}, False, True),
         "json": ({}, False, True),
         "device": ({}, "cpu", "nonsense"),

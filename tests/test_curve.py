@@ -174,7 +174,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "two lengths": ({"epochs": 2, "steps": 5}, "steps was given with epochs"),
     "epochs and a budget": ({"epochs": 2, "budget_forwards": 50}, "epochs was given with budget_forwards"),
     "no epochs": ({"epochs": 0}, "epochs=0 is not possible; give a number above 0"),
-    "another keep": ({"eval_steps": 2, "keep": "first"}, "keep='first' is not possible; give best, last"),
+    "another keep": ({"eval_steps": 2, "keep": "first"}, "keep='first' is not possible; give best or last"),
     "no steps between": ({"eval_steps": 0}, "eval_steps=0 is not possible"),
 }
 

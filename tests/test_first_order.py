@@ -163,7 +163,7 @@ def test_killed_and_resumed_is_as_uninterrupted(
         with pytest.raises(MemoryError):
             run_main(first_order(toy_options, broken, adapter))
     assert run_main(["train", "--output_dir", str(broken), "--resume"]) == 0
-    for path in whole.glob("*.safetensors"):
+    for path in whole.glob("adapter*.safetensors"):  # a checkpoint has times
         assert path.read_bytes() == (broken / path.name).read_bytes(), path.name
     losses = [
         [json.loads(line)["loss"] for line in (d / "metrics.jsonl").read_text().splitlines()] for d in (whole, broken)

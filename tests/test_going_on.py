@@ -116,7 +116,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[object], str]] = {
     ),
     "privacy": (
         {"query_mode": None, "privacy_noise": 1.0, "privacy_clip": 1.0, "query_schedule": None, "queries": None}, [9],
-        "whose noise was laid out for 4",
+        "holds no checkpoint.safetensors",
     ),
 }  # fmt: skip
 

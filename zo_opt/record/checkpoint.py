@@ -116,9 +116,10 @@ def newest(directory: Path, say: Callable[[str], None]) -> Path:
     raise errors[0]
 
 
-def keep_last(directory: Path) -> None:
-    """At a run's end: its last checkpoint stays, so that it can go on with more steps."""
-    (directory / PREVIOUS_NAME).unlink(missing_ok=True)
+def close(directory: Path, *, goes_on: bool) -> None:
+    """At a run's end: its last checkpoint stays where it can go on with more steps; of a private run it would give the noise away."""
+    for name in (PREVIOUS_NAME,) if goes_on else (PREVIOUS_NAME, NAME):
+        (directory / name).unlink(missing_ok=True)
 
 
 def load_checkpoint(

@@ -190,7 +190,7 @@ class _Run:
         )
         card.write(self.output_dir, summary, self.record, uses)
         report.write(self.output_dir, summary)
-        checkpoint.keep_last(self.output_dir)
+        checkpoint.close(self.output_dir, goes_on=not self.config.private)
         return summary
 
     def _resume(self) -> None:
