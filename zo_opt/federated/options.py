@@ -18,7 +18,7 @@ SKIPPED = frozenset(f.name for group in GROUPS for f in fields(group)) - _OF_A_R
 
 @dataclass(frozen=True, kw_only=True)
 class FederatedConfig:
-    """How a federated training goes (docs/how-to/federated.md), beside options of a run.
+    """How a federated training goes, beside options of a run.
 
     Args:
         pool_size: seeds in the pool: the tuned model is so many numbers.
