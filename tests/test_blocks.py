@@ -188,14 +188,15 @@ def files(sentiment_files: Sentiment, tmp_path: Path, monkeypatch: pytest.Monkey
     return tmp_path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def model(tiny_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama with a chat template."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny_dir("llama"))
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = CHAT
-        tokenizer.save_pretrained(tiny_dir("llama"))
-    return tiny_dir("llama")
+    """A tiny Llama with a chat template, in a directory of its own."""
+    directory = tmp_path_factory.mktemp("blocks") / "tiny"
+    shutil.copytree(tiny_dir("llama"), directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(directory)
+    return directory
 
 
 @pytest.mark.filterwarnings("ignore")  # those of transformers' Trainer
