@@ -112,8 +112,9 @@ class ActivationSites:
             warnings.filterwarnings("ignore", "Converting a tensor with requires_grad")
             loss = call()
             total = loss.sum() if isinstance(loss, Tensor) else None
-        writes = len(ends) > 1 and not (total is not None and total.requires_grad)
-        if not ends or (len(ends) > 1 and not (writes and {x.shape[2] for x in ends} == {1})):
+        differentiable = total is not None and total.requires_grad
+        writes = len(ends) > 1 and not differentiable and all(x.shape[2] == 1 for x in ends)
+        if len(ends) != 1 and not writes:
             raise ZOError(
                 f"the closure ran the model {len(ends)} times; with queries on activations it is to run it once, unless it writes text "
                 "and returns numbers without a gradient."
@@ -124,7 +125,7 @@ class ActivationSites:
         if not all(inputs):
             raise ZOError("an adapter was not reached by the closure's forward; adapt modules that the model runs.")
         grads: tuple[Tensor | None, ...] = (None,)
-        if total is not None and total.requires_grad:
+        if total is not None and differentiable:
             grads = torch.autograd.grad(total, [ends[0], *self._beyond], allow_unused=True)
         return Observed(
             loss.detach() if isinstance(loss, Tensor) else loss,

@@ -37,7 +37,7 @@ def run(options: Namespace, command: str) -> None:
     if find_spec("flwr") is None:
         reporter.say("Flower is not installed here; where the training runs: pip install 'zo-opt[federated]'")
     if as_json:
-        print_json({"output_dir": str(directory)})
+        print_json({"output_dir": directory})
 
 
 def _say(found: dict[str, Any], reporter: Reporter) -> None:

@@ -11,9 +11,8 @@ from zo_opt.federated.plan import APP
 from zo_opt.federated.replaying import rebuild
 from zo_opt.journal import NAME, read_journal, replay
 from zo_opt.models.models import pick_device
-from zo_opt.models.precision import set_precision
-from zo_opt.record.output import RUN_NAME, START_NAME, output_directory
-from zo_opt.training.run_record import config_of, load_plain_base, load_tuned, read_config, read_record
+from zo_opt.record.output import RESULTS_NAME, RUN_NAME, START_NAME, output_directory
+from zo_opt.training.run_record import config_of, load_start, read_config, read_record
 
 
 def run(options: Namespace, command: str) -> None:
@@ -42,7 +41,7 @@ def run(options: Namespace, command: str) -> None:
     record = read_record(run_dir)
     config = config_of(record, run_dir / RUN_NAME, trust_remote_code=options.trust_remote_code)
     resolved = record.get("resolved", {})
-    if options.steps is None and (run_dir / "results.json").exists() and contents.steps < config.most_steps:
+    if options.steps is None and (run_dir / RESULTS_NAME).exists() and contents.steps < config.most_steps:
         raise ZOError(
             f"{path} ends after {contents.steps} of the run's {config.most_steps} steps: its end was lost; restore it from a copy, "
             f"or give --steps {contents.steps} to take what is left."
@@ -50,9 +49,7 @@ def run(options: Namespace, command: str) -> None:
     reporter, as_json = reporter_of(options)
     with output_directory(options.to, "--to") as to:
         device = pick_device(options.device or config.device)
-        base, _ = load_plain_base(config, resolved, reporter)
-        set_precision(base, resolved.get("precision", config.precision), device)
-        model = load_tuned(base, run_dir / START_NAME, reporter).to(device).eval()
+        model = load_start(run_dir, config, resolved, device, reporter)
         steps = replay(path, model, steps=options.steps, exact=not options.inexact)
         model.save_pretrained(to)
     reporter.say(f"the adapter after step {steps} of {config.most_steps}, rebuilt on {device.type}, is in {options.to}")

@@ -12,7 +12,7 @@ from zo_opt.comparison.results import CONFIDENCE, Row
 from zo_opt.comparison.runs import Run
 from zo_opt.record.report_picture import smooth
 from zo_opt.system.pictures import COLOURS, FAINT, PALE, VERMILION, key, new_figure, styled, to_png
-from zo_opt.tasks.metrics import METRICS
+from zo_opt.tasks.metrics import METRICS, Metric
 from zo_opt.training.pairings import get_pairing
 
 _MARKERS = "osD^vPX*<>hp8d"
@@ -26,7 +26,7 @@ def picture(rows: Sequence[Row], runs: Mapping[str, Sequence[Run]], title: str, 
     with styled():
         figure = new_figure(12, max(4.6, 2.0 + 0.3 * len(rows)), title, below)
         result, memory, time, loss = figure.subplots(1, 4, width_ratios=(1.7, 0.8, 0.8, 2.0))
-        _draw_results(result, ordered, styles)
+        _draw_results(result, ordered, styles, metric)
         bars = (
             (memory, "peak memory (GiB)", [None if r.peak_memory is None else r.peak_memory / 2**30 for r in ordered]),
             (time, "seconds a step", [row.step_seconds for row in ordered]),
@@ -56,10 +56,9 @@ def _style(method: str, number: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _draw_results(axes: Any, rows: Sequence[Row], styles: Mapping[str, dict[str, Any]]) -> None:
+def _draw_results(axes: Any, rows: Sequence[Row], styles: Mapping[str, dict[str, Any]], metric: Metric) -> None:
     from matplotlib.lines import Line2D
 
-    metric = METRICS[next((row.metric for row in rows if row.score is not None), "accuracy")]
     highest = 0.0
     for place, row in enumerate(rows):
         if (
@@ -90,11 +89,7 @@ def _draw_results(axes: Any, rows: Sequence[Row], styles: Mapping[str, dict[str,
         label.set_color(styles[row.method]["color"])
     axes.set_xlim(0, 100 if metric.share else 1.1 * highest or 1)
     less = "" if metric.higher_is_better else ", less is better"
-    axes.set_xlabel(
-        f"{metric.label}{' (%)' if metric.share else less}, {CONFIDENCE:.0%} interval".replace("0%", "0 %").replace(
-            "5%", "5 %"
-        )
-    )
+    axes.set_xlabel(f"{metric.label}{' (%)' if metric.share else less}, {100 * CONFIDENCE:.0f} % interval")
     before = next((row.before for row in rows if row.before is not None and math.isfinite(row.before)), None)
     if before is not None:
         axes.axvline(metric.unit * before, color=FAINT, linewidth=1.2, linestyle=":", zorder=1)

@@ -17,7 +17,7 @@ import psutil
 
 from zo_opt.errors import ZOError
 from zo_opt.record import checkpoint, metrics
-from zo_opt.record.output import writer
+from zo_opt.record.output import RESULTS_NAME, writer
 from zo_opt.system.files import write_atomically
 from zo_opt.system.plain_json import is_number, read_object
 from zo_opt.tasks.metrics import METRICS
@@ -80,12 +80,12 @@ class Run:
         if values.keys() != {"state", "reason"} or not all(isinstance(value, str) for value in values.values()):
             raise ZOError(f"{path} is damaged (it says no state and reason); {_AGAIN}.")
         outcome = Outcome(**values)
-        lost = outcome.state == "finished" and not (self.directory / "results.json").is_file()
+        lost = outcome.state == "finished" and not (self.directory / RESULTS_NAME).is_file()
         return None if lost else outcome
 
     def results(self) -> dict[str, Any] | None:
         """What it measured; None if it did not come to its end."""
-        path = self.directory / "results.json"
+        path = self.directory / RESULTS_NAME
         if not path.is_file():
             return None
         results = read_object(path, _AGAIN)

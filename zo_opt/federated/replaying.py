@@ -10,11 +10,10 @@ from zo_opt.federated.plan import Outline, plan_text
 from zo_opt.federated.server import Server
 from zo_opt.federated.weights import Weights
 from zo_opt.models.models import pick_device
-from zo_opt.models.precision import set_precision
 from zo_opt.record.output import RUN_NAME, START_NAME
 from zo_opt.record.progress import Reporter
 from zo_opt.system.checksum import fingerprint
-from zo_opt.training.run_record import config_of, load_plain_base, load_tuned, read_record
+from zo_opt.training.run_record import config_of, load_start, read_record
 
 
 def rebuild(
@@ -38,10 +37,7 @@ def rebuild(
         raise ZOError(f"the training in {directory} has done no round yet; its start is in {directory / START_NAME}.")
     record = read_record(directory)
     config = config_of(record, directory / RUN_NAME, trust_remote_code=trust_remote_code)
-    resolved, where = record.get("resolved", {}), pick_device(device or config.device)
-    base, _ = load_plain_base(config, resolved, reporter)
-    set_precision(base, resolved.get("precision", config.precision), where)
-    model = load_tuned(base, directory / START_NAME, reporter).to(where).eval()
+    model = load_start(directory, config, record.get("resolved", {}), pick_device(device or config.device), reporter)
     if fingerprint(model.trainable_state()) != pool.start:
         raise ZOError(f"{directory / START_NAME} is not what the training began with; restore it from a copy.")
     Weights(trainable_parameters(model), pool).become(server.totals)

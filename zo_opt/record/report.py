@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zo_opt.record.metrics import read_metrics
+from zo_opt.record.output import RESULTS_NAME
 from zo_opt.record.report_picture import picture
 from zo_opt.record.summary import Summary
 from zo_opt.system.files import write_atomically
@@ -54,7 +55,7 @@ def write(directory: Path, summary: Summary) -> None:
     write_atomically(directory / "report.md", markdown(summary).encode())
     write_atomically(directory / "report.png", image)
     write_atomically(directory / "report.html", html(summary, image).encode())
-    write_atomically(directory / "results.json", (_json(summary.to_dict()) + "\n").encode())
+    write_atomically(directory / RESULTS_NAME, (_json(summary.to_dict()) + "\n").encode())
 
 
 def markdown(s: Summary) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from zo_opt.record.summary import Summary
 from zo_opt.system.pictures import BLUE, GREEN, PALE, VERMILION, key, new_figure, styled, to_png
+from zo_opt.system.plain_json import or_nan
 from zo_opt.tasks.metrics import METRICS
 
 
@@ -58,7 +59,7 @@ def _below(s: Summary) -> str:
 def _held_out(s: Summary) -> list[tuple[int, float, float]]:
     """Forward passes, value and loss of every evaluation on held-out rows; the last one's weights are what the run gives."""
     points = [(0, s.before.value, s.before.loss)]
-    points += [(p["forwards"], _number(p["value"]), _number(p["loss"])) for p in s.curve]
+    points += [(p["forwards"], or_nan(p["value"]), or_nan(p["loss"])) for p in s.curve]
     return points if s.curve else [*points, (s.forwards, s.after.value, s.after.loss)]
 
 
@@ -95,16 +96,9 @@ def _draw_steps(axes: Any, metrics: Sequence[dict[str, Any]], s: Summary) -> Non
     values, ends = [m[name] for m in metrics], [0, *(m["forwards"] for m in metrics)]
     wide = [i for i, (a, b) in enumerate(pairwise(ends)) if b > a]  # a dropped step takes none
     if wide:
-        axes.stairs(
-            [values[i] for i in wide], [ends[wide[0]], *(ends[i + 1] for i in wide)], color=BLUE, fill=True, alpha=0.25
-        )
-        axes.stairs(
-            [values[i] for i in wide],
-            [ends[wide[0]], *(ends[i + 1] for i in wide)],
-            color=BLUE,
-            linewidth=1.4,
-            baseline=None,
-        )
+        heights, edges = [values[i] for i in wide], [ends[wide[0]], *(ends[i + 1] for i in wide)]
+        axes.stairs(heights, edges, color=BLUE, fill=True, alpha=0.25)
+        axes.stairs(heights, edges, color=BLUE, linewidth=1.4, baseline=None)
     axes.set_ylim(0, 1.2 * max(values, default=1) or 1)
     axes.set_ylabel("queries a step" if s.queries else "learning rate")
     axes.yaxis.set_major_locator(MaxNLocator(3, integer=bool(s.queries)))
@@ -154,10 +148,6 @@ def _forwards_of(s: Summary, step: int) -> int:
 
 def _rows(s: Summary) -> str:
     return "held-out rows" if s.after.trained_on == 0 else "rows evaluated on"
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
 
 
 def _short(number: int) -> str:

@@ -17,7 +17,7 @@ from zo_opt.errors import ZOError
 from zo_opt.journal import NAME as JOURNAL_NAME
 from zo_opt.journal import read_journal
 from zo_opt.record import checkpoint, metrics
-from zo_opt.record.output import LOCK_NAME, RUN_NAME, writer
+from zo_opt.record.output import LOCK_NAME, RESULTS_NAME, RUN_NAME, writer
 from zo_opt.record.summary import Progress
 from zo_opt.system.plain_json import read_object
 
@@ -78,7 +78,7 @@ class Watched:
     def _state(self, held: str | None) -> str:
         if held is not None:
             return RUNNING if self._last else STARTING
-        if (self.directory / "results.json").exists():
+        if (self.directory / RESULTS_NAME).exists():
             return FINISHED
         return KILLED if (self.directory / LOCK_NAME).exists() else STOPPED  # who ends in order takes the lock away
 

@@ -86,6 +86,11 @@ def without_nan(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def or_nan(value: float | None) -> float:
+    """A number as it was before :func:`without_nan`."""
+    return math.nan if value is None else value
+
+
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from zo_opt.errors import ZOError
 from zo_opt.prompts.states import PromptState
+from zo_opt.system.plain_json import or_nan, without_nan
 from zo_opt.tasks.metrics import (
     CLASSIFICATION,
     GENERATION,
@@ -101,19 +102,23 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, the metrics by their names; null where a number is not finite."""
-        plain: dict[str, Any] = {name: _plain(value) for name, value in self.metrics.items()}
-        plain |= {"loss": _plain(self.loss), "rows": self.rows, "row_scores": [_plain(s) for s in self.row_scores]}
+        plain: dict[str, Any] = {name: without_nan(value) for name, value in self.metrics.items()}
+        plain |= {
+            "loss": without_nan(self.loss),
+            "rows": self.rows,
+            "row_scores": [without_nan(s) for s in self.row_scores],
+        }
         plain |= {"row_weights": list(self.row_weights)} if self.row_weights else {}
         return plain | ({"trained_on": self.trained_on} if self.trained_on != 0 else {})
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Evaluation:
         """What :meth:`to_dict` gave; null becomes nan."""
-        metrics = {name: _number(plain[name]) for name in plain if name in METRICS}
-        scores = [_number(s) for s in plain.get("row_scores", ())]
+        metrics = {name: or_nan(plain[name]) for name in plain if name in METRICS}
+        scores = [or_nan(s) for s in plain.get("row_scores", ())]
         return cls(
             metrics,
-            _number(plain["loss"]),
+            or_nan(plain["loss"]),
             plain["rows"],
             scores,
             plain.get("row_weights", ()),
@@ -282,12 +287,3 @@ def _metrics(
     answers = [answer(text, right) for text, right in zip(texts, references, strict=True)]
     scores = generation_metrics(answers, references)
     return {name: sum(rows) / len(rows) for name, rows in scores.items()}, scores[task.metrics[0]]
-
-
-def _plain(value: float) -> float | None:
-    """JSON has no NaN."""
-    return value if math.isfinite(value) else None
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value

@@ -57,10 +57,9 @@ def resolve(config: TrainConfig, model: nn.Module, scorer: Scorer) -> Recipe:
 
 def answer_adapter(config: TrainConfig, model: nn.Module, **common: Any) -> AdapterConfig:
     """The adapter that acts on answers."""
-    first = min(round(FROM_LAYER * depth(model)), depth(model) - 1)
-    if config.values_alone:
-        first = depth(model) - last_quarter(model)
-    return config.make_adapter(**common, layers=list(range(first, depth(model))), **ON_ANSWERS)
+    layers = depth(model)
+    first = layers - last_quarter(model) if config.values_alone else min(round(FROM_LAYER * layers), layers - 1)
+    return config.make_adapter(**common, layers=list(range(first, layers)), **ON_ANSWERS)
 
 
 def own_lr(config: TrainConfig, *, parameters: int) -> float:

@@ -11,11 +11,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from zo_opt.adapters import AdapterModel, load_adapter_model
 from zo_opt.errors import ZOError
 from zo_opt.models.agreement import name_outputs
 from zo_opt.models.models import load_model
-from zo_opt.record.output import RUN_NAME
+from zo_opt.models.precision import set_precision
+from zo_opt.record.output import RUN_NAME, START_NAME
 from zo_opt.record.progress import Reporter
 from zo_opt.record.summary import versions
 from zo_opt.system.plain_json import read_object
@@ -108,6 +111,19 @@ def load_tuned(base: Any, directory: Path, reporter: Reporter) -> AdapterModel:
     for warning in said:
         reporter.say(str(warning.message))
     return model
+
+
+def load_start(
+    directory: Path, config: TrainConfig, resolved: Mapping[str, Any], device: torch.device, reporter: Reporter
+) -> AdapterModel:
+    """The model as a run's training began, in the run's precision.
+
+    Raises:
+        ZOError: the base or the start cannot be read.
+    """
+    base, _ = load_plain_base(config, resolved, reporter)
+    set_precision(base, resolved.get("precision", config.precision), device)
+    return load_tuned(base, directory / START_NAME, reporter).to(device).eval()
 
 
 def task_in(record: Mapping[str, Any], path: Path) -> Task | None:
