@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from tiny_models import IDS, MASKED, SEQ2SEQ, SIZES, build, padded_batch, perturb
+from tiny_models import IDS, SEQ2SEQ, SIZES, build, padded_batch, perturb
 
 from zo_opt import LoRAConfig, TTConfig, TTLoRAConfig, get_adapter_model, load_adapter_model, trainable_parameters
 from zo_opt.adapters.positions import answers_of
@@ -153,23 +153,83 @@ def test_an_encoder_runs_once_a_row_and_only_the_decoder_is_adapted(name):
     assert float(everywhere(**batch).loss - first).__abs__() > 1e-4
 
 
-@pytest.mark.parametrize("name", MASKED)
-@torch.no_grad()
-def test_in_an_encoder_adapters_act_at_the_masks(name):
-    model = get_adapter_model(build(name), LoRAConfig(rank=3, positions="answer", answer_token=7))
+def beside_twin(model, ids, answers):
+    """What an encoder's answers end as, row by row without padding: they see the prompt as the base left it, and themselves."""
+    body, heads = model.base_model, SIZES["num_attention_heads"]
+    with model.positions.sleep():
+        below = body(input_ids=ids, output_hidden_states=True).hidden_states
+
+    def split(x):
+        return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
+
+    state = below[0][answers][None]
+    for layer, hidden in zip(body.encoder.layer, below, strict=False):
+        attention = layer.attention.self
+        with model.positions.sleep():
+            keys, values = (split(f(hidden[~answers][None])) for f in (attention.key, attention.value))
+        keys = torch.cat([keys, split(attention.key(state))], 2)
+        values = torch.cat([values, split(attention.value(state))], 2)
+        seen = torch.nn.functional.scaled_dot_product_attention(split(attention.query(state)), keys, values)
+        state = layer.attention.output(seen.transpose(1, 2).flatten(2), state)
+        state = layer.output(layer.intermediate(state), state)
+    return state[0]
+
+
+def encoder_rows(name, kind=LoRAConfig, **options):
+    model = get_adapter_model(build(name), kind(rank=3, positions="answer", answer_token=7, **options))
     perturb(trainable_parameters(model))
-    ids = torch.randint(8, 50, (2, 8), generator=torch.Generator().manual_seed(3))
-    ids[0, 4] = ids[1, 6] = 7
-    plain = model.base_model(input_ids=ids).last_hidden_state
+    ids = torch.randint(8, 50, (3, 9), generator=torch.Generator().manual_seed(3))
+    real = torch.ones_like(ids)
+    ids[2, 6:] = real[2, 6:] = 0
+    ids[0, 4] = ids[0, 5] = ids[1, 6] = ids[2, 0] = 7
+    return model, ids, real
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+@torch.no_grad()
+def test_in_an_encoder_answers_see_the_prompt_as_the_base_left_it(name):
+    model, ids, real = encoder_rows(name)
+    found = model.base_model(input_ids=ids, attention_mask=real).last_hidden_state
+    for row, length in enumerate(real.sum(1).tolist()):
+        alone = ids[row : row + 1, :length]
+        answers = alone == 7
+        torch.testing.assert_close(
+            found[row, :length][answers[0]], beside_twin(model, alone, answers), rtol=1e-5, atol=1e-5
+        )
+        with model.positions.sleep():
+            plain = model.base_model(input_ids=alone).last_hidden_state
+        torch.testing.assert_close(found[row, :length][~answers[0]], plain[0, ~answers[0]], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+@torch.no_grad()
+def test_copies_beside_a_row_are_each_shifted_by_its_own(name):
+    model, ids, real = encoder_rows(name, TTLoRAConfig, layers=1, trainable="input")
+    sites = model.activation_sites()
+
+    def call():
+        return model(input_ids=ids, attention_mask=real).logits.sum()
+
+    shifts = torch.randn(3, 3, 2, sites.width, generator=torch.Generator().manual_seed(1))
+    together = sites.ends(call, shifts)
+    alone = torch.cat([sites.ends(call, shift[None]) for shift in shifts])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+    assert (together[0] - together[1]).abs().max() > 1e-2
+    seen = sites.observe(call)
+    assert seen.tokens(5) == int(real.sum()) + 5 * 4
+
+
+@torch.no_grad()
+def test_in_an_encoder_that_takes_no_copies_adapters_act_at_the_masks():
+    model, ids, real = encoder_rows("deberta-v2")
     seen = []
     first = model.adapted_modules()[model.adapted[0]]
     handle = first.register_forward_hook(
         lambda m, args, out: seen.append((out - m.base_layer(args[0])).abs().sum(-1) > 0)
     )
-    model.base_model(input_ids=ids)
+    model.base_model(input_ids=ids, attention_mask=real)
     handle.remove()
-    assert seen[0].nonzero().tolist() == [[0, 4], [1, 6]]
-    assert plain.isfinite().all()
+    assert seen[-1].nonzero().tolist() == [[0, 4], [0, 5], [1, 6], [2, 0]]
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zo_opt.adapters.beside import Beside, is_batched, places_of
 from zo_opt.adapters.kept import KeptForward
 from zo_opt.adapters.layout import Axis, Layout
 from zo_opt.adapters.positions import Positions
@@ -61,6 +62,7 @@ class AnswerForward(KeptForward):
         self.ended: Callable[[Tensor], Tensor] | None = None
         self._axis: Axis | None = None
         self._tried = False
+        self._takes_beside: bool | None = None
 
     @property
     def depth_share(self) -> float:  # type: ignore[override]
@@ -86,6 +88,8 @@ class AnswerForward(KeptForward):
         if attention is not None and attention.ndim != 2:
             attention = None
         answers = self.positions.answers(ids, attention)
+        if self.positions.kind == "encoder" and self.stands_beside():
+            return self._beside(given, answers, torch.ones_like(ids) if attention is None else attention)
         state = None
         if past is None and given.get("inputs_embeds") is None and not self._whole:
             state = self._done(ids, attention, answers, given.get("position_ids"))
@@ -120,7 +124,7 @@ class AnswerForward(KeptForward):
         self, ids: Tensor, attention: Tensor | None, answers: Tensor, positions: Tensor | None
     ) -> PromptState | None:
         """The prompts of these sequences, done apart; None where they cannot be, which is tried at the first call."""
-        if self.objection is not None or torch._C._functorch.is_batchedtensor(ids):
+        if self.objection is not None or is_batched(ids):
             return None
         if not self._tried:
             self._tried = True
@@ -192,7 +196,12 @@ class AnswerForward(KeptForward):
             return x.repeat(copies, *[1] * (x.ndim - 1)) if fits and copies > 1 else x
 
         places, valid = (None, None) if answers_NS is None or self.ended is None else places_of(answers_NS)
-        self.layout = Layout("rows", copies, sequences, places, valid)
+        others = 0
+        if answers_NS is not None and not is_batched(answers_NS):
+            real_NS = given.get("attention_mask")
+            tokens = answers_NS.numel() if real_NS is None or real_NS.ndim != 2 else int((real_NS != 0).sum())
+            others = tokens - int(answers_NS.sum())
+        self.layout = Layout("rows", copies, sequences, places, valid, others=others)
         with ExitStack() as stack:
             stack.enter_context(self.positions.masked(repeated(answers_NS)))
             stack.enter_context(self._watched())
@@ -206,6 +215,51 @@ class AnswerForward(KeptForward):
         if self.ended is not None and not inner:
             output.last_hidden_state = self._end(output.last_hidden_state)
         return output
+
+    def _beside(self, given: dict[str, Any], answers_NS: Tensor, real_NS: Tensor, *, spoiled: bool = False) -> Any:
+        """The forward of an encoder's rows, and of copies of their answers beside them."""
+        dtype = next(p.dtype for p in self.body.parameters() if p.is_floating_point())
+        beside = Beside(answers_NS, real_NS, self.copies, dtype, spoiled=spoiled)
+        self.layout = beside.layout
+
+        def ended(answers_CNTH: Tensor) -> Tensor:
+            torch.set_grad_enabled(self._grad)  # until the body returns: a pooler's gradient is wanted
+            return answers_CNTH if self.ended is None else self.ended(answers_CNTH)
+
+        layers = self.recorder.layers
+        with ExitStack() as stack:
+            stack.enter_context(self.positions.masked(beside.acting_NK))
+            stack.enter_context(self._watched())
+            if self.state is not None:
+                self.recorder.skip_below(stack, self.state.ending(self.state.hidden_NTH, answers_NS.shape[1]))
+                layers = layers[self.recorder.cut :]
+            beside.within(stack, layers, ended)
+            return self.plain(**given | {"attention_mask": beside.mask()})
+
+    @torch.no_grad()
+    def stands_beside(self) -> bool:
+        """Whether this encoder takes copies beside its rows: tried once, with adapters asleep, on made-up rows."""
+        if self._takes_beside is None:
+            device = next(self.body.parameters()).device
+            ids = torch.arange(12, device=device).view(2, 6) + 5
+            real = torch.ones_like(ids)
+            real[1, 4:] = 0
+            answers = torch.zeros_like(real, dtype=torch.bool)
+            answers[:, [0, 3]] = True
+            given = {"input_ids": ids, "attention_mask": real}
+            try:
+                with self.positions.sleep(), replaced(self, trying=True, ended=None, state=None, copies=2):
+                    right = self.plain(**given).last_hidden_state
+                    found = self._beside(given, answers, real, spoiled=True).last_hidden_state
+                apart = ((found - right) * real.unsqueeze(-1)).abs().max()
+                self._takes_beside = bool(apart <= self._tolerance() * right.abs().max())
+            except FAILURES:
+                self._takes_beside = False
+        return self._takes_beside
+
+    def _tolerance(self) -> float:
+        """What two ways of computing the same may differ by, as a share of the largest hidden state."""
+        return NARROW if any(p.element_size() < 4 for p in self.body.parameters()) else 1e-4
 
     def _end_layer(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         if self.trying:
@@ -244,9 +298,8 @@ class AnswerForward(KeptForward):
                 except FAILURES as error:
                     said = reason_of(error)
                     continue
-                share = NARROW if any(p.element_size() < 4 for p in self.body.parameters()) else 1e-4
                 apart = ((found - right) * attention.unsqueeze(-1)).abs().max()
-                if bool(apart <= share * right.abs().max()):
+                if bool(apart <= self._tolerance() * right.abs().max()):
                     self._axis = axis
                     return
         self.objection = f"the model does not go on from a prompt that is done ({said})"
@@ -267,15 +320,6 @@ class AnswerForward(KeptForward):
         apart = ((found - right) * attention[:2].unsqueeze(-1)).abs().max()
         if not bool(apart <= 1e-3 * right.abs().max()):
             self.objection = "the model's later layers take more from the first ones than their hidden states"
-
-
-def places_of(answers_NS: Tensor) -> tuple[Tensor, Tensor]:
-    """The answer positions of each sequence, (N, T), padded with S; and which are real."""
-    counts_N, tokens = answers_NS.sum(1), answers_NS.shape[1]
-    most = int(counts_N.max())
-    places = torch.arange(tokens, device=answers_NS.device).expand_as(answers_NS)
-    places_NT = torch.where(answers_NS, places, tokens).sort(1).values[:, :most]
-    return places_NT, places_NT < tokens
 
 
 class _EndedError(Exception):

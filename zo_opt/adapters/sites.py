@@ -16,11 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from zo_opt.adapters.adapted import Probe, Staged
+from zo_opt.adapters.layout import Layout
 from zo_opt.errors import ZOError
 from zo_opt.system.replaced import replaced
 
 if TYPE_CHECKING:
     from zo_opt.adapters.model import AdapterModel
+
+
+AT_ONCE = 4  # queries in one forward
+AT_ONCE_BESIDE = 32  # of an encoder, which runs the whole row for each forward
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Observed:
         inputs: of each site its input, (N, T, I); of what is written, with a forward a token, the mean over these (N, 1, I).
         beyond: exact gradients of what is trained behind the body's output (a new head).
         valid_NT: which answer positions there are.
+        layout: of the forward.
     """
 
     loss: Any
@@ -42,6 +48,11 @@ class Observed:
     inputs: Sequence[Tensor]
     beyond: Sequence[Tensor | None]
     valid_NT: Tensor
+    layout: Layout
+
+    def tokens(self, copies: int) -> int:
+        """Tokens that a forward of so many copies runs."""
+        return self.layout.tokens(int(self.valid_NT.sum()), copies)
 
 
 class ActivationSites:
@@ -79,6 +90,11 @@ class ActivationSites:
             raise ZOError(
                 f"{lost[0]} is trained, which queries on activations do not reach; leave it out of what is trained."
             )
+
+    @property
+    def at_once(self) -> int:
+        """Queries in one forward: the same for any number of processes, so that they compute the same bits."""
+        return AT_ONCE_BESIDE if self._answers.layout.before else AT_ONCE
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -135,6 +151,7 @@ class ActivationSites:
             [torch.cat(x, 1).mean(1, keepdim=True) if writes else x[0] for x in inputs],
             list(grads[1:]),
             valid,
+            self._answers.layout,
         )
 
     def ends(self, call: Callable[[], Any], shifts_CNTD: Tensor) -> Tensor:

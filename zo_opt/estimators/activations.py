@@ -21,7 +21,6 @@ from zo_opt.queries.losses import as_scalar, taken
 from zo_opt.queries.modes import Evaluator
 
 TRIES = 3  # of the scale of shifts, before the first step
-AT_ONCE = 4  # queries in one forward: the same for any number of processes, so that they compute the same bits
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,9 @@ class Activations(Estimator):
             delta_NTD[valid_NT] = self.delta(evaluate.memory, measured).to(delta_NTD.device)
             gradient = _on_axis(evaluate, sites, sites.gradients(seen, delta_NTD))
         ones, forwards = torch.ones(queries, dtype=torch.float64), queries + 1 + tries
-        tokens = forwards * int(seen.valid_NT.sum())
+        at_once = sites.at_once if s_QMH is not None else 1
+        whole, rest = divmod(queries, at_once)
+        tokens = (1 + tries) * seen.tokens(1) + whole * seen.tokens(at_once) + (seen.tokens(rest) if rest else 0)
         return Estimate(loss, slopes_Q.cpu(), ones, forwards, gradient=gradient, tokens=tokens)
 
     def delta(self, memory: dict[str, Tensor], measured: Measured) -> Tensor:
@@ -129,8 +130,8 @@ class Activations(Estimator):
         self, evaluate: Evaluator, sites: Sites, call: Callable[[], Any], seen: Observed, v_QNTD: Tensor, shift: float
     ) -> Tensor:
         """s (Q, N, T, H) float64: the difference quotient of the body's output along each direction."""
-        parts = v_QNTD.split(AT_ONCE)
-        width = AT_ONCE * seen.end_NTH.numel()
+        parts = v_QNTD.split(sites.at_once)
+        width = sites.at_once * seen.end_NTH.numel()
 
         def run(first: int, last: int) -> Tensor:
             found = [torch.empty(0, dtype=torch.float64)]

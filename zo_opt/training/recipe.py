@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from zo_opt.adapters import AdapterConfig
+from zo_opt.adapters import AdapterConfig, AdapterModel
 from zo_opt.choices import split
 from zo_opt.models.models import classification_heads
+from zo_opt.schedules.adazeta import MAX_QUERIES
 from zo_opt.tasks.scoring import Scorer
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.options import WHOLE_MODEL
@@ -20,14 +21,23 @@ from zo_opt.training.parts import ON_ANSWERS
 FROM_LAYER = 0.4  # adapters on answers sit from this share of the depth on: what is below is frozen, and run once
 FEEDBACK_LR = 3e-3
 REWARD_LR = 1e-3  # of numbers without a gradient, which say less of each row: fewer sites, shorter steps (benchmarks/objectives.py)
+MOST_BESIDE = 128  # queries beside a row
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run trains: the adapter, and lr."""
+    """What a run trains: the adapter, lr, and where the options name no schedule perhaps the fewest queries of a step."""
 
     adapter: AdapterConfig
     lr: float
+    queries: int | None = None
+
+    def told(self, config: TrainConfig) -> TrainConfig:
+        """The options, with the queries that they leave open."""
+        if self.queries is None:
+            return config
+        most = max(self.queries, MAX_QUERIES)
+        return replace(config, schedule={"name": "adazeta", "min_queries": self.queries, "max_queries": most})
 
 
 def resolve(config: TrainConfig, model: nn.Module, scorer: Scorer) -> Recipe:
@@ -60,6 +70,21 @@ def answer_adapter(config: TrainConfig, model: nn.Module, **common: Any) -> Adap
     layers = depth(model)
     first = layers - last_quarter(model) if config.values_alone else min(round(FROM_LAYER * layers), layers - 1)
     return config.make_adapter(**common, layers=list(range(first, layers)), **ON_ANSWERS)
+
+
+def queries_beside(config: TrainConfig, model: AdapterModel) -> int | None:
+    """As many queries as there are inner activations, where they stand beside an encoder's row; None: what the schedule says.
+
+    [choice] A step then runs a row once and a token a query. So many queries tell each row's gradient whole, to first order in zo_eps. With
+    fewer the prior says what a row's gradient mostly is, and what a new head asks of the rest is learned late.
+    """
+    named = config.schedule is not None or config.budget_forwards is not None or config.optimizer_name != "adazeta"
+    answers = model.answers
+    if named or not config.on_activations or config.values_alone or answers is None:
+        return None
+    if answers.positions.kind != "encoder" or not answers.stands_beside():
+        return None
+    return min(model.activation_sites().width, MOST_BESIDE)
 
 
 def own_lr(config: TrainConfig, *, parameters: int) -> float:

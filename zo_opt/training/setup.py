@@ -28,7 +28,7 @@ from zo_opt.training.budget import steps_of
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.examples import Examples, load_examples
 from zo_opt.training.options import WHOLE_MODEL
-from zo_opt.training.recipe import Recipe, resolve
+from zo_opt.training.recipe import Recipe, queries_beside, resolve
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,11 @@ def build_tools(config: TrainConfig, examples: Examples, reporter: Reporter) -> 
     model = get_adapter_model(base.model, recipe.adapter)
     model.to(device)
     model.eval()
+    if (queries := queries_beside(config, model)) is not None:
+        reporter.say(
+            f"{queries} queries a step: in this encoder a query is one token beside its row. --schedule asks for others."
+        )
+        recipe = replace(recipe, queries=queries)
     if recipe.adapter.reads_rows:
         _begin(model, config, train)
     train.prompts = prompts = (

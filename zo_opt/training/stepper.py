@@ -42,7 +42,7 @@ class Stepper:
             else PoissonOrder(privacy)
         )
         self.optimizer = make_optimizer(
-            config, tools.model, make_param_groups(config, tools.model, tools.recipe.lr), tools.recipe.lr,
+            tools.recipe.told(config), tools.model, make_param_groups(config, tools.model, tools.recipe.lr), tools.recipe.lr,
             self._order.steps_per_epoch, privacy,
         )  # fmt: skip
         schedule = "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule
