@@ -81,6 +81,14 @@ class Every(Schedule):
 
 
 @dataclass(frozen=True)
+class Greedy(Every):
+    """Wants more than there is."""
+
+    def __call__(self, step, epoch, history):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@dataclass(frozen=True)
 class Tilted(Directions):
     """Rademacher's, longer or shorter."""
 
@@ -365,3 +373,11 @@ def test_a_run_of_a_comparison_names_its_code_again(tmp_path: Path, monkeypatch:
     assert "--resume" in started[1]
     options = Path(started[1][started[1].index("--config") + 1])
     assert json.loads(options.read_text())["optimizer"] == "research:MyZO"
+
+
+def test_memory_that_runs_out_ends_a_run_with_one_sentence(line: Line, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = line("train", task="research:task", adapter="lora", schedule="research:Greedy", steps=2, output_dir="run")
+    assert run_main(asked) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "memory ran out (CUDA out of memory. Tried to allocate 2.00 GiB). Give fewer rows at once" in said
+    assert "Traceback" not in said

@@ -6,7 +6,8 @@ tokens. The prompt before it goes through the frozen base, so that its keys and 
 
 - causal: from the last token before the first label on; without labels the last token; in generation all that is written;
 - encoder-decoder: all positions of the decoder, none of the encoder;
-- encoder: the masks' positions, or the first token where the model has no mask (a classification head reads that one).
+- encoder: the masks' positions, or the first token where the model has no mask (a classification head reads that one); a copy of the answer
+  beside the row where the model takes one (:mod:`zo_opt.adapters.beside`), else within the row.
 
 Shape suffixes: N sequences, S tokens, T answer tokens, C copies, I features.
 """

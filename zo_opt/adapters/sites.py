@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from zo_opt.adapters.model import AdapterModel
 
 
-AT_ONCE = 4  # queries in one forward
-AT_ONCE_BESIDE = 32  # of an encoder, which runs the whole row for each forward
+FEWEST_AT_ONCE, MOST_AT_ONCE = 4, 32  # queries in one forward
+TOKENS_AT_ONCE = 512  # of all of them: more is no faster, and takes memory
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,11 @@ class Observed:
     beyond: Sequence[Tensor | None]
     valid_NT: Tensor
     layout: Layout
+
+    @property
+    def at_once(self) -> int:
+        """Queries in one forward: the same for any number of processes, so that they compute the same bits."""
+        return max(FEWEST_AT_ONCE, min(MOST_AT_ONCE, TOKENS_AT_ONCE // max(self.end_NTH[..., 0].numel(), 1)))
 
     def tokens(self, copies: int) -> int:
         """Tokens that a forward of so many copies runs."""
@@ -90,11 +95,6 @@ class ActivationSites:
             raise ZOError(
                 f"{lost[0]} is trained, which queries on activations do not reach; leave it out of what is trained."
             )
-
-    @property
-    def at_once(self) -> int:
-        """Queries in one forward: the same for any number of processes, so that they compute the same bits."""
-        return AT_ONCE_BESIDE if self._answers.layout.before else AT_ONCE
 
     @property
     def parameters(self) -> list[nn.Parameter]:

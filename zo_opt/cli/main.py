@@ -16,11 +16,16 @@ from rich.console import Console
 from zo_opt import __version__
 from zo_opt.choices import did_you_mean
 from zo_opt.cli.commands import COMMANDS
-from zo_opt.errors import NonFiniteLossError, RankError, ZOError
+from zo_opt.errors import NonFiniteLossError, RankError, ZOError, reason_of
 from zo_opt.training.options import PARTS
 from zo_opt.training.parsing import parse_arguments
 from zo_opt.training.sentences import Parser
 from zo_opt.training.stop import InterruptedRunError
+
+ROOM = (
+    "Give fewer rows at once (--batch_size, --eval_batch_size), shorter ones (--max_length) or a smaller base (--precision bf16, --quantise int8); "
+    "zo-opt plan says what a run takes. A run that has a checkpoint goes on with --resume."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,6 +50,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         errors.print("zo-opt: interrupted")
         return 130
+    except (MemoryError, RuntimeError) as error:
+        if not _ran_out(error):
+            raise
+        errors.print(f"{who}: memory ran out ({reason_of(error)}). {ROOM}", markup=False)
+        return 1
+
+
+def _ran_out(error: BaseException) -> bool:
+    from zo_opt.queries.copies import out_of_memory  # brings torch, which no help should wait for
+
+    return out_of_memory(error)
 
 
 def _run(arguments: Sequence[str]) -> int:

@@ -105,7 +105,7 @@ class Activations(Estimator):
             delta_NTD[valid_NT] = self.delta(evaluate.memory, measured).to(delta_NTD.device)
             gradient = _on_axis(evaluate, sites, sites.gradients(seen, delta_NTD))
         ones, forwards = torch.ones(queries, dtype=torch.float64), queries + 1 + tries
-        at_once = sites.at_once if s_QMH is not None else 1
+        at_once = seen.at_once if s_QMH is not None else 1
         whole, rest = divmod(queries, at_once)
         tokens = (1 + tries) * seen.tokens(1) + whole * seen.tokens(at_once) + (seen.tokens(rest) if rest else 0)
         return Estimate(loss, slopes_Q.cpu(), ones, forwards, gradient=gradient, tokens=tokens)
@@ -130,8 +130,8 @@ class Activations(Estimator):
         self, evaluate: Evaluator, sites: Sites, call: Callable[[], Any], seen: Observed, v_QNTD: Tensor, shift: float
     ) -> Tensor:
         """s (Q, N, T, H) float64: the difference quotient of the body's output along each direction."""
-        parts = v_QNTD.split(sites.at_once)
-        width = sites.at_once * seen.end_NTH.numel()
+        parts = v_QNTD.split(seen.at_once)
+        width = seen.at_once * seen.end_NTH.numel()
 
         def run(first: int, last: int) -> Tensor:
             found = [torch.empty(0, dtype=torch.float64)]

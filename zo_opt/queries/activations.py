@@ -32,6 +32,10 @@ class Observed(Protocol):
     @property
     def valid_NT(self) -> Tensor: ...  # noqa: N802
 
+    @property
+    def at_once(self) -> int:
+        """Queries in one forward."""
+
     def tokens(self, copies: int) -> int:
         """Tokens that a forward of so many copies runs."""
 
@@ -40,10 +44,6 @@ class Sites(Protocol):
     """A model's inner activations: one vector of ``width`` entries for each answer position, over all its adapters."""
 
     width: int
-
-    @property
-    def at_once(self) -> int:
-        """Queries in one forward."""
 
     @property
     def parameters(self) -> Sequence[Tensor]:
