@@ -629,6 +629,20 @@ def test_a_classification_head_is_trained_and_saved(
     assert again.loss == pytest.approx(results(out)["after"]["loss"], rel=1e-4)
 
 
+def test_beside_an_encoders_row_a_step_has_as_many_queries_as_inner_activations(
+    toy_options: Options, tiny_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    common = dict.fromkeys(("optimizer", "adapter", "query_mode", "query_schedule", "queries", "lr", "zo_eps"))
+    common |= {"model_name_or_path": tiny_dir("bert"), "head": "classification", "verbalizers": None, "steps": 2}
+    for name, more, queries in (
+        ("own", {}, 32),  # four sites of rank 8
+        ("asked", {"schedule": "constant", "schedule.queries": 3}, 3),
+        ("budget", {"steps": None, "budget_forwards": 20}, 8),
+    ):
+        assert run_main(toy_options(output_dir=tmp_path / name, **common | more)) == 0
+        assert {step["queries"] for step in metrics(tmp_path / name)} == {queries}
+
+
 def test_the_prompt_cache_changes_no_loss(toy_options: Options, tmp_path: Path) -> None:
     for name, megabytes in (("cached", 64), ("plain", 0)):
         options = toy_options(output_dir=tmp_path / name, steps=4, prompt_cache_mb=megabytes, lr=1e-3)
