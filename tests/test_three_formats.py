@@ -49,6 +49,7 @@ def test_the_script_runs_as_printed(tmp_path: Path) -> None:
     )
     assert [set(row["probabilities"]) for row in reviews] == [{"0", "1"}] * 4
     assert [set(row["probabilities"]) for row in tickets] == [{"Billing", "Delivery", "Technical"}] * 4
+    assert "labels: 0 is 'negative', 1 is 'positive'" in done.stderr and "trained on" not in done.stdout
     assert "label words: 0 -> |" in done.stdout and "More (optional)" in done.stdout
     assert "More (optional) ({More (optional)} in the prompt where it is not blank)" in done.stdout
     assert "columns: messages (conversation, whose answers are learned)" in done.stdout

@@ -22,6 +22,8 @@ def run(options: Namespace, command: str) -> None:
         found = Run(
             options.run_dir, device=options.device, trust_remote_code=options.trust_remote_code, reporter=reporter
         )
+        if meant := [f"{label} is {word!r}" for label, word in found.task.verbalizers.items() if word != label]:
+            reporter.say(f"labels: {', '.join(meant)}")
         predictions = found.predictions(rows, batch_size=options.batch_size, source=str(options.file))
         with reporter.track("predicting", len(rows), "rows") as tracker:
             for number, prediction in enumerate(predictions, start=1):
