@@ -7,9 +7,18 @@ import torch
 import transformers
 from tiny_models import IDS, SEQ2SEQ, SIZES, build, padded_batch, perturb
 
-from zo_opt import LoRAConfig, TTConfig, TTLoRAConfig, get_adapter_model, load_adapter_model, trainable_parameters
+from zo_opt import (
+    AdaZeta,
+    LoRAConfig,
+    TTConfig,
+    TTLoRAConfig,
+    get_adapter_model,
+    load_adapter_model,
+    trainable_parameters,
+)
 from zo_opt.adapters.positions import answers_of
 from zo_opt.errors import ZOError
+from zo_opt.schedules import constant_queries
 
 WINDOW = {"sliding_window": 4, "num_key_value_heads": 2}
 SIZED = IDS | SIZES
@@ -217,6 +226,31 @@ def test_copies_beside_a_row_are_each_shifted_by_its_own(name):
     assert (together[0] - together[1]).abs().max() > 1e-2
     seen = sites.observe(call)
     assert seen.tokens(5) == int(real.sum()) + 5 * 4
+
+
+def test_copies_of_weights_in_one_forward_have_answers_beside_their_rows_too():
+    losses = {}
+    for mode in ("sequential", "batched"):
+        model = get_adapter_model(build("bert"), LoRAConfig(rank=3, positions="answer"))
+        optimizer = AdaZeta(
+            trainable_parameters(model),
+            lr=1e-2,
+            zo_eps=1e-2,
+            module=model,
+            query_mode=mode,
+            query_schedule=constant_queries(4),
+        )
+        losses[mode] = [float(optimizer.step(lambda b, m=model: m(**b).loss, padded_batch("bert"))) for _ in range(3)]
+    assert losses["batched"] == pytest.approx(losses["sequential"], abs=1e-5)
+
+
+@torch.no_grad()
+def test_rows_without_an_answer_are_the_bases():
+    model, ids, real = encoder_rows("bert")
+    found = model.base_model(input_ids=ids.masked_fill(ids == 7, 9), attention_mask=real).last_hidden_state
+    with model.positions.sleep():
+        plain = model.base_model(input_ids=ids.masked_fill(ids == 7, 9), attention_mask=real).last_hidden_state
+    torch.testing.assert_close(found[real == 1], plain[real == 1], rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

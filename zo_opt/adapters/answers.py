@@ -88,7 +88,8 @@ class AnswerForward(KeptForward):
         if attention is not None and attention.ndim != 2:
             attention = None
         answers = self.positions.answers(ids, attention)
-        if self.positions.kind == "encoder" and self.stands_beside():
+        plain_mask = attention is given.get("attention_mask")  # and not one of the caller's own shape
+        if self.positions.kind == "encoder" and plain_mask and self.stands_beside():
             return self._beside(given, answers, torch.ones_like(ids) if attention is None else attention)
         state = None
         if past is None and given.get("inputs_embeds") is None and not self._whole:

@@ -87,9 +87,9 @@ class Beside:
 
 
 def places_of(answers_NS: Tensor) -> tuple[Tensor, Tensor]:
-    """The answer positions of each row, (N, T), padded with S; and which are real."""
+    """The answer positions of each row, (N, T), padded with S; and which are real. T is one at least."""
     counts_N, tokens = answers_NS.sum(1), answers_NS.shape[1]
-    most = tokens if is_batched(answers_NS) else int(counts_N.max())
+    most = tokens if is_batched(answers_NS) else max(int(counts_N.max()), 1)
     places = torch.arange(tokens, device=answers_NS.device).expand_as(answers_NS)
     places_NT = torch.where(answers_NS, places, tokens).sort(1).values[:, :most]
     return places_NT, places_NT < tokens
