@@ -41,11 +41,11 @@ def died(toy_options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     def write(self: MetricsWriter, record: Any, *rest: Any) -> None:
         original(self, record, *rest)
         if record.step == 2:
-            raise MemoryError
+            raise SystemError
 
     with monkeypatch.context() as patch:
         patch.setattr(MetricsWriter, "write", write)
-        with pytest.raises(MemoryError):
+        with pytest.raises(SystemError):
             run_main(toy_options(output_dir=out, **JOB))
     (out / LOCK_NAME).touch()
     return out
@@ -160,12 +160,12 @@ def test_a_tracker_is_told_every_step_once(
 
     def stop_after_four(*arguments: Any) -> Any:
         if (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) == 4:
-            raise MemoryError
+            raise SystemError
         return original(*arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(stepper, "training_loss", stop_after_four)
-        with pytest.raises(MemoryError):
+        with pytest.raises(SystemError):
             run_main(toy_options(output_dir=out, report_to="notebook", **JOB | {"save_steps": 3}))
     first, notebook.pages[:] = list(notebook.pages), []
     assert first == [

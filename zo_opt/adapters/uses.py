@@ -22,12 +22,14 @@ class Uses:
         peft: "native": it is saved in PEFT's own format; "export": it can be exported as a LoRA; "no".
         on_answers: whether it acts on answers alone.
         whole: whether the model's own weights are trained, and nothing is added.
+        writes: whether the model writes text.
     """
 
     merges: bool
     peft: Literal["native", "export", "no"]
     on_answers: bool
     whole: bool
+    writes: bool = True
 
     def before(self) -> str:
         """At a run's start: what it will be good for, while something else can still be chosen."""
@@ -49,13 +51,14 @@ class Uses:
         }  # fmt: skip
         return f"later: {sentences[self.peft]}."
 
-    def after(self, directory: str) -> str:
-        """At a run's end: what to do with what is in its directory.
+    def after(self, directory: str, *, labels: bool) -> str:
+        """At a run's end: what to do with what is in its directory; ``labels``: whether it learned labels.
 
-        >>> Uses(merges=True, peft="export", on_answers=False, whole=False).after("out")
+        >>> Uses(merges=True, peft="export", on_answers=False, whole=False).after("out", labels=True)
         'use it: zo-opt predict or generate out; a plain model: zo-opt merge out --to DIR, with --as lora a LoRA for PEFT; more: out/README.md'
         """
-        ways = [f"use it: zo-opt predict or generate {directory}"]
+        commands = ["predict"] * labels + ["generate"] * self.writes
+        ways = [f"use it: zo-opt {' or '.join(commands)} {directory}"] if commands else []
         if self.merges:
             lora = ", with --as lora a LoRA for PEFT" if self.peft == "export" else ""
             ways.append(f"a plain model: zo-opt merge {directory} --to DIR{lora}")
@@ -74,7 +77,8 @@ def uses_of(model: AdapterModel) -> Uses:
         peft = "native"
     elif exportable(model):
         peft = "export"
-    return Uses(_merges(model), peft, config.positions == "answer", not adapted)
+    writes = getattr(model.wrapped, "can_generate", bool)()
+    return Uses(_merges(model), peft, config.positions == "answer", not adapted, writes)
 
 
 def _merges(model: AdapterModel) -> bool:

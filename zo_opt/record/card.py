@@ -95,7 +95,8 @@ def _data(s: Summary, record: Mapping[str, Any]) -> str:
 def _use(directory: Path, s: Summary, uses: Uses) -> str:
     name = directory.name
     shell = [f"zo-opt predict {name} --file new.jsonl"] if s.kind == CLASSIFICATION else []
-    shell.append(f'zo-opt generate {name} --prompt "..."')
+    if uses.writes:
+        shell.append(f'zo-opt generate {name} --prompt "..."')
     if uses.merges:
         shell.append(f"zo-opt merge {name} --to merged")
     if uses.peft == "export":

@@ -27,6 +27,7 @@ from zo_opt.record.trackers import Trackers, check_trackers
 from zo_opt.system.files import write_atomically
 from zo_opt.system.memory import current_memory, peak_memory, readable, reset_peak_memory
 from zo_opt.tasks.evaluation import Evaluation, evaluate
+from zo_opt.tasks.metrics import CLASSIFICATION
 from zo_opt.training.config import TrainConfig
 from zo_opt.training.curve import Curve
 from zo_opt.training.examples import load_examples
@@ -95,7 +96,7 @@ def train(
             run = _Run(config, reporter, record, examples.record, output_dir, tools, stepper, stop)
             run.prepare()
             summary = run.finish(uses)
-            reporter.say(uses.after(str(output_dir)))
+            reporter.say(uses.after(str(output_dir), labels=examples.task.kind == CLASSIFICATION))
             return summary, output_dir
         except KeyboardInterrupt as request:
             signum = getattr(request, "signum", signal.SIGINT)
