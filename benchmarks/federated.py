@@ -1,6 +1,6 @@
 """Federated tuning by seeds and scalars: accuracy against rounds and bytes, sizes of messages, kills, hostile clients, epsilon.
 
-    python benchmarks/federated.py accuracy --data DIR --task trec --methods federated,mezo,adam,fedavg --out federated.jsonl
+    python benchmarks/federated.py accuracy --data DIR --task trec --methods federated,central,fedavg --out federated.jsonl
     python benchmarks/federated.py table federated.jsonl
     python benchmarks/federated.py bytes
     python benchmarks/federated.py kills --rounds 50 --fuse 12
@@ -9,8 +9,9 @@
 
 DIR holds trec (train.jsonl, test.jsonl) and sst2 (train.tsv, dev.tsv). ``accuracy``: 20 clients, their rows dealt with label skew
 (Dirichlet 0.5); spectral gains that act on answers, in the last layers. ``federated`` is zo_opt's server and clients in one process, message by
-message; ``mezo`` and ``adam`` tune the same adapters on all rows in one place, by two-sided queries on the weights, with the same number of token
-evaluations: plain SGD with one query a step, and Adam with a query for each sixteenth of the batch. ``fedavg`` is LoRA on the same layers and
+message, clients weighed by their rows; ``central`` is the same with one client that has all rows and makes all steps of a round, so that adapters,
+pool, clip, update and schedule are the same, and token evaluations, too, but for clients with fewer rows than a batch. Learning rates are to be
+chosen with ``--validation``, which measures on training rows held out. ``fedavg`` is LoRA on the same layers and
 positions by AdamW and backpropagation (counted as two forwards more) on each client, averaged by Flower's own FedAvg strategy. ``bytes`` and
 ``fedavg`` need Flower. A line of the file is a run; its ``curve`` has a point an evaluation: rounds, token evaluations, bytes of a client to
 and fro, accuracy.
@@ -40,16 +41,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from learning import tools_of
 
-from zo_opt import AdaZeta, MeZO, trainable_parameters
+from zo_opt import trainable_parameters
 from zo_opt.federated.client import Client, Memory
 from zo_opt.federated.messages import Answer
 from zo_opt.federated.pool import Pool
 from zo_opt.federated.server import Server
 from zo_opt.federated.split import deal
 from zo_opt.federated.weights import Weights
-from zo_opt.optim import Adam
 from zo_opt.privacy import epsilon_of
-from zo_opt.schedules import constant_queries
 from zo_opt.tasks.evaluation import evaluate
 from zo_opt.training.stepper import training_loss
 
@@ -70,13 +69,10 @@ class Bench:
         layers = list(range(DEPTH - options.layers, DEPTH))
         cache = {"prompt_cache": "disk", "prompt_cache_dir": options.cache} if options.cache else {}
         more = {
-            "adapter": adapter | {"positions": "answer", "layers": layers},
-            "optimizer": "mezo",
-            "seed": options.seed,
-        }
-        config, self.tools = tools_of(
-            options.task, Path(options.data), more | {"query_mode": "sequential", "steps": 1} | cache
-        )
+            "adapter": adapter | {"positions": "answer", "layers": layers}, "optimizer": "mezo", "query_mode": "sequential", "steps": 1,
+            "seed": options.seed, "validation": options.validation, "precision": "fp32",
+        }  # fmt: skip
+        config, self.tools = tools_of(options.task, Path(options.data), more | cache)
         self.tools.record_prompts(config, Path(options.cache or "."), Reporter(Console(quiet=True)))
         Bench.now = self
         self.model, self.rows, self.options = self.tools.model, self.tools.train, options
@@ -110,16 +106,32 @@ class Bench:
 
 
 def federated(options: argparse.Namespace) -> Iterator[Point]:
-    """Rounds of seeds and scalars."""
-    bench = Bench(options, {"name": "spectral"})
+    """Rounds of seeds and scalars, clients weighed by their rows."""
+    bench = Bench(options, {"name": "spectral", "rank": options.rank})
+    most = None if options.alike else max(map(len, bench.shares))
+    return rounds(bench, bench.shares, options.seeds_a_round, lr=options.lr, most_rows=most)
+
+
+def central(options: argparse.Namespace) -> Iterator[Point]:
+    """All rows in one place: the same rounds, with one client that has all rows and makes all steps, one after the other."""
+    bench = Bench(options, {"name": "spectral", "rank": options.rank})
+    steps = options.seeds_a_round * math.ceil(options.fraction * options.clients)
+    return rounds(bench, [list(range(len(bench.rows)))], steps, lr=options.central_lr)
+
+
+def rounds(
+    bench: Bench, shares: list[list[int]], seeds: int, *, lr: float, most_rows: int | None = None
+) -> Iterator[Point]:
+    """A training of clients with these rows, message by message."""
+    options = bench.options
     pool = Pool(
-        size=options.pool, seed=options.seed, seeds=options.seeds_a_round, rounds=options.rounds, lr=options.lr, clip=options.clip,
-        noise=options.noise, choice=options.choice,
+        size=options.pool, seed=options.seed, seeds=seeds, rounds=options.rounds, lr=lr, clip=options.clip, choice=options.choice,
+        most_rows=most_rows,
     )  # fmt: skip
     weights, server = Weights(bench.parameters, pool), Server(pool)
     clients = [
         Client(pool, weights, lambda rows, mine=mine: bench.loss([mine[i] for i in rows]), rows=len(mine), batch_size=options.batch, seed=n)
-        for n, mine in enumerate(bench.shares)
+        for n, mine in enumerate(shares)
     ]  # fmt: skip
     memories = [Memory.fresh(pool) for _ in clients]
     yield bench.point(0)
@@ -130,32 +142,8 @@ def federated(options: argparse.Namespace) -> Iterator[Point]:
         server.end()
         if (number + 1) % options.every == 0 or number + 1 == options.rounds:
             weights.become(server.totals)
-            yield bench.point(number + 1, sum(r.sent + r.received for r in server.rounds) / len(clients))
-
-
-def central(options: argparse.Namespace, *, adam: bool) -> Iterator[Point]:
-    """All rows in one place, as many forwards: one step for each pair of them."""
-    bench = Bench(options, {"name": "spectral"})
-    order, generator = list(range(len(bench.rows))), random.Random(options.seed)
-    steps = math.ceil(options.rounds * math.ceil(options.fraction * options.clients)) * options.seeds_a_round
-    common: dict[str, Any] = {"module": bench.model, "directions": "rademacher", "seed": options.seed, "zo_eps": 1e-2}
-    if adam:
-        optimizer: Any = AdaZeta(
-            bench.parameters, lr=options.adam_lr, query_mode="split", query_schedule=constant_queries(16), update_rule=Adam(beta2=0.99),
-            step_control="clip", **common,
-        )  # fmt: skip
-    else:
-        optimizer = MeZO(bench.parameters, lr=options.lr, query_mode="sequential", **common)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
-    model, rows, every = bench.model, bench.rows, max(1, steps * options.every // options.rounds)
-    yield bench.point(0)
-    for step in range(steps):
-        batch = rows.batch(generator.sample(order, min(options.batch, len(order))))
-        optimizer.step(lambda b: training_loss(model, rows, b), batch)
-        schedule.step()
-        bench.tokens += 2 * min(options.batch, len(order))
-        if (step + 1) % every == 0 or step + 1 == steps:
-            yield bench.point(round((step + 1) * options.rounds / steps))
+            sent = sum(r.sent + r.received for r in server.rounds) / len(clients)
+            yield bench.point(number + 1, sent if len(clients) > 1 else 0.0)
 
 
 def fedavg(options: argparse.Namespace) -> Iterator[Point]:
@@ -219,8 +207,7 @@ def fedavg(options: argparse.Namespace) -> Iterator[Point]:
 
 METHODS = {
     "federated": federated,
-    "mezo": lambda options: central(options, adam=False),
-    "adam": lambda options: central(options, adam=True),
+    "central": central,
     "fedavg": fedavg,
 }
 
@@ -475,18 +462,20 @@ def main() -> None:
     kinds = parser.add_subparsers(required=True)
     run = kinds.add_parser("accuracy")
     run.add_argument("--task", default="trec")
-    run.add_argument("--methods", default="federated,mezo,adam,fedavg")
+    run.add_argument("--methods", default="federated,central,fedavg")
     run.add_argument("--data", default="data")
     run.add_argument("--cache", help="a directory in which prompts are kept for the next run")
     run.add_argument("--out", default="federated.jsonl")
     run.add_argument("--choice", default="uniform")
+    run.add_argument("--alike", action="store_true", help="every client counts alike, whatever its rows")
+    run.add_argument("--validation", action="store_true", help="measure on training rows held out, to choose options")
     for name, value in {
-        "clients": 20, "rounds": 60, "seeds_a_round": 2, "batch": 64, "layers": 8, "pool": 1024, "seed": 0, "every": 10,
+        "clients": 20, "rounds": 60, "seeds_a_round": 2, "batch": 64, "layers": 8, "rank": 16, "pool": 1024, "seed": 0, "every": 10,
         "fedavg_rounds": 10, "fedavg_every": 2, "local_steps": 4,
     }.items():  # fmt: skip
         run.add_argument(f"--{name}", type=int, default=value)
     for name, number in {
-        "skew": 0.5, "lr": 2e-2, "clip": 5.0, "noise": 0.0, "fraction": 1.0, "adam_lr": 2e-2, "fedavg_lr": 1e-3,
+        "skew": 0.5, "lr": 2e-2, "central_lr": 2e-2, "clip": 5.0, "fraction": 1.0, "fedavg_lr": 1e-3,
     }.items():  # fmt: skip
         run.add_argument(f"--{name}", type=float, default=number)
     run.set_defaults(run=accuracy)

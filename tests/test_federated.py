@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +33,9 @@ SIZE = 50
 NOTHING = np.zeros(0, dtype=np.int64)
 
 
-def quadratic(pool: Pool, clients: int = 5) -> tuple[torch.nn.Parameter, list[Client], list[Memory]]:
+def quadratic(
+    pool: Pool, clients: int = 5, rows: Sequence[int] = (8,) * 5
+) -> tuple[torch.nn.Parameter, list[Client], list[Memory]]:
     """Clients that each want the weights elsewhere."""
     theta = torch.nn.Parameter(torch.zeros(SIZE))
     weights = Weights([theta], pool)
@@ -42,7 +44,10 @@ def quadratic(pool: Pool, clients: int = 5) -> tuple[torch.nn.Parameter, list[Cl
     def loss(n: int) -> torch.Tensor:
         return (theta.detach().double() - targets[n]).square().sum()
 
-    found = [Client(pool, weights, lambda rows, n=n: loss(n), rows=8, batch_size=4) for n in range(clients)]
+    found = [
+        Client(pool, weights, lambda _, n=n: loss(n), rows=own, batch_size=4)
+        for n, own in zip(range(clients), rows, strict=True)
+    ]
     return theta, found, [Memory.fresh(pool) for _ in found]
 
 
@@ -136,6 +141,49 @@ def test_a_training_learns_with_clients_that_come_and_go() -> None:
         server.end()
     Weights([again := torch.nn.Parameter(torch.zeros(SIZE))], POOL).become(server.totals)
     assert (again.detach() - mean).norm() < 0.5 * before
+
+
+def test_clients_count_by_their_rows() -> None:
+    """What a client sends is its share of what it would send alone; the sum is FedAvg's, in whatever order and on whatever way."""
+    rows, weighed = (3, 30, 300), replace(POOL, most_rows=300)
+    _, clients, memories = quadratic(weighed, 3, rows)
+    _, alone, _ = quadratic(POOL, 3, rows)
+    server, other = Server(weighed), Server(weighed)
+    staying = Weights([stayed := torch.nn.Parameter(torch.zeros(SIZE))], weighed)
+    for _ in range(3):
+        answers = {n: clients[n].answer(content, memories[n]) for n, content in server.begin([0, 1, 2]).items()}
+        other.begin([0, 1, 2])
+        if not server.round:
+            for n, content in Server(POOL).begin([0, 1, 2]).items():
+                full = Answer.of(alone[n].answer(content, Memory.fresh(POOL)), POOL).numbers
+                found = Answer.of(answers[n], weighed).numbers
+                assert np.abs(found - full * rows[n] / 300).max() <= 0.51
+                assert np.abs(full).max() > 10_000
+        assert [server.take(n, answers[n]) for n in (0, 1, 2)] == [other.take(n, answers[n]) for n in (2, 0, 1)]
+        server.end()
+        other.end()
+        staying.become(server.totals)
+        assert np.array_equal(server.totals, other.totals)
+    clients[1].answer(server.begin([1])[1], memories[1])
+    assert np.array_equal(memories[1].totals, server.totals)
+    Weights([again := torch.nn.Parameter(torch.zeros(SIZE))], weighed).become(server.totals)
+    clients[2].answer(other.begin([2])[2], memories[2])
+    staying.become(memories[2].totals)
+    assert torch.equal(again, stayed)
+    assert again.abs().max() > 0
+
+
+def test_a_client_that_claims_many_rows_counts_no_more_than_fully() -> None:
+    pool = replace(POOL, most_rows=300, clip=1e-3)  # every derivative is cut
+    _, clients, memories = quadratic(pool, 3, (300, 301, 30_000))
+    server = Server(pool)
+    for n, content in server.begin([0, 1, 2]).items():
+        answer = clients[n].answer(content, memories[n])
+        assert np.abs(Answer.of(answer, pool).numbers).max() <= pool.limit(0) == replace(pool, most_rows=None).limit(0)
+        assert server.take(n, answer) == "accepted"
+    for wrong in (0, -3, 1.5, True):
+        with pytest.raises(ZOError, match="most_rows"):
+            replace(pool, most_rows=wrong)
 
 
 def test_a_client_away_for_50_rounds_comes_back_to_the_same_bits() -> None:
@@ -382,6 +430,7 @@ def test_a_training_is_prepared_tuned_reported_and_rebuilt(
     ({"steps": 3}, "--steps is not known"),
     ({"adapter": "adalora"}, "changes on its own"),
     ({"privacy_epsilon": 1, "privacy_noise": 1}, "leave one out"),
+    ({"privacy_epsilon": 1, "most_rows": 9}, "leave out one of the two"),
 ])  # fmt: skip
 def test_mistakes_are_sentences(
     line: Callable[..., list[str]],

@@ -91,7 +91,7 @@ class Client:
     """
 
     def __init__(self, pool: Pool, weights: Weights, loss: Loss, *, rows: int, batch_size: int, seed: int = 0) -> None:
-        self.pool, self._weights, self._loss = pool, weights, loss
+        self.pool, self._weights, self._loss, self._share = pool, weights, loss, pool.weight(rows)
         self._order = BatchOrder([0] * rows, min(batch_size, rows), seed, "shuffled")
 
     def answer(self, content: object, memory: Memory) -> bytes:
@@ -127,7 +127,7 @@ class Client:
         return True
 
     def _numbers(self, request: Request, memory: Memory) -> Numbers:
-        """A local step along each seed."""
+        """A local step along each seed; what is sent of it is weighed by the client's rows."""
         pool = self.pool
         lr, limit = pool.lr_of(request.round), pool.limit(request.round)
         derivatives = []
@@ -139,7 +139,7 @@ class Client:
             self._weights.move(seed, whole(lr * clipped / pool.unit, limit))
         if pool.noise:
             derivatives = self._hidden(derivatives, request.round, memory)
-        return np.array([whole(lr * d / pool.unit, limit) for d in derivatives], dtype=np.int64)
+        return np.array([whole(self._share * lr * d / pool.unit, limit) for d in derivatives], dtype=np.int64)
 
     def _hidden(self, derivatives: list[float], number: int, memory: Memory) -> list[float]:
         """The derivatives of a round, their norm clipped, noise added: the only thing that leaves a client, entered into its account first."""

@@ -25,6 +25,8 @@ class FederatedConfig:
         seeds_a_round: seeds that a client evaluates in a round, each followed by a local step.
         rounds: of the whole training.
         seed_choice: uniform; or magnitude, seeds whose numbers were large so far being likelier (FedKSeed-Pro).
+        most_rows: rows that a client with many has: one with fewer counts less, in proportion, one with more no more; every client alike
+            if not given. Not with privacy, which hides how many rows a client has.
         clip: bound on a derivative along a direction, and so on how far a client can move a weight; with privacy, on the norm of a
             client's derivatives of a round.
         fraction: share of the connected clients that a round asks.
@@ -44,6 +46,7 @@ class FederatedConfig:
     seeds_a_round: PositiveInt = 4
     rounds: PositiveInt = 100
     seed_choice: Literal["uniform", "magnitude"] = "uniform"
+    most_rows: PositiveInt | None = None
     clip: PositiveFloat = 5.0
     fraction: PositiveFloat = 1.0
     min_clients: PositiveInt = 2

@@ -45,6 +45,7 @@ class Pool:
         clip: bound on a derivative along a direction; with noise, on the norm of a client's derivatives of a round.
         noise: standard deviation of what a client adds to each derivative, in units of ``clip``; 0: nothing.
         choice: how seeds are drawn: uniform, or magnitude (:meth:`odds`).
+        most_rows: rows from which on a client counts fully (:meth:`weight`); None: every client does.
         start: fingerprint of the weights to be tuned, as training begins.
         base: fingerprint of the frozen model's.
 
@@ -66,11 +67,13 @@ class Pool:
     clip: float = 5.0
     noise: float = 0.0
     choice: Literal["uniform", "magnitude"] = "uniform"
+    most_rows: int | None = None
     start: str = ""
     base: str = ""
 
     def __post_init__(self) -> None:
-        for name, most in (("size", MOST_SEEDS), ("seeds", 1 << 16), ("rounds", 1 << 31)):
+        counts = {"size": MOST_SEEDS, "seeds": 1 << 16, "rounds": 1 << 31}
+        for name, most in (counts if self.most_rows is None else counts | {"most_rows": 1 << 31}).items():
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= most:
                 raise ZOError(f"{name}={value!r} is not possible; give a whole number from 1 to {most:,}.")
@@ -80,6 +83,10 @@ class Pool:
                 raise ZOError(f"{name}={value!r} is not possible; give a positive number.")
         if type(self.noise) not in (int, float) or not 0 <= self.noise < 1e6:
             raise ZOError(f"noise={self.noise!r} is not possible; give a number from 0 on, in units of clip.")
+        if self.noise and self.most_rows is not None:
+            raise ZOError(
+                "most_rows lets a client's answers tell how many rows it has, which privacy hides; leave out one of the two."
+            )
         for name, known in (("lr_schedule", ("linear", "cosine", "constant")), ("choice", ("uniform", "magnitude"))):
             if getattr(self, name) not in known:
                 raise ZOError(f"{name}={getattr(self, name)!r} is not known; choose one of {', '.join(known)}.")
@@ -100,8 +107,19 @@ class Pool:
         factor = {"linear": 1 - share, "cosine": (1 + math.cos(math.pi * share)) / 2, "constant": 1.0}[self.lr_schedule]
         return self.lr * factor
 
+    def weight(self, rows: int) -> float:
+        """How much a client of so many rows counts, from 0 to 1: in proportion to them, as in FedAvg (arXiv 1602.05629), fully from most_rows on.
+
+        The client applies it to what it sends. So nobody is told a number of rows, and whoever claims many counts no more than fully.
+
+        >>> pool = Pool(most_rows=300)
+        >>> pool.weight(3), pool.weight(300), pool.weight(10**9), Pool().weight(3)
+        (0.01, 1.0, 1.0, 1.0)
+        """
+        return 1.0 if self.most_rows is None else min(rows, self.most_rows) / self.most_rows
+
     def limit(self, number: int) -> int:
-        """The largest whole number, up or down, that an answer of a round can have for one seed."""
+        """The largest whole number, up or down, that an answer of a round can have for one seed, of a client that counts fully."""
         return math.ceil(self.lr_of(number) * self.clip * (1 + TAIL * self.noise) / self.unit)
 
     def bound(self, number: int) -> float:

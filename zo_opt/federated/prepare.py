@@ -57,7 +57,7 @@ def prepare(values: Mapping[str, Any], reporter: Reporter, command: str) -> Path
         pool = Pool(
             size=rules.pool_size, seed=config.seed, seeds=rules.seeds_a_round, rounds=rules.rounds, lr=config.lr,
             lr_schedule=config.lr_schedule, zo_eps=config.eps, clip=rules.clip, noise=noise, choice=rules.seed_choice,
-            **prints(tools),
+            most_rows=rules.most_rows, **prints(tools),
         )  # fmt: skip
         Weights(trainable_parameters(tools.model), pool)  # whether they can be tuned so
         plan = Plan(config, rules, pool, examples.task, directory.resolve())
@@ -66,8 +66,16 @@ def prepare(values: Mapping[str, Any], reporter: Reporter, command: str) -> Path
             write_atomically(directory / APP / name, text.encode())
         record = new_record(config, command, tools, examples.record)
         write_atomically(directory / RUN_NAME, record_bytes(record, examples.record))
+        reporter.say(counted(pool))
         reporter.say(f"{tools.model.trainable_summary()}, frozen base in {tools.precision}")
     return directory
+
+
+def counted(pool: Pool) -> str:
+    """How clients count, in words."""
+    if pool.most_rows is None:
+        return "every client counts alike, however many rows it has (--most_rows weighs them by their rows)"
+    return f"a client counts by its rows, fully from {pool.most_rows:,} rows on"
 
 
 def noise_of(rules: FederatedConfig, reporter: Reporter) -> float:
