@@ -78,7 +78,7 @@ def load(path: str, form: str) -> Any:
     from zo_opt.models.models import load_model
     from zo_opt.models.precision import set_precision
 
-    model, _ = load_model(path, mixed=form.startswith("mixed"))
+    model, _ = load_model(path, form=form)
     set_precision(model, form, torch.device("cpu"))
     return model
 

@@ -54,7 +54,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("precision", ["fp32", "mixed"])
 def test_a_gguf_file_is_read_to_the_same_bits(file: Path, precision: str) -> None:
-    ours, _ = load_model(str(file), mixed=precision == "mixed")
+    ours, _ = load_model(str(file), form=precision)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     for model in (ours, theirs):
         set_precision(model, precision, torch.device("cpu"))
