@@ -18,7 +18,7 @@ from zo_opt.models.load_report import heed_report
 from zo_opt.models.quantisation import quiet
 from zo_opt.models.streaming import read_one_by_one
 from zo_opt.system.checksum import plain_parts
-from zo_opt.system.memory import MappedFiles, pieces
+from zo_opt.system.memory import MappedFiles, pieces, trim
 
 Head = Literal["lm", "classification"]
 HEADS: tuple[str, ...] = get_args(Head)
@@ -71,6 +71,7 @@ def load_model(
             if file and head == "classification":
                 config.num_labels = labels
             if file and (lazy := lazy_tensors(Path(name_or_path), config, auto)) is not None:
+                trim()  # what its metadata took
                 kind, tensors = lazy
                 model, loaded = kind.from_pretrained(
                     None, config=config, state_dict=tensors, dtype=torch.float32, **loading

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -167,24 +167,22 @@ def few_bits(weight: Tensor, kind: str, device: torch.device, dtype: torch.dtype
     import bitsandbytes
 
     make = bitsandbytes.nn.Int8Params if kind == "bnb-int8" else bitsandbytes.nn.Params4bit
-    few: Tensor = make(weight.to(device, dtype), requires_grad=False, **_HOW[kind])
+    few: Tensor = make(weight.to(device, dtype), requires_grad=False, **_HOW[kind]).to(device)  # which quantises
     files.let_go(weight)
-    return few.to(device)  # this is when it quantises
+    return few
 
 
-def _torchao_weight(
-    weight: Tensor, kind: str, device: torch.device, dtype: torch.dtype, files: MappedFiles
-) -> Tensor:
+def _torchao_weight(weight: Tensor, kind: str, device: torch.device, dtype: torch.dtype, files: MappedFiles) -> Tensor:
     """Some rows at a time: they do not depend on each other, and quantising takes several times their memory."""
     whole: dict[str, Tensor] = {}
     tiled = kind == "int4" and device.type != "cpu"  # over all rows
     count = len(weight) if tiled else max(_ENTRIES // weight.shape[1] // _TILE, 1) * _TILE
     for start in range(0, len(weight), count):
         some = weight.detach()[start : start + count]
-        part = _torchao_part(some.to(device, dtype), kind)
+        part: Any = _torchao_part(some.to(device, dtype), kind)
         files.let_go(some)
         if count >= len(weight):
-            return part
+            return cast(Tensor, part)
         names, context = part.__tensor_flatten__()
         for name in names:
             inner = getattr(part, name)
@@ -200,7 +198,7 @@ def _torchao_weight(
     return few
 
 
-def _torchao_part(rows: Tensor, kind: str) -> Any:
+def _torchao_part(rows: Tensor, kind: str) -> Tensor:
     from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
     config: Any
@@ -217,7 +215,8 @@ def _torchao_part(rows: Tensor, kind: str) -> Any:
     carrier = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
     carrier.weight = nn.Parameter(rows, requires_grad=False)
     quantize_(carrier, config)
-    return carrier.weight.data
+    few: Tensor = carrier.weight.data
+    return few
 
 
 def _around(layer: nn.Linear, weight: Any, dtype: torch.dtype) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from zo_opt.models.quantisation import KINDS, few_bits, is_in_few_bits
 from zo_opt.system.layers import layer_of
 from zo_opt.system.memory import MappedFiles, trim
 
+Above = dict[nn.Module, tuple[nn.Module, str]]  # module -> its parent, and its name there
 _ONE_BY_ONE = "HF_DEACTIVATE_ASYNC_LOAD"  # transformers' own: else threads read all tensors ahead of their use
 
 
@@ -33,13 +34,7 @@ def read_one_by_one(form: str) -> Iterator[None]:
 
     precision, _, kind = form.partition(", ")
     products = torch.bfloat16 if precision == "mixed" else torch.float32
-    above: dict[nn.Module, tuple[nn.Module, str]] = {}
-
-    def path(module: nn.Module) -> str:
-        if module not in above:
-            return ""
-        parent, name = above[module]
-        return f"{path(parent)}.{name}".lstrip(".")
+    above: Above = {}
 
     def note(parent: nn.Module, name: str, module: nn.Module | None) -> None:
         if module is not None:
@@ -47,7 +42,7 @@ def read_one_by_one(form: str) -> Iterator[None]:
 
     def final(module: nn.Module, parameter: nn.Parameter, files: MappedFiles) -> torch.Tensor | None:
         """What is kept of a matrix; None if that is the matrix itself."""
-        within = layer_of(path(module) + ".") and type(module) in (nn.Linear, Conv1D)
+        within = layer_of(_path(module, above) + ".") and type(module) in (nn.Linear, Conv1D)
         if kind and within and type(module) is nn.Linear:
             return few_bits(parameter.detach(), kind, parameter.device, products, files)
         if within and precision == "mixed":
@@ -81,7 +76,14 @@ def read_one_by_one(form: str) -> Iterator[None]:
             os.environ[_ONE_BY_ONE] = before
 
 
-def _is_embedding(module: nn.Module, above: Mapping[nn.Module, tuple[nn.Module, str]]) -> bool:
+def _path(module: nn.Module, above: Above) -> str:
+    if module not in above:
+        return ""
+    parent, name = above[module]
+    return f"{_path(parent, above)}.{name}".lstrip(".")
+
+
+def _is_embedding(module: nn.Module, above: Above) -> bool:
     """Whether it is its model's input embedding, or the output head to that."""
     model: Any = module
     while model in above:
