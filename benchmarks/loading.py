@@ -1,8 +1,9 @@
 """Memory while a base is loaded: the process's peak (VmHWM) beyond its imports, against what the loaded base takes.
 
-    python benchmarks/loading.py [--hidden 1024] [--layers 16] [--vocabulary 32000]
+    python benchmarks/loading.py [--hidden 1024] [--layers 16] [--vocabulary 32000] [--out benchmarks/results/loading.json]
 
-Each form is loaded in a process of its own, from a random Llama written as sharded safetensors in bf16 and as a GGUF file in Q8_0.
+Each form is loaded in a process of its own, from a random Llama written as sharded safetensors in bf16 and as a GGUF file in Q8_0; and the
+built-in model, whose checkpoint is in fp32 and whose tokenizer is part of the peak. Kinds of quantisation whose package is missing fail.
 A small model of the same kind is loaded first, so that what is imported on the way is not counted.
 """
 
@@ -16,8 +17,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-FORMS = [("safetensors", form) for form in ("fp32", "mixed", "fp32, int8", "mixed, int4")]
-FORMS += [("gguf", form) for form in ("fp32", "mixed", "mixed, int8")]
+BUILT_IN = "smollm2-135m-instruct"
+QUANTISED = ("fp32, int8", "mixed, int8", "mixed, int4", "mixed, bnb-int8", "mixed, bnb-nf4")
+FORMS = [("safetensors", form) for form in ("fp32", "mixed", *QUANTISED)]
+FORMS += [("gguf", form) for form in ("fp32", "mixed", "mixed, int8", "mixed, int4")]
+FORMS += [(BUILT_IN, form) for form in QUANTISED]
 
 
 def build(directory: Path, hidden: int, layers: int, vocabulary: int) -> None:
@@ -78,7 +82,7 @@ def load(path: str, form: str) -> Any:
     from zo_opt.models.models import load_model
     from zo_opt.models.precision import set_precision
 
-    model, _ = load_model(path, mixed=form.startswith("mixed"))
+    model, _ = load_model(path, form=form)
     set_precision(model, form, torch.device("cpu"))
     return model
 
@@ -106,6 +110,8 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--only", default="", help="kinds and forms that contain this")
+    parser.add_argument("--out", type=Path, help="a file for the figures; those of others in it are kept")
     parser.add_argument("--weigh", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.weigh:
@@ -115,19 +121,27 @@ def main() -> None:
         big, small = Path(directory) / "big", Path(directory) / "small"
         build(big, options.hidden, options.layers, options.vocabulary)
         build(small, 128, 2, 100)
+        results = json.loads(options.out.read_text()) if options.out is not None and options.out.exists() else {}
         for kind, form in FORMS:
-            file = "gguf/model.gguf" if kind == "gguf" else kind
-            line = [sys.executable, __file__, "--weigh", str(big / file), str(small / file), form]
+            if options.only not in f"{kind}, {form}":
+                continue
+            file = "gguf/model.gguf" if kind == "gguf" else "safetensors"
+            path = BUILT_IN if kind == BUILT_IN else str(big / file)
+            line = [sys.executable, __file__, "--weigh", path, str(small / file), form]
             done = subprocess.run(line, check=False, capture_output=True, text=True)
             if done.returncode:
                 print(f"{kind:12} {form:12} failed: {done.stderr.strip().splitlines()[-1]}")
                 continue
             found = json.loads(done.stdout.strip().splitlines()[-1])
             ratio = found["peak"] / found["loaded"]
+            sizes = {} if kind == BUILT_IN else {n: getattr(options, n) for n in ("hidden", "layers", "vocabulary")}
+            results[f"{kind}, {form}"] = found | {"ratio": round(ratio, 3)} | sizes
             print(
                 f"{kind:12} {form:12} loaded {found['loaded'] >> 20:5} MiB  peak {found['peak'] >> 20:5} MiB  ratio {ratio:.2f}",
                 flush=True,
             )
+    if options.out is not None:
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

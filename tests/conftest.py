@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from zo_opt.models.quantisation import KINDS
 from zo_opt.record import report
 
 hypothesis.settings.register_profile("no deadline", deadline=None)  # a busy machine is no failure
@@ -259,3 +261,9 @@ def run_main(line: list[str]) -> int:
     except SystemExit as stop:
         assert isinstance(stop.code, int)
         return stop.code
+
+
+def needs(kind: str) -> Any:
+    """A kind of quantisation as a parameter of a test, which is skipped without its package."""
+    missing = find_spec(KINDS[kind]) is None
+    return pytest.param(kind, marks=pytest.mark.skipif(missing, reason=f"{KINDS[kind]} is not installed"))

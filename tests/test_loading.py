@@ -11,10 +11,14 @@ import gguf
 import pytest
 import torch
 import transformers
+from conftest import needs
 
 from zo_opt import ZOError
+from zo_opt.journal.provenance import frozen_state
 from zo_opt.models.models import load_model
 from zo_opt.models.precision import set_precision
+from zo_opt.models.quantisation import KINDS
+from zo_opt.system.checksum import fingerprint
 from zo_opt.system.memory import MappedFiles, pieces
 
 WORDS = ["</s>", "t", "1", *(f"t{i}" for i in range(1, 62))]
@@ -54,7 +58,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("precision", ["fp32", "mixed"])
 def test_a_gguf_file_is_read_to_the_same_bits(file: Path, precision: str) -> None:
-    ours, _ = load_model(str(file), mixed=precision == "mixed")
+    ours, _ = load_model(str(file), form=precision)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     for model in (ours, theirs):
         set_precision(model, precision, torch.device("cpu"))
@@ -63,6 +67,25 @@ def test_a_gguf_file_is_read_to_the_same_bits(file: Path, precision: str) -> Non
     for name, tensor in ours.state_dict().items():
         assert tensor.dtype == expected[name].dtype
         assert torch.equal(tensor, expected[name])
+
+
+@pytest.mark.parametrize("kind", [needs(kind) for kind in KINDS])
+@pytest.mark.parametrize("precision", ["fp32", "mixed"])
+def test_a_gguf_file_is_quantised_as_it_is_read(file: Path, precision: str, kind: str) -> None:
+    """To the bits of one that was read in full; another form is refused."""
+    cpu, form = torch.device("cpu"), f"{precision}, {kind}"
+    as_read, _ = load_model(str(file), form=form)
+    layer = as_read.model.layers[0].self_attn.q_proj
+    assert layer.weight.dtype != torch.float32 or type(layer.weight) is not torch.nn.Parameter
+    after, _ = load_model(str(file))
+    for model in (as_read, after):
+        assert set_precision(model, form, cpu) == form
+    assert fingerprint(frozen_state(as_read, ())) == fingerprint(frozen_state(after, ()))
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        assert torch.equal(as_read(ids).logits, after(ids).logits)
+    with pytest.raises(ZOError, match="quantised already"):
+        set_precision(as_read, f"{precision}, {'int8' if kind != 'int8' else 'int4'}", cpu)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.02, 0.5, 0.9, 0.999])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model, run_main, tokenizer_for
+from conftest import make_model, needs, run_main, tokenizer_for
 from text_tasks import assert_resumes_to_the_same_bits, results
 from tiny_models import build, padded_batch
 
@@ -20,8 +21,9 @@ from zo_opt.errors import ZOError
 from zo_opt.journal.provenance import frozen_state
 from zo_opt.models.models import load_model
 from zo_opt.models.precision import set_precision
-from zo_opt.models.quantisation import KINDS
+from zo_opt.models.quantisation import KINDS, few_bits
 from zo_opt.system.checksum import fingerprint, plain_parts
+from zo_opt.system.memory import MappedFiles
 
 Options = Callable[..., list[str]]
 CPU = torch.device("cpu")
@@ -32,11 +34,6 @@ def weight_bytes(model: torch.nn.Module) -> int:
     """Bytes of all that a checkpoint of the model holds."""
     tensors = [part for name, t in frozen_state(model, ()).items() for _, part in plain_parts(name, t)]
     return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def needs(kind: str) -> Any:
-    missing = find_spec(KINDS[kind]) is None
-    return pytest.param(kind, marks=pytest.mark.skipif(missing, reason=f"{KINDS[kind]} is not installed"))
 
 
 kinds = pytest.mark.parametrize("kind", [needs(kind) for kind in KINDS])
@@ -115,6 +112,32 @@ def test_what_a_quantised_weight_stands_for() -> None:
 
 
 @torchao
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_some_rows_at_a_time_are_the_bits_of_the_whole(kind: str, dtype: torch.dtype) -> None:
+    """Against torchao's own, whose memory is many times the weight's."""
+    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    weight = torch.randn(1040, 2048, generator=torch.Generator().manual_seed(0))
+    found: Any = few_bits(weight, kind, CPU, dtype, MappedFiles())
+    theirs = torch.nn.Linear(2048, 1040, bias=False, dtype=dtype)
+    theirs.weight.data.copy_(weight)
+    whole: Any = {
+        "int8": Int8WeightOnlyConfig(set_inductor_config=False),
+        "int4": PrototypeInt4WeightOnlyConfig(group_size=32),
+    }
+    quantize_(theirs, whole[kind])
+    expected: Any = theirs.weight
+    assert found.shape == weight.shape
+    assert found.__tensor_flatten__()[0] == expected.__tensor_flatten__()[0]
+    for name in found.__tensor_flatten__()[0]:
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+    x = torch.randn(3, 2048).to(dtype)
+    assert torch.equal(torch.nn.functional.linear(x, found), torch.nn.functional.linear(x, expected))
+
+
+@torchao
 def test_tied_embeddings_are_kept_once() -> None:
     import transformers
     from tiny_models import CONFIGS
@@ -157,6 +180,27 @@ def test_a_run_on_an_int4_base(
     assert run_main(["eval", str(out)]) == 0
     assert f"accuracy {results(out)['after']['accuracy']:.1%}" in capsys.readouterr().out
     assert run_main(["replay", str(out), "--to", str(tmp_path / "rebuilt")]) == 0
+
+
+@torchao
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("mixed", 1e-2)])
+def test_kept_prompts_change_no_figure_on_an_int4_base(
+    precision: str, tolerance: float, toy_options: Options, tmp_path: Path
+) -> None:
+    """In the run, beside a run without them, and in ``eval``: the tolerances that docs/how-to/memory.md states."""
+    losses = []
+    for cache in ("device", "off"):
+        out = tmp_path / cache
+        options = {"quantise": "int4", "precision": precision, "steps": 2, "lr": 1e-4, "prompt_cache": cache}
+        assert run_main(toy_options(output_dir=out, **options)) == 0
+        assert (results(out)["cache_bytes"] > 0) == (cache == "device")
+        assert run_main(["eval", str(out)]) == 0
+        [line] = (out / "evaluations.jsonl").read_text().splitlines()
+        losses += [results(out)["after"]["loss"], json.loads(line)["loss"]]
+    assert losses == pytest.approx([losses[0]] * 4, rel=tolerance)
+    lines = [(tmp_path / cache / "metrics.jsonl").read_text().splitlines()[0] for cache in ("device", "off")]
+    kept, plain = (json.loads(line)["loss"] for line in lines)
+    assert kept == pytest.approx(plain, rel=tolerance)
 
 
 def quantised_checkpoint(kind: str, directory: Path) -> Path:

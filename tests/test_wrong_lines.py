@@ -31,6 +31,8 @@ LINES = {
     "compare --optimizer mezo": "Did you mean --methods",
     "plan --batch 4": "Did you mean --batch_size",
     "predict run --files a.csv": "Did you mean --file",
+    # numbers that no float can hold
+    "train --adapter lora --adapter.alpha " + "9" * 400: "more than 308 digits",
     # names of transformers and PEFT
     "train --learning_rate 1e-4": "Did you mean --lr",
     "train --num_train_epochs 3": "Did you mean --epochs",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROWS = 1024  # that are dequantised at a time: its own memory is several times theirs
+_ENTRIES = 1 << 19  # that are dequantised at a time: it takes several times their memory
 
 
 class LazyTensor:
@@ -28,9 +28,12 @@ class LazyTensor:
         from gguf import dequantize
 
         data, kind = self._tensor.data, self._tensor.tensor_type
-        whole = None
-        for start in range(0, len(data), ROWS):
-            some: Any = dequantize(data[start : start + ROWS], kind)
+        whole, count = (
+            None,
+            max(_ENTRIES // int(self._tensor.shape[0]), 1),
+        )  # rows; gguf's shapes begin with the columns
+        for start in range(0, len(data), count):
+            some: Any = dequantize(data[start : start + count], kind)
             if whole is None:
                 whole = numpy.empty((len(data), *some.shape[1:]), numpy.float32)
             whole[start : start + len(some)] = some

@@ -18,7 +18,7 @@ from zo_opt.models.load_report import heed_report
 from zo_opt.models.quantisation import quiet
 from zo_opt.models.streaming import read_one_by_one
 from zo_opt.system.checksum import plain_parts
-from zo_opt.system.memory import MappedFiles, pieces
+from zo_opt.system.memory import MappedFiles, pieces, trim
 
 Head = Literal["lm", "classification"]
 HEADS: tuple[str, ...] = get_args(Head)
@@ -30,7 +30,7 @@ def load_model(
     head: str = "lm",
     labels: int = 2,
     trust_remote_code: bool = False,
-    mixed: bool = False,
+    form: str = "fp32",
     say: Callable[[str], None] = lambda _: None,
 ) -> tuple[Any, Any]:
     """A model of transformers and its tokenizer, in evaluation mode, weights in the checkpoint's dtype.
@@ -41,7 +41,8 @@ def load_model(
         head: "lm" (label words; causal, masked or encoder-decoder, by the checkpoint's architecture) or "classification".
         labels: number of classes of a classification head.
         trust_remote_code: let the checkpoint's own Python code run; never the default.
-        mixed: of a GGUF file, whether the base is to be in mixed precision: its matrices are bf16 as they are read then.
+        form: what ``set_precision`` will bring the model into, on a CPU. A GGUF file's matrices are made so as they are read, and a model
+            that this quantised can take no other form.
         say: told what is fetched.
 
     Raises:
@@ -58,7 +59,7 @@ def load_model(
     options = {"trust_remote_code": trust_remote_code} | file
     try:
         # Of GGUF files transformers draws a progress bar that it cannot be told to leave.
-        reading = read_one_by_one(narrow=mixed) if file else nullcontext()
+        reading = read_one_by_one(form) if file else nullcontext()
         # A new head is drawn from the global random state.
         with quiet(stderr=bool(file)), reading, torch.random.fork_rng():
             config = transformers.AutoConfig.from_pretrained(source, **options)
@@ -70,6 +71,7 @@ def load_model(
             if file and head == "classification":
                 config.num_labels = labels
             if file and (lazy := lazy_tensors(Path(name_or_path), config, auto)) is not None:
+                trim()  # what its metadata took
                 kind, tensors = lazy
                 model, loaded = kind.from_pretrained(
                     None, config=config, state_dict=tensors, dtype=torch.float32, **loading
@@ -90,6 +92,7 @@ def load_model(
         ) from error
     if file:
         builtin.forget_gguf(model)
+        model.quantised_as_read = form.partition(", ")[2]
         model.config._name_or_path = name_or_path
     heed_report(loaded, model, head, config, name_or_path, say)
     _draw_new_weights(model, sorted(loaded["missing_keys"]))

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,14 @@ from zo_opt.system.memory import MappedFiles, trim
 # kind -> the package that it needs
 KINDS = {"int8": "torchao", "int4": "torchao", "bnb-int8": "bitsandbytes", "bnb-nf4": "bitsandbytes"}
 _BITSANDBYTES = {"Linear8bitLt": "bnb-int8", "Linear4bit": "bnb-nf4"}  # as transformers loads them
-ROWS = 4096  # of an embedding that are quantised at a time
+_PARAMETERS = {"Int8Params": "bnb-int8", "Params4bit": "bnb-nf4"}  # their weights
+_HOW: dict[str, dict[str, Any]] = {
+    "bnb-int8": {"has_fp16_weights": False},
+    "bnb-nf4": {"quant_type": "nf4", "compress_statistics": True},
+}
+_ENTRIES = 1 << 20  # of a weight that torchao quantises at a time: it takes some 16 bytes for each
 GROUP = 32  # neighbouring int4 weights that share a scale and a zero point
+_TILE = 64  # rows that the int4 kernel of a CPU packs together
 
 
 def check_kind(kind: str) -> None:
@@ -44,6 +50,8 @@ def check_kind(kind: str) -> None:
 def quantise(model: Any, kind: str, device: torch.device, dtype: torch.dtype) -> None:
     """Quantise the linear layers of a frozen model in place, one after another, so that no second copy is ever there.
 
+    Of a GGUF file they are in few bits already where it was read in this form (``load_model(..., form=...)``).
+
     "int8", "int4": weights of linear layers within the stacks of layers by torchao, symmetric int8 with a scale a row, or
     asymmetric int4 in groups of 32; embedding and output head in int8, kept once where they are tied. Layers whose sizes the int4 kernel
     does not take are kept in int8. "bnb-int8" (LLM.int8(), arXiv 2208.07339), "bnb-nf4" (QLoRA's NF4 with double quantisation, arXiv
@@ -60,23 +68,22 @@ def quantise(model: Any, kind: str, device: torch.device, dtype: torch.dtype) ->
         ZOError: the kind is not known, its package is not installed, or the model has no linear layers to quantise.
     """
     check_kind(kind)
-    if next(quantised_layers(model), None) is not None:
-        raise ZOError(f"the checkpoint is quantised already; leave --quantise {kind} out.")
     linear = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and layer_of(n)}
-    if not linear:
+    few = list(quantised_layers(model))
+    if few and getattr(model, "quantised_as_read", None) != kind:
+        raise ZOError(f"the checkpoint is quantised already; leave --quantise {kind} out.")
+    if not linear and not any(layer_of(name) for name, module in model.named_modules() if module in few):
         raise ZOError(
             f"a {type(model).__name__} has no nn.Linear in its layers, which is all that is quantised; leave --quantise out."
         )
-    make = _by_torchao if KINDS[kind] == "torchao" else _by_bitsandbytes
     with quiet(stderr=True):
         try:
             files = MappedFiles()
             for name in list(linear):
                 module = linear.pop(name)
-                old = module.weight.data
-                model.set_submodule(name, make(module.to(device), kind, dtype))
-                files.let_go(old)
-                del module, old
+                weight = few_bits(module.weight.data, kind, device, dtype, files)
+                model.set_submodule(name, _around(module, weight, dtype))
+                del module, weight
                 trim()
             if KINDS[kind] == "torchao":
                 _quantise_embeddings(model, device, dtype, files)
@@ -99,8 +106,10 @@ def adopt(model: Any, dtype: torch.dtype) -> None:
     """
     for name, module in list(model.named_modules()):
         kind = type(module)
-        if kind is nn.Linear and hasattr(module.weight, "__tensor_flatten__"):
-            model.set_submodule(name, QuantisedLinear(module.weight.data, module.bias, dtype))
+        if kind is nn.Linear and is_in_few_bits(module.weight):
+            model.set_submodule(name, _around(module, module.weight, dtype))
+        elif kind is nn.Embedding and _has_a_scale_a_row(module.weight):
+            model.set_submodule(name, QuantisedEmbedding(module.weight.data))
         elif kind.__module__.startswith("bitsandbytes.nn") and kind.__name__ in _BITSANDBYTES:
             module.__class__ = bitsandbytes_layers()[_BITSANDBYTES[kind.__name__]]
             if module.bias is not None:
@@ -131,20 +140,71 @@ def quiet(*, stderr: bool = False) -> Iterator[None]:
         logging.disable(before)
 
 
-def _by_torchao(layer: nn.Linear, kind: str, dtype: torch.dtype) -> nn.Module:
-    layer.weight.data = layer.weight.data.to(dtype)
-    # Else the int4 kernel does not take it.
-    whole_groups = layer.in_features % GROUP == 0 and layer.out_features % 16 == 0
-    return QuantisedLinear(_torchao_weight(layer, kind if whole_groups else "int8"), layer.bias, dtype)
+def is_in_few_bits(weight: Tensor) -> bool:
+    """Whether a weight is kept as torchao or bitsandbytes keep it."""
+    return hasattr(weight, "__tensor_flatten__") or type(weight).__name__ in _PARAMETERS
 
 
-def _torchao_weight(layer: nn.Linear, kind: str) -> Tensor:
+def _has_a_scale_a_row(weight: Any) -> bool:
+    """Whether it is torchao's symmetric int8, as embeddings are quantised here."""
+    if type(weight.data).__name__ != "Int8Tensor" or weight.block_size != [1, weight.shape[-1]]:
+        return False
+    return weight.zero_point is None or not weight.zero_point.any()
+
+
+def few_bits(weight: Tensor, kind: str, device: torch.device, dtype: torch.dtype, files: MappedFiles) -> Tensor:
+    """A linear layer's weight, (out, in), in few bits, as its library keeps it.
+
+    Args:
+        weight: in full, wherever it is.
+        kind, device, dtype: as of :func:`quantise`.
+        files: told of what has been read of the weight.
+    """
+    if KINDS[kind] == "torchao":
+        # Else the int4 kernel does not take it.
+        whole_groups = weight.shape[1] % GROUP == 0 and weight.shape[0] % 16 == 0
+        return _torchao_weight(weight, kind if whole_groups else "int8", device, dtype, files)
+    import bitsandbytes
+
+    make = bitsandbytes.nn.Int8Params if kind == "bnb-int8" else bitsandbytes.nn.Params4bit
+    few: Tensor = make(weight.to(device, dtype), requires_grad=False, **_HOW[kind]).to(device)  # which quantises
+    files.let_go(weight)
+    return few
+
+
+def _torchao_weight(weight: Tensor, kind: str, device: torch.device, dtype: torch.dtype, files: MappedFiles) -> Tensor:
+    """Some rows at a time: they do not depend on each other, and quantising takes several times their memory."""
+    whole: dict[str, Tensor] = {}
+    tiled = kind == "int4" and device.type != "cpu"  # over all rows
+    count = len(weight) if tiled else max(_ENTRIES // weight.shape[1] // _TILE, 1) * _TILE
+    for start in range(0, len(weight), count):
+        some = weight.detach()[start : start + count]
+        part: Any = _torchao_part(some.to(device, dtype), kind)
+        files.let_go(some)
+        if count >= len(weight):
+            return cast(Tensor, part)
+        names, context = part.__tensor_flatten__()
+        for name in names:
+            inner = getattr(part, name)
+            axis = 1 if name == "scale_and_zero" else 0  # of the rows
+            if name not in whole:
+                whole[name] = inner.new_empty(*inner.shape[:axis], len(weight), *inner.shape[axis + 1 :])
+            whole[name].narrow(axis, start, len(some)).copy_(inner)
+        make = type(part).__tensor_unflatten__
+        del part, inner
+        trim()
+    context |= {"shape": weight.shape} if "shape" in context else {}
+    few: Tensor = make(whole, context, None, None)
+    return few
+
+
+def _torchao_part(rows: Tensor, kind: str) -> Tensor:
     from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
     config: Any
     if kind == "int8":
         config = Int8WeightOnlyConfig(set_inductor_config=False)
-    elif layer.weight.device.type == "cpu":
+    elif rows.device.type == "cpu":
         from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 
         config = PrototypeInt4WeightOnlyConfig(group_size=GROUP)
@@ -152,55 +212,37 @@ def _torchao_weight(layer: nn.Linear, kind: str) -> Tensor:
         config = Int4WeightOnlyConfig(
             group_size=GROUP, int4_packing_format="tile_packed_to_4d", set_inductor_config=False
         )
-    quantize_(layer, config)
-    return layer.weight.data
+    carrier = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
+    carrier.weight = nn.Parameter(rows, requires_grad=False)
+    quantize_(carrier, config)
+    few: Tensor = carrier.weight.data
+    return few
 
 
-def _by_bitsandbytes(layer: nn.Linear, kind: str, dtype: torch.dtype) -> nn.Module:
-    import bitsandbytes
-
-    how: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": True}
-    more: dict[str, Any] = {"compute_dtype": dtype}
-    weight = bitsandbytes.nn.Params4bit
-    if kind == "bnb-int8":
-        how, more, weight = {"has_fp16_weights": False}, {"threshold": 6.0}, bitsandbytes.nn.Int8Params
-    biased, device = layer.bias is not None, layer.weight.device
+def _around(layer: nn.Linear, weight: Any, dtype: torch.dtype) -> nn.Module:
+    """A layer like this one around a weight in few bits."""
+    bias = None if layer.bias is None else layer.bias.detach().to(weight.device, torch.float32)
+    if hasattr(weight, "__tensor_flatten__"):
+        return QuantisedLinear(weight.data, bias, dtype)
+    kind = _PARAMETERS[type(weight).__name__]
+    more: dict[str, Any] = {"threshold": 6.0} if kind == "bnb-int8" else {"compute_dtype": dtype}
     new: Any = bitsandbytes_layers()[kind](
-        layer.in_features, layer.out_features, bias=biased, device="meta", **how, **more
+        layer.in_features, layer.out_features, bias=bias is not None, device="meta", **_HOW[kind], **more
     )
-    new.weight = weight(layer.weight.data.to(dtype), requires_grad=False, **how)
-    if biased:
-        new.bias = nn.Parameter(layer.bias.detach().float(), requires_grad=False)
-    made: nn.Module = new.to(device)  # this is when it quantises
+    new.weight = weight
+    if bias is not None:
+        new.bias = nn.Parameter(bias, requires_grad=False)
+    made: nn.Module = new.to(weight.device)
     return made
 
 
 def _quantise_embeddings(model: Any, device: torch.device, dtype: torch.dtype, files: MappedFiles) -> None:
     """Input embedding and output head in int8: once where the head is the embedding's weight."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if type(embedding) is not nn.Embedding:  # one that scales its rows, say
+    if type(embedding) is not nn.Embedding:  # one that scales its rows, say, or that is in few bits already
         return
-
-    def int8(weight: Tensor) -> Any:
-        """A few rows at a time: they do not depend on each other, and quantising takes several times their memory."""
-        whole: dict[str, Tensor] = {}
-        for start in range(0, len(weight), ROWS):
-            some = weight.detach()[start : start + ROWS]
-            carrier = nn.Linear(some.shape[1], some.shape[0], bias=False, device="meta")
-            carrier.weight = nn.Parameter(some.to(device, dtype), requires_grad=False)
-            part: Any = _torchao_weight(carrier, "int8")
-            files.let_go(some)
-            trim()
-            names, context = part.__tensor_flatten__()
-            for name in names:
-                rows = getattr(part, name)
-                if name not in whole:
-                    whole[name] = rows.new_empty(len(weight), *rows.shape[1:])
-                whole[name][start : start + len(rows)] = rows
-        return type(part).__tensor_unflatten__(whole, context, None, None)
-
-    rows, weight = int8(embedding.weight), embedding.weight
+    rows, weight = _torchao_weight(embedding.weight, "int8", device, dtype, files), embedding.weight
     model.set_input_embeddings(QuantisedEmbedding(rows))
     if type(head) is nn.Linear:
-        own = rows if head.weight is weight else int8(head.weight)
+        own = rows if head.weight is weight else _torchao_weight(head.weight, "int8", device, dtype, files)
         model.set_output_embeddings(QuantisedLinear(own, head.bias, dtype))

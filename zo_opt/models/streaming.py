@@ -14,42 +14,51 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
+from zo_opt.models.quantisation import KINDS, few_bits, is_in_few_bits
 from zo_opt.system.layers import layer_of
 from zo_opt.system.memory import MappedFiles, trim
 
+Above = dict[nn.Module, tuple[nn.Module, str]]  # module -> its parent, and its name there
 _ONE_BY_ONE = "HF_DEACTIVATE_ASYNC_LOAD"  # transformers' own: else threads read all tensors ahead of their use
 
 
 @contextmanager
-def read_one_by_one(*, narrow: bool) -> Iterator[None]:
+def read_one_by_one(form: str) -> Iterator[None]:
     """Within this context models are loaded tensor by tensor.
 
     Args:
-        narrow: matrices of linear layers within the stacks become bf16 at once, as ``set_precision`` makes them for a mixed base.
+        form: what ``set_precision`` will bring the model into, on this CPU: "fp32", "mixed" or, say, "mixed, int4". What it makes of the
+            matrices of linear layers, and of embeddings, is made of each as it arrives.
     """
     from transformers.pytorch_utils import Conv1D
 
-    above: dict[nn.Module, tuple[nn.Module, str]] = {}
-
-    def path(module: nn.Module) -> str:
-        if module not in above:
-            return ""
-        parent, name = above[module]
-        return f"{path(parent)}.{name}".lstrip(".")
+    precision, _, kind = form.partition(", ")
+    products = torch.bfloat16 if precision == "mixed" else torch.float32
+    above: Above = {}
 
     def note(parent: nn.Module, name: str, module: nn.Module | None) -> None:
         if module is not None:
             above[module] = parent, name
 
+    def final(module: nn.Module, parameter: nn.Parameter, files: MappedFiles) -> torch.Tensor | None:
+        """What is kept of a matrix; None if that is the matrix itself."""
+        within = layer_of(_path(module, above) + ".") and type(module) in (nn.Linear, Conv1D)
+        if kind and within and type(module) is nn.Linear:
+            return few_bits(parameter.detach(), kind, parameter.device, products, files)
+        if within and precision == "mixed":
+            return parameter.detach().to(torch.bfloat16)
+        if kind and KINDS[kind] == "torchao" and _is_embedding(module, above):
+            return few_bits(parameter.detach(), "int8", parameter.device, products, files)
+        return None
+
     def arrive(module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        if parameter is None or parameter.is_meta:
+        if parameter is None or parameter.is_meta or module not in above:
             return None
-        MappedFiles(".gguf").let_go_of_all()
-        if not (
-            narrow and parameter.ndim == 2 and type(module) in (nn.Linear, Conv1D) and layer_of(path(module) + ".")
-        ):
+        files = MappedFiles(".gguf")
+        files.let_go_of_all()
+        if parameter.ndim != 2 or is_in_few_bits(parameter) or (few := final(module, parameter, files)) is None:
             return None
-        new = nn.Parameter(parameter.detach().to(torch.bfloat16), requires_grad=False)
+        new = few if isinstance(few, nn.Parameter) else nn.Parameter(few, requires_grad=False)
         vars(new).update(vars(parameter))  # transformers' marks
         trim()
         return new
@@ -65,3 +74,21 @@ def read_one_by_one(*, narrow: bool) -> Iterator[None]:
         os.environ.pop(_ONE_BY_ONE)
         if before is not None:
             os.environ[_ONE_BY_ONE] = before
+
+
+def _path(module: nn.Module, above: Above) -> str:
+    if module not in above:
+        return ""
+    parent, name = above[module]
+    return f"{_path(parent, above)}.{name}".lstrip(".")
+
+
+def _is_embedding(module: nn.Module, above: Above) -> bool:
+    """Whether it is its model's input embedding, or the output head to that."""
+    model: Any = module
+    while model in above:
+        model = above[model][0]
+    embedding = model.get_input_embeddings()
+    return type(embedding) is nn.Embedding and (
+        module is embedding or (type(module) is nn.Linear and module is model.get_output_embeddings())
+    )

@@ -89,13 +89,19 @@ def read_record(run_dir: Path) -> dict[str, Any]:
     return record
 
 
-def load_plain_base(config: TrainConfig, resolved: Mapping[str, Any], reporter: Reporter) -> tuple[Any, Any]:
-    """A run's base model in the checkpoint's own dtype, and its tokenizer: the run's precision is a form for running, not for keeping."""
+def load_plain_base(
+    config: TrainConfig, resolved: Mapping[str, Any], reporter: Reporter, form: str = "fp32"
+) -> tuple[Any, Any]:
+    """A run's base model in the checkpoint's own dtype, and its tokenizer: the run's precision is a form for running, not for keeping.
+
+    ``form``: that which it will be brought into nevertheless, as of ``load_model``.
+    """
     model, tokenizer = load_model(
         config.model_name_or_path,
         head=config.head,
         labels=resolved.get("labels", 2),
         trust_remote_code=config.trust_remote_code,
+        form=form,
         say=reporter.say,
     )
     if names := resolved.get("outputs"):
@@ -121,8 +127,9 @@ def load_start(
     Raises:
         ZOError: the base or the start cannot be read.
     """
-    base, _ = load_plain_base(config, resolved, reporter)
-    set_precision(base, resolved.get("precision", config.precision), device)
+    form = resolved.get("precision", config.precision)
+    base, _ = load_plain_base(config, resolved, reporter, form if device.type == "cpu" else "fp32")
+    set_precision(base, form, device)
     return load_tuned(base, directory / START_NAME, reporter).to(device).eval()
 
 

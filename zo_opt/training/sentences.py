@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from textwrap import fill
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -60,6 +61,24 @@ class Parser(ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # What a short form means changes with every new option.
         super().__init__(*args, allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        with self._heeding_size():
+            return super().parse_args(*args, **kwargs)
+
+    def parse_object(self, *args: Any, **kwargs: Any) -> Any:
+        with self._heeding_size():
+            return super().parse_object(*args, **kwargs)
+
+    @contextmanager
+    def _heeding_size(self) -> Iterator[None]:
+        """An integer beyond every float, where a float is wanted, is no mistake that jsonargparse knows."""
+        try:
+            yield
+        except OverflowError as error:
+            raise ZOError(
+                f"an option was given a number of more than 308 digits; give one that a float can hold. See {self.prog} --help."
+            ) from error
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = " ".join(message.split()).rstrip(".")

@@ -114,15 +114,15 @@ def load_base(config: TrainConfig, task: Task, reporter: Reporter) -> Base:
     device = pick_device(config.device)
     # Weights that are trained in place must be the checkpoint's, not rounded ones.
     taken = "fp32" if config.adapter_name in WHOLE_MODEL else taken_precision(config.precision, device)
+    form = taken if config.quantise is None else f"{taken}, {config.quantise}"
     model, tokenizer = load_model(
         config.model_name_or_path,
         head=config.head,
         labels=len(task.labels),
         trust_remote_code=config.trust_remote_code,
-        mixed=taken == "mixed",
+        form=form if device.type == "cpu" else taken,
         say=reporter.say,
     )
-    form = taken if config.quantise is None else f"{taken}, {config.quantise}"
     precision = set_precision(model, form, device)
     if config.private and any(getattr(layer, "mixes_rows", False) for layer in quantised_layers(model)):
         raise ZOError(
