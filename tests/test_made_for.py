@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import make_model, run_main
+from safetensors.torch import load_file, save_file
 
 from zo_opt import LoRAConfig, TTConfig, get_adapter_model, load_adapter_model, set_precision
 from zo_opt.adapters.made_for import base_checksum
@@ -101,3 +102,18 @@ def test_weights_trained_in_place_have_one_precision(toy_options: Options, tmp_p
     assert metadata(tmp_path / "out")["base"]["precision"] == "fp32"
     assert run_main(["eval", str(tmp_path / "out"), "--precision", "mixed"]) == 2
     assert "leave --precision out" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_where_an_encoders_answers_stood_is_recorded(tmp_path: Path) -> None:
+    model = get_adapter_model(make_model("bert"), LoRAConfig(rank=2, positions="answer"))
+    model.save_pretrained(tmp_path)
+    assert metadata(tmp_path)["base"]["answers"] == "beside"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_adapter_model(make_model("bert"), tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    own = metadata(tmp_path)
+    del own["base"]["answers"]  # as an earlier version saved it
+    save_file(load_file(path), path, {"zo_opt": json.dumps(own)})
+    with pytest.warns(UserWarning, match="answers within an encoder's rows, and here they stand beside them"):
+        load_adapter_model(make_model("bert"), tmp_path)

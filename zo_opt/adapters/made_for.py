@@ -40,21 +40,34 @@ def base_checksum(model: nn.Module) -> str | None:
     return fingerprint(vectors) if vectors and not any(v.is_meta for v in vectors.values()) else None
 
 
-def differences(saved: Mapping[str, Any], model: nn.Module) -> list[str]:
+def answers_stand(model: nn.Module) -> str | None:
+    """Where answers stand in an encoder whose adapters act on them: "beside" its rows, or "within"; None for other models."""
+    answers: Any = getattr(model, "answers", None)
+    if answers is None or answers.positions.everywhere or answers.positions.kind != "encoder":
+        return None
+    return "beside" if answers.stands_beside() else "within"
+
+
+def differences(saved: Mapping[str, Any], model: Any) -> list[str]:
     """Sentences on how a base differs from the one that an adapter was trained on, as far as that is on record.
 
     Args:
-        saved: {"precision": ..., "checksum": ...} as saved with the adapter; either may be missing.
-        model: the base with the adapter in it.
+        saved: {"precision": ..., "checksum": ..., "answers": ...} as saved with the adapter; any may be missing.
+        model: the base with the adapter in it (an ``AdapterModel``).
     """
-    found = []
-    there, here = saved.get("precision"), precision_of(model)
+    found, base = [], model.wrapped
+    there, here = saved.get("precision"), precision_of(base)
     if there is not None and there != here:
         found.append(
             f"the adapter was trained on a base in {there}, and this one is in {here}: its answers differ from those of the run; "
             f'zo_opt.set_precision(model, "{there}", device) before the adapter is loaded brings the base there.'
         )
     checksum = saved.get("checksum")
-    if checksum is not None and checksum != base_checksum(model):
+    if checksum is not None and checksum != base_checksum(base):
         found.append("the adapter was trained on another base: its norms and biases were others than this model's.")
+    if saved and (stand := answers_stand(model)) is not None and (stood := saved.get("answers", "within")) != stand:
+        found.append(
+            f"the adapter was trained with answers {stood} an encoder's rows, and here they stand {stand} them (another version of zo_opt or "
+            "transformers): it computes something else; train it anew."
+        )
     return found

@@ -274,7 +274,7 @@ def load_adapter_model(model: nn.Module, directory: str | Path) -> AdapterModel:
     except ZOError:
         adapted.unload()
         raise
-    for sentence in differences(saved.base, model):
+    for sentence in differences(saved.base, adapted):
         warnings.warn(sentence, stacklevel=2)
     return adapted
 

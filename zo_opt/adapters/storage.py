@@ -20,7 +20,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from zo_opt.adapters.config import AdapterConfig, config_from_dict
-from zo_opt.adapters.made_for import base_checksum, precision_of
+from zo_opt.adapters.made_for import answers_stand, base_checksum, precision_of
 from zo_opt.adapters.peft_write import is_native, own_state, to_peft
 from zo_opt.errors import ZOError
 from zo_opt.system.checksum import checksum, fingerprint
@@ -70,6 +70,8 @@ def save(model: AdapterModel, directory: Path, *, export: bool = False) -> None:
     """
     config, native = model.adapter_config, is_native(model.wrapped, model.adapter_config)
     own: dict[str, Any] = {"base": {"precision": precision_of(model.wrapped), "checksum": base_checksum(model.wrapped)}}
+    if (stand := answers_stand(model)) is not None:
+        own["base"]["answers"] = stand
     tensors = model.adapter_state()
     values: dict[str, Any] = {"base_model_name_or_path": _base_name(model.wrapped)}
     if export or native:
