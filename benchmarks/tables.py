@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -73,11 +74,10 @@ def learning() -> None:
 
 def learning_short() -> None:
     """The same of the defaults alone, for those who read one table."""
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    found: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for run in lines("learning.jsonl"):
-        by_method = found.setdefault(run["task"], {"feedback": [], "backpropagation": []})
         if run["results"]["steps"] in (100, 313):  # five epochs
-            by_method[run["method"]].append(run["results"])
+            found[run["task"]][run["method"]].append(run["results"])
 
     def shown(runs: list[dict[str, Any]]) -> str:
         return f"{100 * mean(r['after']['accuracy'] for r in runs):.1f}" if len(runs) >= 3 else ""

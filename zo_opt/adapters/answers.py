@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zo_opt.adapters.beside import Beside, is_batched, places_of
+from zo_opt.adapters.beside import Beside, changed, places_of
 from zo_opt.adapters.kept import KeptForward
 from zo_opt.adapters.layout import Axis, Layout
 from zo_opt.adapters.positions import Positions
@@ -27,6 +27,7 @@ from zo_opt.errors import ZOError, reason_of
 from zo_opt.prompts.recorder import Recorder
 from zo_opt.prompts.states import PromptState, scatter, split_keys
 from zo_opt.system.replaced import replaced
+from zo_opt.system.vmap import is_batched
 
 NARROW = 3e-2  # of the largest hidden state: what two ways of computing the same may differ by in bf16; in float32 1e-4
 FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, NotImplementedError)
@@ -197,12 +198,10 @@ class AnswerForward(KeptForward):
             return x.repeat(copies, *[1] * (x.ndim - 1)) if fits and copies > 1 else x
 
         places, valid = (None, None) if answers_NS is None or self.ended is None else places_of(answers_NS)
-        others = 0
-        if answers_NS is not None and not is_batched(answers_NS):
-            real_NS = given.get("attention_mask")
-            tokens = answers_NS.numel() if real_NS is None or real_NS.ndim != 2 else int((real_NS != 0).sum())
-            others = tokens - int(answers_NS.sum())
-        self.layout = Layout("rows", copies, sequences, places, valid, others=others)
+        others_NS, real_NS = None if answers_NS is None else ~answers_NS, given.get("attention_mask")
+        if others_NS is not None and real_NS is not None and real_NS.ndim == 2:
+            others_NS = others_NS & (real_NS != 0)
+        self.layout = Layout("rows", copies, sequences, places, valid, others_NS=others_NS)
         with ExitStack() as stack:
             stack.enter_context(self.positions.masked(repeated(answers_NS)))
             stack.enter_context(self._watched())
@@ -266,8 +265,7 @@ class AnswerForward(KeptForward):
         if self.trying:
             return None
         torch.set_grad_enabled(self._grad)  # until the body returns: a pooler's gradient is wanted
-        hidden = self._end(output[0] if isinstance(output, tuple) else output)
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        return changed(output, self._end)
 
     def _end(self, hidden: Tensor) -> Tensor:
         """The hidden states with what ``ended`` puts at the answer positions of the first copy."""

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from zo_opt.adapters.layout import Layout
 from zo_opt.prompts.states import scatter
+from zo_opt.system.vmap import is_batched
 
 
 class Beside:
@@ -41,11 +42,10 @@ class Beside:
     ) -> None:
         (rows, tokens), self._copies, self._dtype, self._spoiled = answers_NS.shape, copies, dtype, spoiled
         self.places_NT, valid_NT = places_of(answers_NS)
-        others = 0 if is_batched(real_NS) else int((real_NS != 0).sum())
-        self.layout = Layout("tokens", copies, rows, valid_NT=valid_NT, before=tokens, others=others)
+        self._real_NS, self._prompt_NS = real_NS != 0, (real_NS != 0) & ~answers_NS
+        self.layout = Layout("tokens", copies, rows, valid_NT=valid_NT, before=tokens, others_NS=self._real_NS)
         own_NC = valid_NT.repeat(1, copies)
         self.acting_NK = torch.cat([torch.zeros_like(answers_NS), own_NC], 1)
-        self._real_NS, self._prompt_NS = real_NS != 0, (real_NS != 0) & ~answers_NS
 
     def mask(self) -> Tensor:
         """What each token sees, added to scores: (N, 1, K, K)."""
@@ -69,21 +69,23 @@ class Beside:
         """
         stack.callback(layers[0].register_forward_pre_hook(self._enter, with_kwargs=True).remove)
 
-        def leave(_layer: nn.Module, _args: Any, output: Any) -> Any:
-            hidden = output[0] if isinstance(output, tuple) else output
-            answers_CNTH = ended(self.layout.take(hidden))
-            rows_NSH = scatter(hidden[:, : self.layout.before], self.places_NT, answers_CNTH[0])
-            return (rows_NSH, *output[1:]) if isinstance(output, tuple) else rows_NSH
+        def rows_of(hidden_NKH: Tensor) -> Tensor:
+            answers_CNTH = ended(self.layout.take(hidden_NKH))
+            return scatter(hidden_NKH[:, : self.layout.before], self.places_NT, answers_CNTH[0])
 
-        stack.callback(layers[-1].register_forward_hook(leave).remove)
+        stack.callback(layers[-1].register_forward_hook(lambda _m, _a, output: changed(output, rows_of)).remove)
 
     def _enter(self, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden_NSH = args[0] if args else kwargs["hidden_states"]
-        places = self.places_NT.unsqueeze(-1).expand(-1, -1, hidden_NSH.shape[-1])
-        answer_NTH = F.pad(hidden_NSH, (0, 0, 0, 1)).gather(1, places)
+        answer_NTH = Layout("rows", 1, len(hidden_NSH), self.places_NT).take(hidden_NSH)[0]
         others = [answer_NTH.flip(-1) if self._spoiled else answer_NTH] * (self._copies - 1)
         hidden_NKH = torch.cat([hidden_NSH, answer_NTH, *others], 1)
         return ((hidden_NKH, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden_NKH})
+
+
+def changed(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """What a layer gives, with its hidden states changed: they alone, or the first of a tuple."""
+    return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
 
 
 def places_of(answers_NS: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,8 +95,3 @@ def places_of(answers_NS: Tensor) -> tuple[Tensor, Tensor]:
     places = torch.arange(tokens, device=answers_NS.device).expand_as(answers_NS)
     places_NT = torch.where(answers_NS, places, tokens).sort(1).values[:, :most]
     return places_NT, places_NT < tokens
-
-
-def is_batched(x: Tensor) -> bool:
-    """Whether torch.func's vmap runs over it, so that its values cannot be looked at."""
-    return bool(torch._C._functorch.is_batchedtensor(x))

@@ -25,7 +25,7 @@ class Layout:
         places_NT: answer positions in the sequences, S where there is none; None: a layer sees answer positions alone.
         valid_NT: which answer positions there are; None: all.
         before: tokens before the copies, which belong to none.
-        others: real tokens of the rows that are no copy's answer, and run all the same: once, or if copies are rows once a copy.
+        others_NS: which tokens of the rows are no copy's answer, and run all the same: once, or if copies are rows once a copy; None: none.
     """
 
     axis: Axis
@@ -34,11 +34,12 @@ class Layout:
     places_NT: Tensor | None = None
     valid_NT: Tensor | None = None
     before: int = 0
-    others: int = 0
+    others_NS: Tensor | None = None
 
     def tokens(self, answers: int, copies: int) -> int:
         """Real tokens that a forward of so many copies runs, of rows with so many answer positions."""
-        return self.others * (1 if self.axis == "tokens" else copies) + answers * copies
+        others = 0 if self.others_NS is None else int(self.others_NS.sum())
+        return others * (1 if self.axis == "tokens" else copies) + answers * copies
 
     def take(self, x: Tensor) -> Tensor:
         """What a layer sees at the answer positions, (C, N, T, R); some layers (OPT's) see all tokens on one axis."""

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from tt_kernels import MergeCache
 
 from zo_opt.adapters.tt_linear import TTLinear
+from zo_opt.system.vmap import is_batched
 
 MAX_COPIES = 2  # of more, all layers' pairs together would take half as much memory as a forward
 
@@ -72,7 +73,7 @@ def _copies(layer: TTLinear) -> int:
     """How many copies of the train ``vmap`` runs at once."""
     sizes = [1]
     for core in layer.cores:
-        if torch._C._functorch.is_batchedtensor(core):
+        if is_batched(core):
             axis = torch._C._functorch.maybe_get_bdim(core)
             sizes.append(torch._C._functorch.get_unwrapped(core).shape[axis])
     return max(sizes)

@@ -105,9 +105,8 @@ class Activations(Estimator):
             delta_NTD[valid_NT] = self.delta(evaluate.memory, measured).to(delta_NTD.device)
             gradient = _on_axis(evaluate, sites, sites.gradients(seen, delta_NTD))
         ones, forwards = torch.ones(queries, dtype=torch.float64), queries + 1 + tries
-        at_once = seen.at_once if s_QMH is not None else 1
-        whole, rest = divmod(queries, at_once)
-        tokens = (1 + tries) * seen.tokens(1) + whole * seen.tokens(at_once) + (seen.tokens(rest) if rest else 0)
+        parts = v_QNTD.split(seen.at_once if s_QMH is not None else 1)
+        tokens = (1 + tries) * seen.tokens(1) + sum(seen.tokens(len(part)) for part in parts)
         return Estimate(loss, slopes_Q.cpu(), ones, forwards, gradient=gradient, tokens=tokens)
 
     def delta(self, memory: dict[str, Tensor], measured: Measured) -> Tensor:

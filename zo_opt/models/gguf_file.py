@@ -28,10 +28,8 @@ class LazyTensor:
         from gguf import dequantize
 
         data, kind = self._tensor.data, self._tensor.tensor_type
-        whole, count = (
-            None,
-            max(_ENTRIES // int(self._tensor.shape[0]), 1),
-        )  # rows; gguf's shapes begin with the columns
+        whole, columns = None, int(self._tensor.shape[0])  # gguf's shapes begin with them
+        count = max(_ENTRIES // columns, 1)
         for start in range(0, len(data), count):
             some: Any = dequantize(data[start : start + count], kind)
             if whole is None:

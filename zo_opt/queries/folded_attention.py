@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from zo_opt.system.replaced import replaced
+from zo_opt.system.vmap import is_batched
 
 _original = functional.scaled_dot_product_attention
 
@@ -55,7 +56,7 @@ def _attention(
 
 
 def _is_mapped(x: Tensor | None) -> bool:
-    return x is not None and torch._C._functorch.is_batchedtensor(x)
+    return x is not None and is_batched(x)
 
 
 class _Folded(torch.autograd.Function):

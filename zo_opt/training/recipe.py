@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from zo_opt.adapters import AdapterConfig, AdapterModel
+from zo_opt.adapters.made_for import answers_stand
 from zo_opt.choices import split
 from zo_opt.models.models import classification_heads
 from zo_opt.schedules.adazeta import MAX_QUERIES
@@ -92,10 +93,7 @@ def queries_beside(config: TrainConfig, model: AdapterModel) -> int | None:
     fewer the prior says what a row's gradient mostly is, and what a new head asks of the rest is learned late.
     """
     named = config.schedule is not None or config.budget_forwards is not None or config.optimizer_name != "adazeta"
-    answers = model.answers
-    if named or not config.on_activations or config.values_alone or answers is None:
-        return None
-    if answers.positions.kind != "encoder" or not answers.stands_beside():
+    if named or not config.on_activations or config.values_alone or answers_stand(model) != "beside":
         return None
     return min(model.activation_sites().width, MOST_BESIDE)
 

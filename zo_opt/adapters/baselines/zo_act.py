@@ -16,6 +16,7 @@ from zo_opt.adapters.options import option
 from zo_opt.adapters.spectrum import leading_triplets
 from zo_opt.adapters.targets import Target, find_targets
 from zo_opt.errors import ZOError
+from zo_opt.system.vmap import is_batched
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Coefficients(Delta):
     def _begin(self, x: Tensor) -> None:
         """Take the basis from these inputs, unless there is one (which a file had)."""
         if not self.lora_A.any():
-            if torch._C._functorch.is_batchedtensor(x):
+            if is_batched(x):
                 raise ZOError("a basis of inputs is not found in copies; run the model once before the first step.")
             x_NI = x.reshape(-1, x.shape[-1])
             x_NI = x_NI[x_NI.isfinite().all(1)]  # padding may hold anything
