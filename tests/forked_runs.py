@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import transformers.models.llama.modeling_llama  # noqa: F401 (imported once, for all forks)
 
 import zo_opt.training.loop  # noqa: F401
@@ -39,6 +40,7 @@ class ForkedRun:
     def _run(self, line: list[str], log: int, env: dict[str, str], prepare: Callable[[], Any]) -> None:
         code = 1
         try:
+            torch.set_num_threads(torch.get_num_threads())  # torch's pool anew, before threads do it at once and fail
             prepare()
             for signum in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(signum, signal.SIG_DFL)
