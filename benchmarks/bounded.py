@@ -41,7 +41,9 @@ def in_fork(call: Callable[[], dict[str, Any]], seconds: int) -> dict[str, Any]:
     if (pid := os.fork()) == 0:
         os.close(read)
         signal.alarm(seconds)
-        torch.set_num_threads(torch.get_num_threads())  # a fork makes torch's pool anew; threads that do it at once fail
+        torch.set_num_threads(
+            torch.get_num_threads()
+        )  # a fork makes torch's pool anew; threads that do it at once fail
         try:
             found = call()
         except BaseException as error:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -79,3 +81,6 @@ class ForkedRun:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+
+FORKING = SimpleNamespace(**{**vars(subprocess), "Popen": ForkedRun})  # in place of the module ``subprocess``

@@ -20,9 +20,10 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import Sentiment
-from forked_runs import ForkedRun
+from forked_runs import FORKING
 from sybil import Example
 from sybil.document import Document
 from sybil.evaluators.python import PythonEvaluator
@@ -31,7 +32,6 @@ from sybil.region import Lexeme
 from transformers import AutoTokenizer
 
 from zo_opt.cli.main import main
-from zo_opt.comparison import runs
 from zo_opt.training import run
 
 ROOT = Path(__file__).parents[1]
@@ -202,7 +202,7 @@ def model(tiny_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFact
 @pytest.mark.filterwarnings("ignore")  # those of transformers' Trainer
 @pytest.mark.parametrize("path", [path for path, text in TEXTS.items() if "```bash" in text or "```python" in text])
 def test_blocks(path: str, files: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs.subprocess, "Popen", ForkedRun)  # forks, which need no imports
+    monkeypatch.setattr(psutil, "subprocess", FORKING)  # forks, which need no imports
     monkeypatch.setattr(run, "train", partial(run.train, model_name_or_path=str(model), precision="fp32", quiet=True))
     before = set(sys.modules)
     try:

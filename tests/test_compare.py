@@ -17,7 +17,7 @@ import matplotlib.image
 import psutil
 import pytest
 from conftest import Sentiment, run_main
-from forked_runs import ForkedRun
+from forked_runs import FORKING
 
 from zo_opt.comparison import runs, supervisor
 from zo_opt.errors import ZOError
@@ -31,7 +31,7 @@ Compare = Callable[..., list[str]]
 
 @pytest.fixture
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs.subprocess, "Popen", ForkedRun)
+    monkeypatch.setattr(psutil, "subprocess", FORKING)
     monkeypatch.setattr(supervisor, "LOOK_SECONDS", 0.02)
 
 
@@ -71,7 +71,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, compare_line: Compare) ->
     directory = tmp_path_factory.mktemp("compare") / "out"
     line = compare_line(methods="lora,mezo-lora,adalora", seeds="0,1", jobs=2, output_dir=directory)
     patch = pytest.MonkeyPatch()
-    patch.setattr(runs.subprocess, "Popen", ForkedRun)
+    patch.setattr(psutil, "subprocess", FORKING)
     patch.setattr(supervisor, "LOOK_SECONDS", 0.02)
     assert run_main(line) == 0
     patch.undo()
@@ -114,7 +114,7 @@ def test_what_is_finished_is_not_run_again(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a run was started")
 
-    monkeypatch.setattr(runs.subprocess, "Popen", refuse)
+    monkeypatch.setattr(psutil.subprocess, "Popen", refuse)
     before = rows_of(finished[0])
     assert run_main(["compare", "--output_dir", str(finished[0]), "--resume"]) == 0
     assert rows_of(finished[0]) == before

@@ -11,10 +11,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from conftest import run_main
-from forked_runs import ForkedRun
+from forked_runs import FORKING
 from torch import nn
 
 from zo_opt import MeZO, ZOError, get_adapter_model, load_adapter_model, trainable_parameters
@@ -337,7 +338,7 @@ def test_a_comparison(
     line: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its runs are processes of their own; resumed, strange code is named again or allowed."""
-    monkeypatch.setattr(runs.subprocess, "Popen", ForkedRun)
+    monkeypatch.setattr(psutil, "subprocess", FORKING)
     monkeypatch.setattr(supervisor, "LOOK_SECONDS", 0.02)
     methods = "research:MyZO:lora,mezo:research:ShiftConfig"
     options = {"methods": methods, "task": "research:task", "optimizer.shrink": 0.5, "adapter.start": 0.25}
