@@ -21,6 +21,7 @@ from zo_opt.queries.losses import as_scalar, taken
 from zo_opt.queries.modes import Evaluator
 
 TRIES = 3  # of the scale of shifts, before the first step
+FORETOLD_KEPT = 0.9  # what the share foretold of the step before counts
 
 
 @dataclass(frozen=True)
@@ -166,15 +167,17 @@ class LearnedFeedback(Activations):
     Use it for adapters on answers; it is the default of ``zo-opt train``.
 
     The equations stand in :mod:`zo_opt.estimators.feedback`. Where the closure returns a number without gradient there is no Jacobian to
-    learn, and the prior alone serves. What it remembers is part of the optimizer's state; a run cannot be replayed from
-    projected gradients alone.
+    learn, and where the mean Jacobian does not foretell what the next queries measure it is not used: there the prior alone serves. What
+    is remembered is part of the optimizer's state; a run cannot be replayed from projected gradients alone.
 
     Args:
         forgetting: what measurements of the step before count.
         ridge: of the regression, in measurements.
-        rate: of expectation maximisation; 0: the mean Jacobian alone.
+        rate: of expectation maximisation; 0: S stays as it began, alike in all directions.
         noise: variance of a measurement, as a share of what the mean leaves open.
         unbiased: the mean as a control variate, and SPSA of what it leaves open, in place of the prior.
+        foretold: the share of the derivatives' squares that the mean of the steps before must have foretold, to be used; the last ten steps
+            or so count most.  [choice]
 
     Raises:
         ZOError: impossible values.
@@ -185,9 +188,10 @@ class LearnedFeedback(Activations):
     rate: float = 0.1
     noise: float = 0.01
     unbiased: bool = False
+    foretold: float = 0.1
 
     def __post_init__(self) -> None:
-        for name, most in (("forgetting", 1.0), ("rate", 1.0)):
+        for name, most in (("forgetting", 1.0), ("rate", 1.0), ("foretold", 1.0)):
             if not 0 <= getattr(self, name) <= most:
                 raise ZOError(f"{name}={getattr(self, name)} is not possible; give a number from 0 to 1.")
         for name in ("ridge", "noise"):
@@ -202,17 +206,17 @@ class LearnedFeedback(Activations):
         if "products_DD" not in memory:
             memory.update(vars(Feedback.fresh(width, hidden, self.ridge)))
         feedback = Feedback(*(memory[name] for name in ("products_DD", "responses_DH", "spread_DD")))
-        if s_QMH is None or e_MH is None:
-            mean_MD = torch.zeros(v_QMD.shape[1:], dtype=torch.float64)
-            size_M = torch.ones(len(mean_MD), dtype=torch.float64)
-        else:
+        mean_MD = torch.zeros(v_QMD.shape[1:], dtype=torch.float64)
+        size_M = torch.ones(len(mean_MD), dtype=torch.float64)
+        if s_QMH is not None and e_MH is not None:
+            e_MH = e_MH.cpu()
+            size_M = e_MH.double().norm(dim=1)
+            trusted = self._foretells(memory, feedback, v_QMD, y_QM, e_MH)
             feedback.learn(v_QMD, s_QMH.cpu(), self.forgetting)
-            size_M = e_MH.double().norm(dim=1).cpu()
-            mean_MD = feedback.mean(e_MH.cpu())
+            if trusted:
+                mean_MD = feedback.mean(e_MH)
         if self.unbiased:
             found = mean_MD + spsa(v_QMD, y_QM - torch.einsum("qmd,md->qm", v_QMD.double(), mean_MD))
-        elif self.rate == 0:
-            found = mean_MD
         else:
             there = size_M > 0
             unit_M = torch.where(there, size_M, 1.0)
@@ -221,6 +225,15 @@ class LearnedFeedback(Activations):
             found = u_MD * unit_M[:, None] * there[:, None]
         memory.update(vars(feedback))
         return found
+
+    def _foretells(
+        self, memory: dict[str, Tensor], feedback: Feedback, v_QMD: Tensor, y_QM: Tensor, e_MH: Tensor
+    ) -> bool:
+        """Whether the mean of the steps before says enough of what is measured after."""
+        left_QM = y_QM.double() - torch.einsum("qmd,md->qm", v_QMD.double(), feedback.mean(e_MH))
+        now = torch.stack([left_QM.square().sum(), y_QM.double().square().sum()])
+        memory["foretold"] = sums = now + FORETOLD_KEPT * memory.get("foretold", torch.zeros_like(now))
+        return bool(sums[1] - sums[0] > self.foretold * sums[1])
 
 
 def _shift(sites: Sites, call: Callable[[], Any], seen: Observed, v_CNTD: Tensor, share: float) -> Tensor:
