@@ -64,7 +64,9 @@ def read_rows(path: Path, column_names: Sequence[str] | None = None) -> Rows:
             f"{path} ends in {path.suffix or 'nothing'!r}; give a .jsonl, .json, .csv, .tsv or .parquet file, or a .txt file as plain text."
         )
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        # In a .csv a line end may stand inside a field, as it is.
+        with path.open(encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None) as file:
+            text = file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise ZOError(f"{path} cannot be read ({error}); give a readable file in UTF-8.") from error
     if "\0" in text:
