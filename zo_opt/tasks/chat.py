@@ -82,6 +82,15 @@ def asked_of(row: Mapping[str, Any], conversation: tuple[str, ...], where: str) 
     return messages_of(asked)
 
 
+def said_in(messages: Any, where: str) -> list[dict[str, str]]:
+    """A conversation given as it is, checked as one of a row.
+
+    Raises:
+        ZOError: it is none.
+    """
+    return messages_of(_messages(messages, MESSAGES, where, learned=False))
+
+
 def messages_of(turns: Iterable[Turn]) -> list[dict[str, str]]:
     """As chat templates take them."""
     return [{"role": turn.role, "content": turn.content} for turn in turns]

@@ -11,7 +11,7 @@ import torch
 from zo_opt.errors import ZOError, reason_of
 from zo_opt.models.probes import rounding
 from zo_opt.system.plain_json import is_number
-from zo_opt.tasks.chat import MESSAGES, asked_of
+from zo_opt.tasks.chat import asked_of, said_in
 from zo_opt.tasks.metrics import GENERATION, LANGUAGE_MODELLING
 from zo_opt.tasks.rows import make_prompts
 from zo_opt.tasks.scoring import ChatGenerator, Scorer, Writer
@@ -100,7 +100,7 @@ def chat_tokens(scorer: Scorer, messages: Sequence[Mapping[str, Any]], where: st
     """
     if not getattr(scorer.tokenizer, "chat_template", None):
         raise ZOError("this model's tokenizer has no chat template; give --form run or plain.")
-    return chat_ids(scorer, asked_of({MESSAGES: messages}, (MESSAGES,), where), where)
+    return chat_ids(scorer, said_in(messages, where), where)
 
 
 def options_of(
