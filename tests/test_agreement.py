@@ -239,6 +239,11 @@ def test_labels_are_the_outputs_that_bear_their_names(
     assert said is None if note is None else said is not None and said in note
 
 
+def test_numbers_that_the_table_names_are_the_outputs_of_these_names() -> None:
+    assert label_outputs(named("good", "bad"), ("0", "1"), ("bad", "good")) == ([1, 0], ["good", "bad"], None)
+    assert label_outputs(named("LABEL_0", "LABEL_1"), ("0", "1"), ("bad", "good"))[0] == [0, 1]
+
+
 def test_another_number_of_labels_is_refused() -> None:
     with pytest.raises(ZOError, match=r"3 outputs.*2 labels"):
         label_outputs(named("a", "b", "c"), ("a", "b"))

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 from conftest import make_model, run_main, tokenizer_for
 from text_tasks import command
@@ -51,7 +53,7 @@ def line(tiny_dir: Callable[[str], Path], tmp_path: Path) -> Callable[..., list[
 )  # fmt: skip
 def test_a_line_of_blanks_is_left_out(template: str, blank: str, filled: str) -> None:
     task = Task("mine", template.replace("instruction", "a").replace("input", "b"), optional=("b",))
-    for value in ("", "  ", None, math.nan, "nan"):
+    for value in ("", "  ", "\u200b", None, math.nan, "nan", np.float32("nan"), pd.NA, pd.NaT):
         assert task.filled(task.fields({"a": "x", "b": value})) == blank
     assert task.filled(task.fields({"a": "x"})) == blank
     assert task.filled(task.fields({"a": "x", "b": "y"})) == filled

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from zo_opt.training.setup import load_examples
 
 WHERE = "my.jsonl, row 3"
 NO_TEXT: list[Any] = [
-    None, "", "  ", "\u00a0\n", math.nan, math.inf, -math.inf, np.float32("nan"), "nan", "NaN", "-inf", ["good", "day"], [1], [], {}, {"text": "a"},
-    [{"role": "user", "content": "a"}], b"bytes", {1, 2}, np.zeros(2), "half \ud800", 10**5000,
+    None, "", "  ", "\u00a0\n", "\u200b", "\ufeff \u200e", math.nan, math.inf, -math.inf, np.float32("nan"), "nan", "NaN", "-inf",
+    ["good", "day"], [1], [], {}, {"text": "a"}, [{"role": "user", "content": "a"}], b"bytes", {1, 2}, np.zeros(2), "half \ud800", 10**5000,
 ]  # fmt: skip
 
 
@@ -61,11 +62,21 @@ def test_a_number_has_one_spelling() -> None:
     assert [task.label_of(v) for v in (0, "1", 1.0, "1.0")] == [0, 1, 1, 1]
 
 
-@pytest.mark.parametrize("values", [("1", "01"), (1, "+1"), ("0.5", ".50"), ("1e1", 10), (True, 1), (0, False)])
+@pytest.mark.parametrize(
+    "values",
+    [
+        ("1", "01"), (1, "+1"), ("0.5", ".50"), ("1e1", 10), (True, 1), (0, False), (True, "TRUE"), ("good", "Good"), ("good", "\u200bgood"),
+        ("caf\u00e9", "cafe\u0301"), ("very good", "very\u00a0good"), ("2", "\u00b2"),
+    ],
+)  # fmt: skip
 def test_two_spellings_in_one_column_are_refused(values: tuple[Any, Any]) -> None:
     rows = [{"label": v} for v in ("x", *values)]
-    with pytest.raises(ZOError, match=r"my\.csv, row \d: column 'label' holds .* in my\.csv, row \d: two spellings"):
+    with pytest.raises(
+        ZOError, match=r"my\.csv, row \d: column 'label' holds (.*), and (.*) in my\.csv, row \d: two spellings"
+    ) as error:
         column_values(rows, "label", "my.csv")
+    found = re.search(r"holds (.*), and (.*) in my", str(error.value))
+    assert found is not None and ascii(found[1]) != ascii(found[2])
 
 
 def test_one_label_in_several_formats(tmp_path: Path) -> None:
@@ -107,6 +118,7 @@ def test_a_class_without_training_rows_and_few_rows_are_said(
     text = " ".join((said.out + said.err).split())
     assert "no training row has the label c, which the run cannot learn" in text
     assert "1 held-out row is few" in text
+    assert "no held-out row has the labels a, b, of which the figures say nothing" in text
     rows = [{"sentence": "x", "label": i % 2} for i in range(400)]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     load_examples(TrainConfig(train_file=path), Reporter())
@@ -121,6 +133,7 @@ def test_a_class_without_training_rows_and_few_rows_are_said(
     [
         ("a.csv", b"text,text,label\na,b,1\n", "two columns are named 'text'"),
         ("a.tsv", b"label\ttext\tlabel\na\tb\t1\n", "two columns are named 'label'"),
+        ("a.csv", b"text,label\na,1\n\xef\xbb\xbftext,label\nb,0\n", "line 3: the header line stands among the rows"),
         ("a.jsonl", b'{"text": "a", "label": 1, "label": 0}\n', "line 1.*'label' stands twice"),
         ("a.csv", b'text,label\na,1\n"b,0\nc,1\n', "not readable as a table"),  # the quote would swallow the rest
         ("a.csv", "text,label\na,1\n".encode("utf-16"), "UTF-8"),

@@ -82,6 +82,19 @@ def test_only_the_completion_is_learned() -> None:
     assert [shown(scorer, e)[1] for e in scorer.encode_all(examples)] == ["not terrible</s>"]
 
 
+def test_an_answer_without_weight_is_said_and_not_learned() -> None:
+    scorer, examples = scorer_for(
+        [{"messages": [*THREE[:2], THREE[2] | {"weight": 0}, THREE[3], THREE[4] | {"weight": 1}]}]
+    )
+    [encoded] = scorer.encode_all(examples)
+    assert "great" in shown(scorer, encoded)[0] and shown(scorer, encoded)[1] == "not terrible</s>"
+
+
+def test_a_number_is_a_text_as_in_other_columns() -> None:
+    scorer, examples = scorer_for([{"prompt": "2 + 2 =", "completion": 4}])
+    assert [shown(scorer, e)[1] for e in scorer.encode_all(examples)] == ["4</s>"]
+
+
 def test_texts_stand_as_they_are_where_there_is_no_template() -> None:
     scorer, examples = scorer_for([{"prompt": "the film is", "completion": " great"}], template=None)
     assert [shown(scorer, e) for e in scorer.encode_all(examples)] == [("<s>the film is", " great</s>")]
@@ -136,6 +149,27 @@ def test_a_run_on_conversations(
     assert run_main(["generate", str(out), "--prompt", "winter"]) == 0
     assert capsys.readouterr().out == by_text[0] + "\n"
     assert run_main(["eval", str(out)]) == 0
+    answers = run.evaluate(rows[:2])  # of which the first has two
+    assert (answers.rows, answers.trained_on) == (3, 3)
+    for prompts, what in NO_PROMPTS.values():
+        with pytest.raises(ZOError, match=what):
+            run.generate(prompts)
+
+
+NO_PROMPTS: dict[str, tuple[Any, str]] = {
+    "one text": ("hello", "the prompts are a text; give a list"),
+    "one row": (ROWS[1], "the prompts are a row; give a list"),
+    "nothing": ([None], "prompt 1 is of type NoneType; give a text, a row, or a list of messages"),
+    "texts in a list": ([["a", "b"]], r"prompt 1: .* holds \['a', 'b'\] and no list of messages"),
+    "no content": ([[THREE[1], THREE[2] | {"content": None}]], "prompt 1, message 2: column 'content' is empty"),
+    "parts": (
+        [[THREE[1] | {"content": [{"type": "text", "text": "a"}]}]],
+        "prompt 1, message 1: column 'content' holds .* a list and no text",
+    ),
+    "another role": ([[{"role": "human", "content": "a"}]], "prompt 1, message 1: role 'human' is not known"),
+    "a blank text": ([" "], "prompt 1, message 1: column 'content' is blank"),
+    "an answer alone": ([{"messages": [THREE[2]]}], "prompt 1: .* an answer to nothing"),
+}
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -148,7 +182,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a call of a tool": ({"messages": [THREE[1], THREE[2] | {"tool_calls": [1]}]}, "message 2: it calls tools"),
     "nothing to learn": ({"messages": [THREE[1]]}, "column 'messages' holds no answer of the assistant"),
     "an answer to nothing": ({"messages": [THREE[2]]}, "holds no answer of the assistant"),
-    "a completion of nothing": ({"prompt": "a", "completion": None}, "row 1: column 'completion' holds None and no list"),
+    "a call as it was written once": ({"messages": [THREE[1], THREE[2] | {"function_call": {"name": "f"}}]}, "message 2: it calls tools"),
+    "no answer of weight": ({"messages": [THREE[1], THREE[2] | {"weight": 0}]}, "holds no answer of the assistant"),
+    "a completion of nothing": ({"prompt": "a", "completion": None}, "row 1: column 'completion' is empty"),
+    "a mapping": ({"prompt": "a", "completion": {"text": "b"}}, "row 1: column 'completion' holds .* a mapping and no text"),
     "a blank prompt": ({"prompt": "", "completion": "a"}, "column 'prompt' is empty"),
 }  # fmt: skip
 

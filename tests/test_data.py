@@ -71,12 +71,12 @@ def test_jsonl_keeps_any_text(tmp_path: Path, texts: list[str]) -> None:
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50, deadline=None)
-@given(texts=st.lists(TEXTS.filter(lambda t: not set(t) & {"\0", "\r"}), min_size=1, max_size=5))
-@example(texts=SEPARATORS)
+@given(texts=st.lists(TEXTS.filter(lambda t: "\0" not in t), min_size=1, max_size=5))
+@example(texts=[*SEPARATORS, "a\r\nb", "a\rb"])
 def test_csv_keeps_any_text(tmp_path: Path, texts: list[str]) -> None:
     rows = [{"text": t, "label": "0"} for t in texts]
     file = io.StringIO(newline="")
-    writer = csv.DictWriter(file, ["text", "label"], lineterminator="\n")
+    writer = csv.DictWriter(file, ["text", "label"], lineterminator="\r\n")
     writer.writeheader()
     writer.writerows(rows)
     assert read_rows(write(tmp_path / "a.csv", file.getvalue())) == rows

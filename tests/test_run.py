@@ -263,6 +263,16 @@ def test_a_conversation_remembers(
 
 # --- what cannot be ---
 
+
+def test_a_prompt_without_tokens_or_with_unknown_ones_is_refused(written: Callable[[str, str], Path]) -> None:
+    run = load_run(written("gpt2", "answer"))
+    with pytest.raises(ZOError, match="prompt 2 is empty, and this tokenizer begins no text of its own"):
+        run.generate(["a film", ""], form="plain")
+    run.tokenizer.add_tokens(["zebra"])
+    with pytest.raises(ZOError, match=r"prompt 2 holds token \d+ \('zebra'\), and the model's embedding has"):
+        run.generate(["a film", "zebra"])
+
+
 WRONG: dict[str, tuple[list[str], str]] = {
     "no file": (["predict", "RUN"], "--file"),
     "rows without the column": (["predict", "RUN", "--file", "OTHER"], r"other\.jsonl, row 1.*no column 'text'"),

@@ -34,7 +34,7 @@ def test_columns_prompt_and_label_words(
     tokenizer = tokenizer_for("llama")
     expected = [tokenizer.decode([i]) for i in tokenizer("the film 0 It was")["input_ids"]]
     assert prompt.endswith(": |" + "|".join(expected) + "|")
-    words = {"good": " great", "bad": " not terrible"}
+    words = {"bad": " not terrible", "good": " great"}  # in the labels' order
     tokens = {
         k: [tokenizer.decode([i]) for i in tokenizer(w, add_special_tokens=False)["input_ids"]]
         for k, w in words.items()
@@ -43,6 +43,19 @@ def test_columns_prompt_and_label_words(
     shown = json.loads((tmp_path / "out" / "run.json").read_text())["shown"]
     assert (shown["prompt_tokens"], shown["label_words"]) == (expected, tokens)
     assert shown["columns"] == {"said": "{text} in the prompt", "mood": "label"}
+
+
+def test_what_is_seldom_meant_is_said(toy_options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"text": f"the film {i}", "label": (":heart:", "[b]bad[/b]")[i % 2]} for i in range(16)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"train_file": tmp_path / "rows.jsonl", "eval_file": None, "verbalizers": None}
+    assert (
+        run_main(toy_options(steps=1, output_dir=tmp_path / "out", template=r"{text} {label}\nIt was", **changes)) == 0
+    )
+    said = capsys.readouterr().out
+    assert "the prompt shows the column 'label', which is what the model is to find" in said
+    assert "the template holds a backslash and an n, which are letters; a line end is written $'...\\n...'" in said
+    assert "label words: :heart: -> |" in said and ", [b]bad[/b] -> |" in said  # neither a picture nor a style
 
 
 @pytest.mark.parametrize("task", ["writing", "running text"])

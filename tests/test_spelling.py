@@ -132,6 +132,11 @@ def word_level(*, lower: bool) -> Any:
         (("great", "schlecht"), False, "does not know all of the label words 'schlecht', which become <unk>"),
         (("great", "bad day"), False, "does not know all of the label words 'bad day'"),
         (("schlecht", "gut"), False, "does not know all of the label words 'schlecht'"),
+        (
+            ("bad film", "bad"),
+            False,
+            "'bad film' begin with the tokens of 'bad', another label's.*could never be predicted",
+        ),
     ],
 )
 def test_label_words_are_checked_as_tokens(words: tuple[str, str], lower: bool, said: str) -> None:

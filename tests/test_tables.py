@@ -9,16 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import Sentiment, run_main
+from rich.console import Console
 from text_tasks import results
 
 import zo_opt
 from zo_opt import ZOError
-from zo_opt.tasks.rows import read_rows
+from zo_opt.record.progress import Reporter
+from zo_opt.tasks.builtin import get_task
+from zo_opt.tasks.rows import make_examples, read_rows
 from zo_opt.tasks.tables import IN_PYTHON, hub_name, rows_given
+from zo_opt.tasks.tasks import Task
+from zo_opt.training.config import TrainConfig
+from zo_opt.training.examples import load_examples
 
 Options = Callable[..., list[str]]
 ODD = [  # what a reader that guesses types would change
@@ -155,6 +162,58 @@ def test_labels_that_a_table_names_are_its_words(
     assert run_main(line) == 0
     task = json.loads((tmp_path / "out" / "run.json").read_text())["resolved"]["task"]
     assert task["verbalizers"] == {"0": "terrible", "1": "great"}
+
+
+@pytest.mark.parametrize("first", ["numbers", "names"])
+def test_a_tables_own_names_say_what_its_numbers_mean(
+    first: str, toy_options: Options, sentiment_files: Sentiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In training and afterwards, whatever the order of the names in a file."""
+    names = ["terrible", "great"]
+    rows = sentiment_files.rows
+    called = [row | {"label": names[row["label"]]} for row in rows]
+    turned = [row | {"label": 1 - row["label"]} for row in rows]
+    files = {
+        "numbers": parquet(tmp_path / "a.parquet", rows, label=datasets.ClassLabel(names=names)),
+        "names": written(tmp_path / "b.jsonl", called),
+        "turned": parquet(tmp_path / "c.parquet", turned, label=datasets.ClassLabel(names=names[::-1])),
+    }
+    out = tmp_path / "out"
+    line = toy_options(steps=1, train_file=files[first], eval_file=files["turned"], verbalizers=None, output_dir=out)
+    assert run_main(line) == 0
+    assert results(out)["after"]["trained_on"] == len(rows)
+    run = zo_opt.load_run(out)
+    assert len({tuple(run.evaluate(file).row_scores) for file in files.values()}) == 1
+    others = parquet(tmp_path / "d.parquet", rows, label=datasets.ClassLabel(names=["no", "yes"]))
+    with pytest.raises(ZOError, match="row 1: label 0, which its table calls 'no', is unknown; this task's labels are"):
+        run.evaluate(others)
+    few = [row | {"label": 2 * row["label"]} for row in rows[:8]]
+    task = _task(parquet(tmp_path / "e.parquet", few, label=datasets.ClassLabel(names=["bad", "so so", "fine"])))
+    assert (dict(task.verbalizers), task.label_names) == ({"0": "bad", "2": "fine"}, ("bad", "fine"))
+    nobody = parquet(
+        tmp_path / "f.parquet", [*rows[:8], rows[8] | {"label": -1}], label=datasets.ClassLabel(names=names)
+    )
+    with pytest.raises(ZOError, match="row 9: column 'label' holds -1, and the table names its labels 0 to 1 alone"):
+        _task(nobody)
+
+
+def test_a_builtin_task_reads_the_names_of_a_table(tmp_path: Path) -> None:
+    rows = [{"premise": "a", "hypothesis": "b", "label": i} for i in range(3)]
+    names = datasets.ClassLabel(names=["contradiction", "entailment", "neutral"])  # another order than the task's
+    task = get_task("cb")
+    found = make_examples(read_rows(parquet(tmp_path / "cb.parquet", rows, label=names)), task, "cb.parquet")
+    assert [task.labels[e.label] for e in found] == names.names
+
+
+def _task(path: Path) -> Task:
+    config = TrainConfig(train_file=path, template="{text} It was")
+    return load_examples(config, Reporter(Console(quiet=True))).task
+
+
+def test_arrays_of_a_frame_are_lists() -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = rows_given([{"messages": np.array(messages, dtype=object), "label": np.int64(1)}], "the rows")
+    assert rows == [{"messages": messages, "label": 1}]
 
 
 # --- what cannot be ---

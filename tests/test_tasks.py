@@ -213,6 +213,19 @@ def test_verbalizers_by_label_or_by_order() -> None:
     assert parse_verbalizers("very terrible,great", labels) == expected
 
 
+def test_the_order_in_which_words_are_given_numbers_no_label() -> None:
+    words = parse_verbalizers("not_entailment=No,entailment=Yes", get_task("rte").labels)
+    assert list(words.items()) == [("entailment", "Yes"), ("not_entailment", "No")]
+
+
+def test_words_that_are_other_labels_must_name_theirs() -> None:
+    with pytest.raises(
+        ZOError, match=r"give the label no the word 'yes', which is another label.*go to no, yes, in this order"
+    ):
+        parse_verbalizers("yes,no", ["no", "yes"])
+    assert parse_verbalizers("no=yes,yes=no", ["no", "yes"]) == {"no": "yes", "yes": "no"}
+
+
 def test_wrong_verbalizers_are_refused() -> None:
     """Too few and too many words, half named, twice the same, empty; labels without words, unknown ones, one named twice."""
     for text in ("terrible", "a,b,c", "bad=a,b", "a,a", "a,", "bad=a,good=", "bad=a,good=a", "", "bad=a", "bad=a,good=b,ugly=c",

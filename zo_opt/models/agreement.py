@@ -72,8 +72,15 @@ def name_outputs(model: Any, names: Sequence[str]) -> None:
     model.config.label2id = {name: i for i, name in enumerate(names)}
 
 
-def label_outputs(model: Any, labels: Sequence[str]) -> tuple[list[int], list[str], str | None]:
+def label_outputs(
+    model: Any, labels: Sequence[str], called: Sequence[str] = ()
+) -> tuple[list[int], list[str], str | None]:
     """Which output of a classification head stands for each label: the one that the model's ``id2label`` names so.
+
+    Args:
+        model: with a classification head.
+        labels: of the rows.
+        called: what the rows' table calls them, where they are numbers.
 
     Returns:
         The outputs, one a label; the names of all outputs, in their order; and a sentence where the names do not simply agree.
@@ -90,11 +97,12 @@ def label_outputs(model: Any, labels: Sequence[str]) -> tuple[list[int], list[st
     own = [str(config.id2label.get(i, f"LABEL_{i}")) for i in numbers]
     if getattr(model, "new_modules", None):  # a new head has no numbering of its own
         return numbers, list(labels), None
+    unnamed = own == [f"LABEL_{i}" for i in numbers]
+    labels = called if called and not unnamed else labels
     if set(own) == set(labels):
         return [own.index(label) for label in labels], own, None
     shown = ", ".join(f"{i} = {name}" for i, name in enumerate(own))
     if [str(i) for i in numbers] == list(labels):
-        unnamed = own == [f"LABEL_{i}" for i in numbers]
         return (
             numbers,
             own,

@@ -28,7 +28,7 @@ class Reporter:
 
     def say(self, sentence: str) -> None:
         """One line."""
-        self.console.print(sentence, markup=False)
+        self.console.print(sentence, markup=False, emoji=False)
 
     def show(self, *tables: Table) -> None:
         """Tables, whole in whatever width there is: what is too wide is folded."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from numbers import Integral, Real
 from typing import Any
@@ -19,6 +20,7 @@ FILL = "fill it or remove the row"  # what is said of a cell that holds nothing
 _NOT_A_NUMBER = re.compile(r"[+-]?(nan|inf)", re.IGNORECASE)  # as pandas and numpy write them
 _WHOLE = re.compile(r"(-?\d+)\.0+", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
+_UNSEEN = re.compile(r"[\s\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]+")  # space, and what takes no room
 
 
 def text_of(value: Any, column: str, where: str, remedy: str = FILL) -> str:
@@ -37,7 +39,7 @@ def text_of(value: Any, column: str, where: str, remedy: str = FILL) -> str:
     (' a film', '2', 'true')
     """
     text = plain_text_of(value, column, where, remedy)
-    if not text.strip():
+    if not text or _UNSEEN.fullmatch(text):
         raise ZOError(f"{where}: column {column!r} is {'blank' if text else 'empty'}; {remedy}.")
     if _NOT_A_NUMBER.fullmatch(text.strip()):
         raise ZOError(_refusal(text, column, where, "which stands for a missing value and is no text"))
@@ -50,16 +52,17 @@ def is_blank(value: Any) -> bool:
     >>> [is_blank(value) for value in (None, " ", float("nan"), "nan", 0, "a")]
     [True, True, True, True, False, False]
     """
-    text = str(value).strip() if isinstance(value, str | float) else value
-    return text is None or text == "" or (isinstance(text, str) and text.lower() == "nan")
+    value = _unwrapped(value)
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):  # pandas' own
+        return True
+    return isinstance(value, str | float) and _UNSEEN.sub("", str(value)).lower() in ("", "nan")
 
 
 def plain_text_of(value: Any, column: str, where: str, remedy: str = FILL) -> str:
     """As :func:`text_of`, of running text, in which a blank line is text too."""
     if value is None:
         raise ZOError(f"{where}: column {column!r} is empty; {remedy}.")
-    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
-        value = value.item()  # numpy's and torch's numbers
+    value = _unwrapped(value)
     if isinstance(value, str):
         try:
             value.encode()
@@ -111,8 +114,27 @@ def answers_of(value: Any, column: str, where: str) -> tuple[str, ...]:
     return tuple(text_of(v, column, where).strip() for v in filled)
 
 
+def name_of(label: str, names: Sequence[str], column: str, where: str) -> str:
+    """What a table calls a label that it holds as a number (``ClassLabel``).
+
+    Raises:
+        ZOError: it has no such label: -1 stands where nobody gave one.
+
+    >>> name_of("1", ["bad", "good"], "label", "my.parquet, row 1")
+    'good'
+    """
+    if not re.fullmatch(r"-?\d{1,9}", label):
+        return label
+    if 0 <= int(label) < len(names):
+        return one_spelling(names[int(label)])
+    raise ZOError(
+        f"{where}: column {column!r} holds {label}, and the table names its labels 0 to {len(names) - 1} alone: nobody labelled this row; "
+        "remove it."
+    )
+
+
 def check_spellings(found: Mapping[str, str], column: str) -> None:
-    """Whether no two labels of a column are one number, or one truth value, spelt in two ways.
+    """Whether no two labels of a column are one number, one truth value or one word, spelt in two ways.
 
     Args:
         found: label -> where it stands first.
@@ -122,7 +144,11 @@ def check_spellings(found: Mapping[str, str], column: str) -> None:
         ZOError: two are.
     """
     numbers: dict[Decimal, str] = {}
+    words: dict[str, str] = {}
     for label, where in found.items():
+        other = words.setdefault(_UNSEEN.sub(" ", unicodedata.normalize("NFKC", label)).strip().casefold(), label)
+        if other != label:
+            raise ZOError(_twice(other, found[other], label, where, column, "what reads as one word"))
         if _NUMBER.fullmatch(label) is None:
             continue
         other = numbers.setdefault(Decimal(label), label)
@@ -140,9 +166,19 @@ def in_order(labels: Iterable[str]) -> list[str]:
 
 def _twice(one: str, one_where: str, other: str, other_where: str, column: str, what: str) -> str:
     return (
-        f"{other_where}: column {column!r} holds {other!r}, and {one!r} in {one_where}: two spellings of {what}; write it one way "
+        f"{other_where}: column {column!r} holds {_shown(other)}, and {_shown(one)} in {one_where}: two spellings of {what}; write it one way "
         "in all rows."
     )
+
+
+def _shown(label: str) -> str:
+    """A label in which one sees what sets it apart from another: what is composed of several characters, too."""
+    return repr(label) if unicodedata.is_normalized("NFKC", label) else ascii(label)
+
+
+def _unwrapped(value: Any) -> Any:
+    """A number of numpy's or torch's as Python's."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
 def _digits(number: int, column: str, where: str) -> str:

@@ -76,7 +76,19 @@ def asked_of(row: Mapping[str, Any], conversation: tuple[str, ...], where: str) 
     if column == PROMPT:
         return messages_of(_side(row[PROMPT], PROMPT, "user", where))
     turns = _messages(row[MESSAGES], MESSAGES, where, learned=False)
-    return messages_of(turns[:-1] if turns[-1].role == ASSISTANT else turns)
+    asked = turns[:-1] if turns[-1].role == ASSISTANT else turns
+    if not asked:
+        raise ZOError(f"{where}: column {column!r} holds an answer to nothing; give what was said before it.")
+    return messages_of(asked)
+
+
+def said_in(messages: Any, where: str) -> list[dict[str, str]]:
+    """A conversation given as it is, checked as one of a row.
+
+    Raises:
+        ZOError: it is none.
+    """
+    return messages_of(_messages(messages, MESSAGES, where, learned=False))
 
 
 def messages_of(turns: Iterable[Turn]) -> list[dict[str, str]]:
@@ -87,9 +99,9 @@ def messages_of(turns: Iterable[Turn]) -> list[dict[str, str]]:
 def _side(value: Any, column: str, role: str, where: str) -> tuple[Turn, ...]:
     """A prompt or a completion: a text, or messages."""
     learned = role == ASSISTANT
-    if isinstance(value, str):
-        return (Turn(role, text_of(value, column, where), learned),)
-    return _messages(value, column, where, learned=learned)
+    if isinstance(value, list | tuple):
+        return _messages(value, column, where, learned=learned)
+    return (Turn(role, text_of(value, column, where), learned),)
 
 
 def _messages(value: Any, column: str, where: str, *, learned: bool) -> tuple[Turn, ...]:
@@ -104,7 +116,8 @@ def _messages(value: Any, column: str, where: str, *, learned: bool) -> tuple[Tu
         role = message.get("role")
         if role not in ROLES:
             raise ZOError(f"{place}: role {role!r} is not known; give one of {', '.join(ROLES)}.")
-        if message.get("tool_calls"):
+        if message.get("tool_calls") or message.get("function_call"):
             raise ZOError(f"{place}: it calls tools, which is not learned; remove the row.")
-        turns.append(Turn(role, text_of(message.get("content"), "content", place), learned and role == ASSISTANT))
+        answers = role == ASSISTANT and message.get("weight") != 0  # 0: said, and not to be learned
+        turns.append(Turn(role, text_of(message.get("content"), "content", place), learned and answers))
     return tuple(turns)

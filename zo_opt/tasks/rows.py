@@ -64,7 +64,9 @@ def read_rows(path: Path, column_names: Sequence[str] | None = None) -> Rows:
             f"{path} ends in {path.suffix or 'nothing'!r}; give a .jsonl, .json, .csv, .tsv or .parquet file, or a .txt file as plain text."
         )
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        # In a .csv a line end may stand inside a field, as it is.
+        with path.open(encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None) as file:
+            text = file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise ZOError(f"{path} cannot be read ({error}); give a readable file in UTF-8.") from error
     if "\0" in text:
@@ -82,12 +84,12 @@ def make_examples(rows: Sequence[Row], task: Task, source: str) -> list[Example]
     Raises:
         ZOError: a column is missing, a label is unknown, or a cell holds no text.
     """
-    examples = []
+    examples, called = [], _names_of(rows, task.label_column)
     for number, row in enumerate(rows, start=1):
         place = f"{source}, row {number}"
         for column in task.required_columns():
             _check_column(row, column, place)
-        examples.append(_make_example(row, task, place))
+        examples.append(_make_example(row, task, place, called))
     return examples
 
 
@@ -106,7 +108,7 @@ def make_prompts(rows: Sequence[Row], task: Task, source: str) -> list[Example]:
     return prompts
 
 
-def _make_example(row: Row, task: Task, place: str) -> Example:
+def _make_example(row: Row, task: Task, place: str, called: Sequence[str]) -> Example:
     if task.kind == LANGUAGE_MODELLING:
         [name] = placeholders(task.template)  # its text as it is: blank lines and indentation are text too
         column = task.columns.get(name, name)
@@ -118,10 +120,12 @@ def _make_example(row: Row, task: Task, place: str) -> Example:
     if task.kind == GENERATION:
         references = cells.answers_of(row[task.target_column], task.target_column, place)
         return Example(fields, references=references, where=place)
-    label = task.label_of(row[task.label_column], place)
+    value = row[task.label_column]
+    label = task.label_of(value, place, called)
     if label is None:
+        name = f", which its table calls {called[value]!r}," if called and isinstance(value, int) else ""
         raise ZOError(
-            f"{place}: label {row[task.label_column]!r} is unknown; this task's labels are {', '.join(task.labels)}."
+            f"{place}: label {value!r}{name} is unknown; this task's labels are {', '.join(task.label_names or task.labels)}."
         )
     return Example(fields, label, where=place)
 
@@ -138,12 +142,18 @@ def check_classes(examples: Sequence[Example], task: Task, source: str) -> list[
     Raises:
         ZOError: all rows are of one class.
     """
-    present = {e.label for e in examples}
-    if len(present) < 2:
-        only = task.labels[present.pop()]
+    missing = missing_classes(examples, task)
+    if len(task.labels) - len(missing) < 2:
+        only = task.labels[examples[0].label]
         raise ZOError(
             f"{source} holds one class only ({only!r} in all {len(examples)} rows); add rows of another label."
         )
+    return missing
+
+
+def missing_classes(examples: Sequence[Example], task: Task) -> list[str]:
+    """The labels that no row has."""
+    present = {e.label for e in examples}
     return [label for number, label in enumerate(task.labels) if number not in present]
 
 
@@ -151,13 +161,17 @@ def column_values(rows: Sequence[Row], column: str, source: str) -> list[str]:
     """The different labels of a column, sorted (numbers by size).
 
     Raises:
-        ZOError: a cell holds no label, or two spellings of one number stand in the column.
+        ZOError: a cell holds no label, or two spellings of one label stand in the column.
     """
     found: dict[str, str] = {}
+    called = _names_of(rows, column)
     for number, row in enumerate(rows, start=1):
         place = f"{source}, row {number}"
         _check_column(row, column, place)
-        found.setdefault(cells.label_of(row[column], column, place), place)
+        label = cells.label_of(row[column], column, place)
+        if called:
+            cells.name_of(label, called, column, place)
+        found.setdefault(label, place)
     cells.check_spellings(found, column)
     return cells.in_order(found)
 
@@ -173,6 +187,11 @@ def hold_out(rows: Sequence[T], held_out: int, *, last: bool = False) -> tuple[l
         return list(rows[:-count]), list(rows[-count:])
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     return [rows[i] for i in sorted(order[count:])], [rows[i] for i in sorted(order[:count])]
+
+
+def _names_of(rows: Sequence[Row], column: str) -> Sequence[str]:
+    """What a table calls the labels 0, 1, ... of a column, where it does."""
+    return rows.names.get(column, ()) if isinstance(rows, Rows) else ()
 
 
 def _check_column(row: Row, column: str, place: str) -> None:
@@ -237,7 +256,13 @@ def _read_table(path: Path, text: str, names: Sequence[str] | None = None) -> li
     try:
         if twice := _repeated(reader.fieldnames or []):
             raise ZOError(f"{path}: two columns are named {twice!r}; rename or remove one.")
+        header = list(reader.fieldnames or [])
         for row in reader:
+            if len(header) > 1 and [str(value).lstrip("\ufeff") for value in row.values()] == header:
+                raise ZOError(
+                    f"{path}, line {reader.line_num}: the header line stands among the rows; remove it, or leave --column_names out where the "
+                    "file begins with one."
+                )
             if None in row:
                 raise ZOError(
                     f"{path}, line {reader.line_num}: more fields than the header has columns; quote or remove the extra ones."

@@ -134,4 +134,9 @@ def rows_given(given: Any, what: str) -> Rows:
         )
     if not given:
         raise ZOError(f"{what} are none; give at least one.")
-    return Rows([dict(row) for row in given])
+    return Rows([{name: _as_list(value) for name, value in row.items()} for row in given])
+
+
+def _as_list(value: Any) -> Any:
+    """An array, as pandas holds the lists of a Parquet file, as a list."""
+    return value.tolist() if getattr(value, "ndim", 0) and hasattr(value, "tolist") else value

@@ -12,7 +12,7 @@ from string import Formatter
 from typing import Any, Literal
 
 from zo_opt.errors import ZOError
-from zo_opt.tasks.cells import FILL, is_blank, label_of, one_spelling, text_of
+from zo_opt.tasks.cells import FILL, is_blank, label_of, name_of, one_spelling, text_of
 from zo_opt.tasks.metrics import CLASSIFICATION, GENERATION, KINDS, LANGUAGE_MODELLING
 
 Split = Literal["train", "held_out"]
@@ -37,6 +37,7 @@ class Task:
             alphabet's, and a number would mean whatever it happens to.
         optional: placeholders whose column may be blank in a row, or missing; see :meth:`filled`.
         conversation: the columns of a conversation, ("messages",) or ("prompt", "completion"); of other tasks none.
+        label_names: what the training table calls its labels, one a label, where it holds them as numbers (``ClassLabel``).
         source: a function that gives the rows of a split, "train" or "held_out"; without one, rows come from the user's files.
 
     >>> task = Task("mine", "{text} It was", {"0": "bad", "1": "good"}, source=lambda split: [{"text": "a film", "label": 1}])
@@ -57,6 +58,7 @@ class Task:
     numbered: bool = True
     optional: tuple[str, ...] = ()
     conversation: tuple[str, ...] = ()
+    label_names: tuple[str, ...] = ()
     source: Callable[[Split], Iterable[dict[str, Any]]] | None = None
 
     def __post_init__(self) -> None:
@@ -90,9 +92,8 @@ class Task:
         ):
             if not isinstance(plain[name], kind):
                 raise TypeError(f"its {name} is {plain[name]!r}")
-        task = cls(
-            **dict(plain) | {name: tuple(plain.get(name, ())) for name in ("metrics", "optional", "conversation")}
-        )
+        lists = ("metrics", "optional", "conversation", "label_names")
+        task = cls(**dict(plain) | {name: tuple(plain.get(name, ())) for name in lists})
         check_template(task.template)
         return task
 
@@ -142,18 +143,28 @@ class Task:
         kept = [line for line in lines if not blank or not (shown := placeholders(line)) or not blank.issuperset(shown)]
         return "\n".join([*kept, last]).format(**fields, **extra)
 
-    def label_of(self, value: Any, where: str = "this row") -> int | None:
+    def label_of(self, value: Any, where: str = "this row", called: Sequence[str] = ()) -> int | None:
         """The number of a label given by name, or by number where the task is ``numbered``; None where it is unknown.
 
+        Args:
+            value: of the label's column.
+            where: which row's, for the sentence.
+            called: what the row's own table calls its labels 0, 1, ...; the names count then, whose order may be another than the task's.
+
         Raises:
-            ZOError: the value is no label at all; ``where`` says in the sentence which row's.
+            ZOError: the value is no label at all.
         """
         text = label_of(value, self.label_column, where)
         names = [one_spelling(label) for label in self.labels]
-        if text in names:
-            return names.index(text)
         # A number counts positions only where labels have names: of labels 1 and 2, 0 is not the first.
-        named = self.numbered and not any(label.lstrip("-").isdecimal() for label in names)
+        numbers = any(label.lstrip("-").isdecimal() for label in names)
+        if called:
+            name = name_of(text, called, self.label_column, where)
+            text = text if numbers and not self.label_names else name
+        for known in (self.label_names, names) if called else (names, self.label_names):
+            if text in known:
+                return known.index(text)
+        named = self.numbered and not numbers
         return int(text) if named and re.fullmatch(r"\d{1,9}", text) and int(text) < len(names) else None
 
 
@@ -217,9 +228,15 @@ def parse_verbalizers(text: str, labels: Sequence[str]) -> dict[str, str]:
         pairs = [(one_spelling(label), word.strip()) for label, word in (part.split("=", 1) for part in parts)]
         if sorted(label for label, _ in pairs) != sorted(labels):
             raise ZOError(f"verbalizers {text!r} must name each of the labels {', '.join(labels)} once.")
-        words = dict(pairs)
+        words = {label: dict(pairs)[label] for label in labels}  # whose order numbers them
     elif len(parts) == len(labels) and not any(named):
         words = dict(zip(labels, parts, strict=True))
+        for label, word in words.items():
+            if word in labels and word != label:
+                raise ZOError(
+                    f"verbalizers {text!r} give the label {label} the word {word!r}, which is another label: words without a label go to "
+                    f"{', '.join(labels)}, in this order; write label=word,label=word."
+                )
     else:
         raise ZOError(
             f"verbalizers {text!r} give {len(parts)} words for the labels {', '.join(labels)}; give one a label, as label=word,label=word."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from zo_opt.errors import ZOError
@@ -10,12 +10,14 @@ from zo_opt.record.progress import Reporter
 from zo_opt.tasks import builtin
 from zo_opt.tasks import rows as data
 from zo_opt.tasks.builtin import OWN_TEXT, get_task
+from zo_opt.tasks.cells import one_spelling
 from zo_opt.tasks.chat import chat_task
 from zo_opt.tasks.metrics import CLASSIFICATION, GENERATION, LANGUAGE_MODELLING
 from zo_opt.tasks.rows import Example
 from zo_opt.tasks.tables import Rows
 from zo_opt.tasks.tasks import (
     Task,
+    as_letters,
     check_template,
     custom_generation_task,
     custom_task,
@@ -68,15 +70,30 @@ def load_examples(config: TrainConfig, reporter: Reporter, given: GivenRows | No
             raise ZOError("validation needs at least two training rows; give more.")
         train, held_out = data.hold_out(train, config.held_out, last=last)
     train = train[: config.max_train_rows] if config.max_train_rows is not None else train
-    if task.kind == CLASSIFICATION and (missing := data.check_classes(train, task, sources[0])):
-        reporter.say(
-            f"no training row has the label{'s' if len(missing) > 1 else ''} {', '.join(missing)}, which the run cannot learn."
-        )
+    if task.kind == CLASSIFICATION:
+        absent = {
+            "training row has": (data.check_classes(train, task, sources[0]), "which the run cannot learn"),
+            "held-out row has": (data.missing_classes(held_out, task), "of which the figures say nothing"),
+        }
+        for rows_have, (missing, so) in absent.items():
+            if missing:
+                reporter.say(f"no {rows_have} the label{'s' if len(missing) > 1 else ''} {', '.join(missing)}, {so}.")
+    for note in _notes(task):
+        reporter.say(note)
     for examples, source in ((train, sources[0]), (held_out, sources[1])):
         data.check_text(examples, task, source)
     record = RowRecord.of(task, train, held_out, private=config.private)
-    say_of_held_out(len(held_out), record.trained_on, reporter.say)
+    say_of_held_out(record.rows[1], record.trained_on, reporter.say)
     return Examples(task, train, held_out, record)
+
+
+def _notes(task: Task) -> Iterator[str]:
+    """What is possible in a prompt and seldom meant."""
+    learned = {CLASSIFICATION: task.label_column, GENERATION: task.target_column}.get(task.kind)
+    if not task.conversation and learned in [task.columns.get(name, name) for name in placeholders(task.template)]:
+        yield f"the prompt shows the column {learned!r}, which is what the model is to find: the figures say nothing of rows without it."
+    if "\\n" in task.template:
+        yield "the template holds a backslash and an n, which are letters; a line end is written $'...\\n...' in a shell."
 
 
 def _task_for_file(config: TrainConfig, rows: Rows) -> Task:
@@ -116,9 +133,11 @@ def _task_for_file(config: TrainConfig, rows: Rows) -> Task:
         template=config.template, verbalizers=config.verbalizers,
     )  # fmt: skip
     names = rows.names.get(config.label_column)
-    if names is None or config.verbalizers is not None or labels != [str(i) for i in range(len(names))]:
+    if names is None:
         return own
-    return replace(own, verbalizers=dict(zip(labels, names, strict=True)))  # what the table calls its labels
+    called = [names[int(label)] for label in labels]  # which column_values has checked
+    words = dict(zip(labels, map(as_letters, called), strict=True)) if config.verbalizers is None else own.verbalizers
+    return replace(own, verbalizers=words, label_names=tuple(map(one_spelling, called)))
 
 
 def _with_optional(task: Task, config: TrainConfig, rows: Rows) -> Task:

@@ -43,7 +43,7 @@ class RowRecord:
     def of(cls, task: Task, train: Sequence[Example], held_out: Sequence[Example], *, private: bool) -> RowRecord:
         """The record of a run's rows."""
         trained, held = hashes_of(train, task), hashes_of(held_out, task)
-        count = (len(train), len(held_out))
+        count = (count_rows(train), count_rows(held_out))
         if private:
             return cls(None, _joint(held), count, None)
         each = "".join(trained) if len(train) <= MOST_ROWS else None
@@ -136,12 +136,15 @@ def hashes_of(examples: Sequence[Example], task: Task) -> list[str]:
     ]
 
 
+def count_rows(examples: Sequence[Example]) -> int:
+    """How many rows there are: of a conversation each answer is one."""
+    return sum(sum(turn.learned for turn in e.turns[1:]) if e.turns else 1 for e in examples)
+
+
 def _seen(examples: Sequence[Example], hashes: Sequence[str], trained: set[str]) -> int:
     """How many rows are among those trained on; blank lines of running text are not counted."""
-    found = zip(examples, hashes, strict=True)
-    return sum(
-        row in trained and (bool(e.turns) or any(text.strip() for text in e.fields.values())) for e, row in found
-    )
+    found = [e for e, row in zip(examples, hashes, strict=True) if row in trained]
+    return count_rows([e for e in found if e.turns or any(text.strip() for text in e.fields.values())])
 
 
 def say_of_held_out(rows: int, trained_on: int | None, say: Callable[[str], None]) -> None:

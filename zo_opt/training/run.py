@@ -19,7 +19,7 @@ from zo_opt.tasks.evaluation import Evaluation, Prepared, evaluate
 from zo_opt.tasks.metrics import CLASSIFICATION
 from zo_opt.tasks.padding import try_padding
 from zo_opt.tasks.rows import Example, check_text, make_examples, make_prompts, read_rows
-from zo_opt.tasks.scoring import Scorer
+from zo_opt.tasks.scoring import Encoded, Scorer
 from zo_opt.tasks.tables import Rows, rows_given
 from zo_opt.tasks.tasks import Task
 from zo_opt.training.config import TrainConfig
@@ -27,7 +27,7 @@ from zo_opt.training.examples import Examples, load_examples
 from zo_opt.training.given import GivenRows, given_rows, held_out_apart
 from zo_opt.training.loop import train as run_training
 from zo_opt.training.options import WHOLE_MODEL
-from zo_opt.training.row_record import RowRecord, say_of_held_out
+from zo_opt.training.row_record import RowRecord, count_rows, say_of_held_out
 from zo_opt.training.run_record import config_of, load_tuned, read_record, task_in
 from zo_opt.training.setup import load_base
 from zo_opt.training.writing import Form, Prompt, check_writes, options_of, prompt_tokens, samples, write
@@ -187,10 +187,13 @@ class Run:
             **options: of transformers' ``generate``.
         """
         check_writes(self.scorer, self.model)
+        if isinstance(prompts, str | Mapping):
+            raise ZOError(f"the prompts are a {'text' if isinstance(prompts, str) else 'row'}; give a list of them.")
         if batch_size is None:
             alone = streamer is not None or samples(self.model, options)
             batch_size = 1 if alone else self.config.eval_batch_size
         ids = [prompt_tokens(self.scorer, prompt, form, f"prompt {n}") for n, prompt in enumerate(prompts, start=1)]
+        self.scorer.check_tokens([Encoded([one], []) for one in ids], "prompt")
         each = options_of(self.model, self.scorer, ids, batch_size=batch_size, seed=seed, **options)
         return self._texts(list(zip(ids, each, strict=True)), batch_size, seed, streamer)
 
@@ -243,7 +246,7 @@ class Run:
         trained_on = None if self.rows is None else self.rows.trained_on_of(examples, self.task)
         if self.rows is None:
             self.reporter.say(_NO_RECORD)
-        say_of_held_out(len(examples), trained_on, self.reporter.say)
+        say_of_held_out(count_rows(examples), trained_on, self.reporter.say)
         return examples, trained_on
 
 

@@ -11,7 +11,7 @@ import torch
 from zo_opt.errors import ZOError, reason_of
 from zo_opt.models.probes import rounding
 from zo_opt.system.plain_json import is_number
-from zo_opt.tasks.chat import asked_of
+from zo_opt.tasks.chat import asked_of, said_in
 from zo_opt.tasks.metrics import GENERATION, LANGUAGE_MODELLING
 from zo_opt.tasks.rows import make_prompts
 from zo_opt.tasks.scoring import ChatGenerator, Scorer, Writer
@@ -59,18 +59,22 @@ def prompt_tokens(scorer: Scorer, prompt: Prompt, form: Form, where: str) -> lis
     """
     if form not in FORMS:
         raise ZOError(f"form={form!r} is not known; choose one of {', '.join(FORMS)}.")
+    if not isinstance(prompt, str | Mapping | Sequence):
+        raise ZOError(f"{where} is of type {type(prompt).__name__}; give a text, a row, or a list of messages.")
+    if ids := _tokens(scorer, prompt, form, where):
+        return ids
+    raise ZOError(f"{where} is empty, and this tokenizer begins no text of its own; give a text.")
+
+
+def _tokens(scorer: Scorer, prompt: Prompt, form: Form, where: str) -> list[int]:
     task = scorer.task
     if isinstance(prompt, Sequence) and not isinstance(prompt, str):
         return chat_tokens(scorer, prompt, where)
     if form == "run" and isinstance(scorer, ChatGenerator):
-        messages = (
-            [{"role": "user", "content": prompt}]
-            if isinstance(prompt, str)
-            else asked_of(prompt, task.conversation, where)
-        )
-        return scorer.chat_prompt(messages, where)
+        asked: Mapping[str, Any] = {task.conversation[0]: _said(prompt)} if isinstance(prompt, str) else prompt
+        return scorer.chat_prompt(asked_of(asked, task.conversation, where), where)
     if form == "chat":
-        return chat_tokens(scorer, [{"role": "user", "content": _text(prompt, form, where)}], where)
+        return chat_tokens(scorer, _said(_text(prompt, form, where)), where)
     if form == "plain":
         return scorer.opening(_text(prompt, form, where))
     if task.kind == LANGUAGE_MODELLING:
@@ -96,7 +100,7 @@ def chat_tokens(scorer: Scorer, messages: Sequence[Mapping[str, Any]], where: st
     """
     if not getattr(scorer.tokenizer, "chat_template", None):
         raise ZOError("this model's tokenizer has no chat template; give --form run or plain.")
-    return chat_ids(scorer, messages, where)
+    return chat_ids(scorer, said_in(messages, where), where)
 
 
 def options_of(
@@ -238,6 +242,11 @@ def _ended(new: list[int], scorer: Scorer, plain: Any) -> list[int]:
     ends, first = end_tokens(scorer.tokenizer, plain.generation_config), int(plain.config.is_encoder_decoder)
     last = next((i for i, token in enumerate(new) if token in ends and i >= first), len(new))
     return new[: last + 1]
+
+
+def _said(text: str) -> list[dict[str, str]]:
+    """A conversation that begins with what a user says."""
+    return [{"role": "user", "content": text}]
 
 
 def _text(prompt: Any, form: str, where: str) -> str:

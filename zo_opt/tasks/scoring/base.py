@@ -90,8 +90,8 @@ class Scorer(ABC):
         """Tokenise examples, one for one; running text is cut into other rows than it came in."""
         return [self.encode(e) for e in examples]
 
-    def check_tokens(self, encoded: Sequence[Encoded]) -> None:
-        """Whether the model's embedding has a row for each token.
+    def check_tokens(self, encoded: Sequence[Encoded], what: str = "row") -> None:
+        """Whether the model's embedding has a row for each token; ``what``: of what they are, for the sentence.
 
         Raises:
             ZOError: it has not; the sentence says which row of the table it is.
@@ -100,8 +100,8 @@ class Scorer(ABC):
             highest = max(max(ids, default=0) for ids in [*e.prompts, *e.words])
             if self._embedding_rows is not None and highest >= self._embedding_rows:
                 raise ZOError(
-                    f"row {number} holds token {highest} ({self.tokenizer.convert_ids_to_tokens(highest)!r}), and the model's embedding has "
-                    f"{self._embedding_rows} rows; give the tokenizer that belongs to the model, or take the token out of the row."
+                    f"{what} {number} holds token {highest} ({self.tokenizer.convert_ids_to_tokens(highest)!r}), and the model's embedding has "
+                    f"{self._embedding_rows} rows; give the tokenizer that belongs to the model, or take the token out."
                 )
 
     @abstractmethod
@@ -222,7 +222,19 @@ class Scorer(ABC):
                     f"the tokenizer does not know all of the label words {text!r}, which become {self.tokenizer.unk_token}; "
                     "choose other words with --verbalizers."
                 )
-        return self._words(texts, "")
+        words = self._words(texts, "")
+        if not self.reads_mask:  # whose masks say how long a text is
+            self._check_beginnings(words, texts)
+        return words
+
+    def _check_beginnings(self, words: Sequence[list[int]], texts: Sequence[str]) -> None:
+        for ids, text in zip(words, texts, strict=True):
+            for longer, other in zip(words, texts, strict=True):
+                if len(ids) < len(longer) and longer[: len(ids)] == ids:
+                    raise ZOError(
+                        f"the label words {other!r} begin with the tokens of {text!r}, another label's: a text is never likelier than its "
+                        f"beginning, so that {other!r} could never be predicted; choose other words with --verbalizers."
+                    )
 
     def words_of(self, example: Example) -> list[list[int]]:
         """Tokens of each label's words as they follow the prompt.

@@ -65,7 +65,7 @@ class ClassificationScorer(LabelScorer):
     def __init__(self, model: Any, tokenizer: Any, task: Task, max_length: int | None = None) -> None:
         super().__init__(model, tokenizer, task, max_length)
         settle_classifier(model, tokenizer)
-        self._outputs, self.names, note = label_outputs(model, task.labels)
+        self._outputs, self.names, note = label_outputs(model, task.labels, task.label_names)
         self.notes += [note] if note else []
         name_outputs(model, self.names)
 
