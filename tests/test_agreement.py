@@ -12,7 +12,7 @@ import transformers
 from conftest import make_tokenizer, run_main
 from torch import nn
 
-from zo_opt import ZOError
+from zo_opt import ZOError, set_precision
 from zo_opt.models.agreement import decoder_start, label_outputs
 from zo_opt.models.models import load_model
 from zo_opt.tasks.evaluation import Prepared
@@ -124,6 +124,14 @@ def test_others_are_batched_as_before(name: str, ending: str, sizes: dict[str, A
     assert scorer.padding_is_harmless
     assert len(rows.by_length(8)) == 1
     assert_rows_are_their_own(model, rows)
+
+
+def test_a_model_that_the_mixed_form_does_not_fit_is_told_of_the_other() -> None:
+    """Mamba multiplies a layer's weight itself, past the layer."""
+    model = build("Mamba", "ForCausalLM")
+    set_precision(model, "mixed", torch.device("cpu"))
+    with pytest.raises(ZOError, match=r"MambaForCausalLM .* cannot be run .*; give --precision fp32\.$"):
+        scorer_for(model, template="{text} It was")
 
 
 def test_label_words_of_several_lengths_are_refused_where_padding_harms() -> None:
