@@ -202,6 +202,15 @@ def test_an_encoder_is_no_decoder(name: str, ending: str, sizes: dict[str, Any])
         scorer_for(build(name, ending, **sizes))
 
 
+def test_an_encoder_that_hardly_looks_ahead_is_one() -> None:
+    model = build("Bert", "ForMaskedLM")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(1e-3 if ".value." in name else 1)
+    set_precision(model, "mixed", torch.device("cpu"))
+    assert scorer_for(model).probed.sees_ahead is False  # as far as the rounding tells
+
+
 def test_a_decoder_fills_no_masks() -> None:
     with pytest.raises(ZOError, match="see those before it alone"):
         scorer_for(build("Bert", "ForMaskedLM", is_decoder=True), "masked")
