@@ -12,7 +12,7 @@ import transformers
 from conftest import make_tokenizer, run_main
 from torch import nn
 
-from zo_opt import ZOError
+from zo_opt import ZOError, set_precision
 from zo_opt.models.agreement import decoder_start, label_outputs
 from zo_opt.models.models import load_model
 from zo_opt.tasks.evaluation import Prepared
@@ -126,6 +126,14 @@ def test_others_are_batched_as_before(name: str, ending: str, sizes: dict[str, A
     assert_rows_are_their_own(model, rows)
 
 
+def test_a_model_that_the_mixed_form_does_not_fit_is_told_of_the_other() -> None:
+    """Mamba multiplies a layer's weight itself, past the layer."""
+    model = build("Mamba", "ForCausalLM")
+    set_precision(model, "mixed", torch.device("cpu"))
+    with pytest.raises(ZOError, match=r"MambaForCausalLM .* cannot be run .*; give --precision fp32\.$"):
+        scorer_for(model, template="{text} It was")
+
+
 def test_label_words_of_several_lengths_are_refused_where_padding_harms() -> None:
     model = build("Rwkv", "ForCausalLM", attention_hidden_size=32)
     task = Task("t", "{text} It was", {"0": "not that great", "1": "terrible"})
@@ -192,6 +200,15 @@ def test_positions_that_begin_after_the_padding_id(name: str) -> None:
 def test_an_encoder_is_no_decoder(name: str, ending: str, sizes: dict[str, Any]) -> None:
     with pytest.raises(ZOError, match="see those after it"):
         scorer_for(build(name, ending, **sizes))
+
+
+def test_an_encoder_that_hardly_looks_ahead_is_one() -> None:
+    model = build("Bert", "ForMaskedLM")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(1e-3 if ".value." in name else 1)
+    set_precision(model, "mixed", torch.device("cpu"))
+    assert scorer_for(model).probed.sees_ahead is False  # as far as the rounding tells
 
 
 def test_a_decoder_fills_no_masks() -> None:

@@ -15,11 +15,11 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from zo_opt import AdaZeta, MeZO, ZOError
-from zo_opt.directions import DIRECTIONS, StepDirections, Stream
-from zo_opt.optim import OPTIMIZERS, UPDATE_RULES, ClipProjectedGrads, apply
+from zo_opt.directions import DIRECTIONS, LowRank, StepDirections, Stream
+from zo_opt.optim import OPTIMIZERS, UPDATE_RULES, Adam, ClipProjectedGrads, LineSearch, apply
 from zo_opt.queries import modes as query_modes
 from zo_opt.queries import perturbation, trainables
-from zo_opt.schedules import adazeta_queries, constant_queries
+from zo_opt.schedules import AdaZetaQueries, ConstantQueries, StepwiseQueries, adazeta_queries, constant_queries
 
 every_optimizer = pytest.mark.parametrize("name", NAMES)
 # The table, and one optimizer with each distribution of directions and each update rule.
@@ -815,6 +815,43 @@ def test_impossible_arguments(name, option, value):
 def test_impossible_arguments_of_one(name, option, value):
     with pytest.raises(ZOError, match=option):
         build(name, Model(), **{option: value})
+
+
+@pytest.mark.parametrize("value", [None, "x", math.nan, [], 1j, torch.ones(2)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("mezo", "lr"), ("mezo", "zo_eps"), ("mezo", "seed"), ("mezo", "max_failed_steps"), ("mezo", "step_control"), ("mezo", "line_search"),
+        ("mezo", "module"), ("mezo", "privacy"), ("mezo", "estimator"), ("mezo", "directions"), ("mezo", "update_rule"),
+        ("hizoo", "smoothing"), ("sparse-mezo", "density"), ("mezo-svrg", "interval"), ("mezo-svrg", "full_closure"), ("zo-kalman", "noise"),
+        ("agzo", "rank"), ("p-gap", "probes"), ("p-gap", "delta"), ("lozo", "rank"), ("subzero", "interval"), ("zo-adam", "adam_eps"),
+        ("zo-momentum", "beta"), ("adazeta", "query_schedule"),
+    ],
+)  # fmt: skip
+def test_arguments_of_other_types(name, option, value):
+    none = (None,) if option in ("module", "privacy", "line_search", "full_closure") else ()
+    if any(value is n for n in none) or (
+        option in ("step_control", "line_search") and isinstance(value, list | torch.Tensor)
+    ):
+        return  # which says: none, or is a list
+    with pytest.raises(ZOError):
+        OPTIMIZERS[name](Model().parameters(), **{"lr": 0.1, option: value})
+
+
+@pytest.mark.parametrize(
+    ("make", "option"),
+    [
+        (lambda: Adam(eps=0.0), "eps"), (lambda: LowRank(rank=1.5, interval=2), "rank"), (lambda: LowRank(rank=2, interval=math.nan), "interval"),
+        (lambda: ClipProjectedGrads(factor=math.nan), "factor"), (lambda: ConstantQueries(True), "queries"),
+        (lambda: AdaZetaQueries(beta="x"), "beta"),
+        (lambda: StepwiseQueries([1]), "milestones"), (lambda: LineSearch((0.0, math.nan)), r"multipliers\[1\]"),
+        (lambda: build("mezo", Model(), query_schedule=ConstantQueries), r"query_schedule=.*made: ConstantQueries\(...\)"),
+        (lambda: build("mezo", Model(), directions=lambda: 1), "directions"),
+    ],
+)  # fmt: skip
+def test_parts_made_of_other_values(make, option):
+    with pytest.raises(ZOError, match=option):
+        make()
 
 
 def test_a_schedule_without_queries_is_an_error_each_time():

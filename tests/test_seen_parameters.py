@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import random
 from types import SimpleNamespace
@@ -57,6 +58,11 @@ def view_of(p):
     return nn.Parameter(p.data.view(-1))
 
 
+def made_for_inference():
+    with torch.inference_mode():
+        return nn.Parameter(torch.ones(2))
+
+
 ODD = {
     "complex": (lambda p: nn.Parameter(torch.ones(2, dtype=torch.complex64)), "is complex .torch.complex64.*view_as_real"),
     "float8": (lambda p: nn.Parameter(torch.ones(2).to(torch.float8_e4m3fn)), "is torch.float8_e4m3fn; train parameters in"),
@@ -64,6 +70,9 @@ ODD = {
     "a view": (view_of, "two trainables share memory"),
     "a part": (lambda p: nn.Parameter(p.data[1:]), "two trainables share memory"),
     "tied by .data": (lambda p: nn.Parameter(p.data), "two trainables share memory"),
+    "lazy": (lambda p: nn.LazyLinear(2).weight, "has no shape yet"),
+    "sparse": (lambda p: nn.Parameter(torch.eye(2).to_sparse()), "is torch.sparse_coo; train a dense one"),
+    "made for inference": (lambda p: made_for_inference(), "was made under torch.inference_mode"),
 }  # fmt: skip
 
 
@@ -131,6 +140,47 @@ def test_a_shape_that_changes_between_steps():
     with pytest.raises(ZOError, match=r"shape \(4,\) has shape \(2, 2\) after 1 steps"):
         optimizer.step(total(p, q))
     assert torch.equal(q.data.view(4), old)
+
+
+@pytest.mark.parametrize(
+    "params", [[], None, nn.Linear(2, 2), torch.ones(2), {"weight": 1}, [[nn.Parameter(torch.ones(2))]], [{"lr": 1.0}]]
+)
+def test_what_is_no_list_of_parameters(params):
+    with pytest.raises(ZOError, match=r"these params are not possible .*give trainable_parameters"):
+        MeZO(params, lr=0.1)
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, None, "0.1", torch.ones(2)], ids=str)
+def test_a_group_that_cannot_be_moved(name, value):
+    """As it was given, or as a scheduler left it."""
+    p, q = two()
+    optimizer = MeZO([{"params": [p], name: value}, {"params": [q]}], lr=0.1)
+    refused(optimizer, lambda: optimizer.step(total(p, q)), f"{name}=.* is not possible; give a number of at least 0")
+    optimizer = MeZO([p, q], lr=0.1)
+    optimizer.step(total(p, q))
+    optimizer.param_groups[0][name] = value
+    refused(optimizer, lambda: optimizer.step(total(p, q)), f"{name}=.* is not possible; give a number of at least 0")
+
+
+@pytest.mark.parametrize("name", ["zo_eps", "learning_rate", "betas"])
+def test_an_option_of_a_group_that_no_step_looks_at(name):
+    with pytest.raises(ZOError, match=f"a parameter group has '{name}', which no step looks at"):
+        MeZO([{"params": two(), name: 0.5}], lr=0.1)
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adam"])
+def test_steps_within_inference_mode_are_those_outside(rule):
+    weights = []
+    for within in (True, False):
+        p, q = two()
+        optimizer = MeZO([p, q], lr=0.1, update_rule=rule)
+        for step in range(3):
+            with torch.inference_mode(within and step < 2):
+                optimizer.step(total(p, q))
+        total(p, q)().backward()  # the weights can still be trained otherwise
+        weights.append([p.detach(), q.detach(), p.grad])
+    assert alike(*weights)
 
 
 # --- states of others ---
@@ -239,6 +289,8 @@ RETURNED = {
     "several": (lambda x: x.expand(3), r"a tensor of shape \(3,\)"),
     "a numpy array": (lambda x: np.ones(3), r"an array of shape \(3,\)"),
     "an object": (lambda x: object(), "a object; return the loss"),
+    "a class": (lambda x: float, "a type; return the loss"),
+    "a tensor without values": (lambda x: torch.empty((), device="meta"), "a meta tensor; return the loss as a plain one"),
 }  # fmt: skip
 LOSSES = {
     "a tensor": lambda x: x,
@@ -270,6 +322,40 @@ def test_closures_that_return_a_loss(returned):
         return [p.detach().clone() for p in model.parameters()]
 
     assert alike(after(LOSSES[returned]), after(float))
+
+
+def test_closures_that_do_the_optimizers_work():
+    model = Model()
+    optimizer = make(model)
+
+    def as_torch_has_it():
+        optimizer.zero_grad()
+        loss = model(BATCH)
+        loss.backward()
+        return loss
+
+    refused(optimizer, lambda: optimizer.step(as_torch_has_it), "the closure asks for gradients")
+    for within in (optimizer.step, optimizer.estimate):
+        refused(
+            optimizer, lambda within=within: optimizer.step(lambda: within(model, BATCH)), "calls its own optimizer"
+        )
+    optimizer.step(model, BATCH)
+
+
+def test_a_batch_without_a_closure_or_examples():
+    model = Model()
+    optimizer = make(model, query_mode="split")
+    refused(optimizer, lambda: optimizer.step(None, BATCH), "a batch and no closure|without an estimate")
+    refused(optimizer, lambda: optimizer.step(model, {k: v[:0] for k, v in BATCH.items()}), "the batch has no examples")
+
+
+@pytest.mark.parametrize("queries", [1.5, "3", None, math.nan, True], ids=str)
+def test_a_schedule_that_gives_no_whole_number(queries):
+    model = Model()
+    optimizer = make(model, query_schedule=lambda step, epoch, history: queries)
+    refused(
+        optimizer, lambda: optimizer.step(model, BATCH), "the query schedule returned .* whole number of at least 1"
+    )
 
 
 @pytest.mark.parametrize("kind", ["mezo", "adamw"])
@@ -385,6 +471,29 @@ def test_running_statistics_do_not_move(layer):
         for _ in range(3):
             optimizer.step(lambda: net(X))
         assert alike(buffers(), before) and net.training
+
+
+@pytest.mark.parametrize(
+    ("layer", "sentence"),
+    [(nn.Dropout(0.5), "two losses at one point"), (nn.BatchNorm1d(8), "BatchNorm1d in training mode")],
+    ids=str,
+)
+@pytest.mark.parametrize("resumed", [False, True])
+def test_training_mode_that_comes_back_later(layer, sentence, resumed):
+    """As after an evaluation that ends in model.train(), or in a new process that forgot model.eval()."""
+    net = Net(copy.deepcopy(layer)).eval()
+    optimizer = MeZO(net.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.step(lambda: net(X))
+    if resumed:
+        state, optimizer = optimizer.state_dict(), MeZO(net.parameters(), lr=0.1)
+        optimizer.load_state_dict(state)
+    forwards = optimizer.history.forwards
+    net.train()
+    refused(optimizer, lambda: optimizer.step(lambda: net(X)), sentence)
+    net.eval()
+    optimizer.step(lambda: net(X))
+    assert optimizer.history.forwards == forwards + 2  # the same count in one process and in two
 
 
 def test_what_module_or_eval_makes_of_dropout():

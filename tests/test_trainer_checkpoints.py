@@ -122,6 +122,28 @@ def test_a_checkpoint_is_an_adapter(tmp_path: Path) -> None:
         zo_trainer(MODELS["tt"](), tmp_path, max_steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt"])
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_a_checkpoint_without_its_optimizer(name: str, damage: str, tmp_path: Path) -> None:
+    """It would begin with the run's first directions and learning rate, at its middle."""
+    zo_trainer(adapted(), tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    file = tmp_path / "checkpoint-1" / name
+    content = file.read_bytes()
+    file.unlink()
+    if damage == "cut":
+        file.write_bytes(content[: len(content) // 2])
+    sentence = f"holds no {name}" if damage == "gone" else "cannot be read .*earlier checkpoint"
+    with pytest.raises(ZOError, match=sentence):
+        zo_trainer(adapted(), tmp_path, max_steps=2).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("option", [{"zo_eps": 0.5}, {"zo_seed": 5}])
+def test_a_checkpoint_of_other_numbers(option: dict[str, Any], tmp_path: Path) -> None:
+    zo_trainer(adapted(), tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    with pytest.raises(ZOError, match=f"the checkpoint's run has {next(iter(option))}="):
+        zo_trainer(adapted(), tmp_path, max_steps=2, **option).train(resume_from_checkpoint=True)
+
+
 def test_what_the_trainer_pickles_is_read_back_without_unpickling(tmp_path: Path) -> None:
     trainer = zo_trainer(adapted(), tmp_path, max_steps=1, zo_optimizer="hizoo", save_strategy="steps", save_steps=1)
     trainer.train()

@@ -279,7 +279,7 @@ CASES: dict[str, Case] = {
     "no room for text": (lambda p: {"max_length": 0}, "max_length=0"),
     "no room for the template": (lambda p: {"max_length": 2}, "template alone|max_length"),
     # model
-    "no such model directory": (lambda p: {"model_name_or_path": p.path / "none"}, "none.*could not be loaded"),
+    "no such model directory": (lambda p: {"model_name_or_path": p.path / "none"}, "none.*does not exist; give a local directory"),
     "no such model": (lambda p: {"model_name_or_path": "nobody/nothing"}, "nobody/nothing"),
     "empty model directory": (
         lambda p: {"model_name_or_path": p.other_model(lambda m: [f.unlink() for f in m.iterdir()])}, r"config\.json",

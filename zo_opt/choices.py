@@ -9,11 +9,13 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from zo_opt.errors import ZOError
 
@@ -80,9 +82,11 @@ class Table(Mapping[str, Any], Generic[T]):
         """
         made: Any = choice
         if not isinstance(choice, str | Mapping):
-            if not (callable(choice) or (self.kind is not None and isinstance(choice, self.kind))):
+            right = isinstance(choice, self.kind) if self.kind is not None else callable(choice)
+            if inspect.isclass(choice) or not right:
+                made = f", made: {choice.__name__}(...)" if inspect.isclass(choice) else ""
                 raise ZOError(
-                    f"{self.part}={choice!r} is not possible; give one of {', '.join(self.entries)}, or your own."
+                    f"{self.part}={choice!r} is not possible; give one of {', '.join(self.entries)}, or your own{made}."
                 )
             return made  # type: ignore[no-any-return]
         name, options = split(self.part, choice)
@@ -175,3 +179,51 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
     """
     near = difflib.get_close_matches(given, list(known), n=1)
     return f" Did you mean {near[0]}?" if near else ""
+
+
+class Range(NamedTuple):
+    """The numbers that an option takes."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+    whole: bool = False
+
+    def holds(self, number: float) -> bool:
+        """Whether a number lies in it."""
+        return self.least <= number <= self.most and self.above < number < self.below
+
+    def __str__(self) -> str:
+        if math.isfinite(self.least) and math.isfinite(self.most):
+            return f"from {self.least:,} to {self.most:,}"
+        limits = ((self.least, "of at least"), (self.above, "above"), (self.most, "of at most"), (self.below, "below"))
+        return " and ".join(f"{words} {limit:,}" for limit, words in limits if math.isfinite(limit))
+
+
+def check_numbers(within: Range, /, **values: Any) -> None:
+    """Whether values are finite numbers in a range; those of numpy and torch count.
+
+    Raises:
+        ZOError: one is not; the sentence says which, and what is possible.
+
+    >>> check_numbers(Range(least=0, below=1), beta1="0.9")
+    Traceback (most recent call last):
+    zo_opt.errors.ZOError: beta1='0.9' is not possible; give a number of at least 0 and below 1.
+    """
+    kind = Integral if within.whole else Real
+    for name, value in values.items():
+        number: Any = python_number(value)
+        right = not isinstance(number, bool) and isinstance(number, kind)
+        if not right or not abs(number) <= sys.float_info.max or not within.holds(number):
+            raise ZOError(
+                f"{name}={value!r} is not possible; give a {'whole ' * within.whole}number {within}".rstrip() + "."
+            )
+
+
+def python_number(value: Any) -> Any:
+    """A number of numpy or torch as Python's; anything else as it is."""
+    try:
+        return value.item() if hasattr(value, "item") else value
+    except (RuntimeError, ValueError, TypeError):  # of several
+        return value

@@ -16,9 +16,11 @@ class RankError(RuntimeError):
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of what an error says, without its full stop; its class's name where it says nothing.
+    """The first line of what an error says, without its full stop, and the next where it ends in a colon; its class's name where it says nothing.
 
-    >>> reason_of(RuntimeError("no room.\\nmore of it")), reason_of(MemoryError())
-    ('no room', 'MemoryError')
+    >>> reason_of(RuntimeError("no room.\\nmore of it")), reason_of(MemoryError()), reason_of(ValueError("field 'a':\\n  no number"))
+    ('no room', 'MemoryError', "field 'a': no number")
     """
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    said = lines[0] if not lines[0].endswith(":") else " ".join(lines[:2])
+    return said.rstrip(".:")

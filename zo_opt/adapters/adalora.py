@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zo_opt.adapters.adapted import AdaptedModule, Delta, Draw, ParallelAdapter, numbers
-from zo_opt.adapters.options import SEED, Range, option
+from zo_opt.adapters.options import SEED, option
 from zo_opt.adapters.schedule import AdapterSchedule
 from zo_opt.adapters.sensitivity import Phases, Sensitivity, SensitivityConfig, cubic
 from zo_opt.adapters.targets import ATTENTION, Target
+from zo_opt.choices import Range
 from zo_opt.errors import ZOError
 
 if TYPE_CHECKING:

@@ -13,11 +13,12 @@ from torch.nn import functional as F
 from zo_opt.adapters.adapted import Delta, ParallelAdapter, numbers
 from zo_opt.adapters.config import AdapterConfig
 from zo_opt.adapters.lamda_backward import core_then_columns
-from zo_opt.adapters.options import Range, option
+from zo_opt.adapters.options import option
 from zo_opt.adapters.schedule import AdapterSchedule
 from zo_opt.adapters.spectrum import leading_triplets
 from zo_opt.adapters.targets import ATTENTION, Target
 from zo_opt.adapters.weights import matrix
+from zo_opt.choices import Range
 from zo_opt.errors import ZOError
 
 if TYPE_CHECKING:

@@ -6,31 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import field, fields
 from types import NoneType, UnionType
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from zo_opt.choices import Range
 from zo_opt.errors import ZOError
 
 MOST_SIZE = 1 << 24  # of a rank, bottleneck or number of steps: what an adapter's size follows from is bounded
 MOST_NAMES = 10_000  # of modules or layers in a list: each is looked for in the whole model
-
-
-class Range(NamedTuple):
-    """The numbers that an option takes."""
-
-    least: float = -math.inf
-    most: float = math.inf
-    above: float = -math.inf
-    below: float = math.inf
-
-    def holds(self, number: float) -> bool:
-        """Whether a number lies in it."""
-        return self.least <= number <= self.most and self.above < number < self.below
-
-    def __str__(self) -> str:
-        if math.isfinite(self.least) and math.isfinite(self.most):
-            return f"from {self.least:,} to {self.most:,}"
-        limits = ((self.least, "of at least"), (self.above, "above"), (self.most, "of at most"), (self.below, "below"))
-        return " and ".join(f"{words} {limit:,}" for limit, words in limits if math.isfinite(limit))
 
 
 SIZE, POSITIVE = Range(least=1, most=MOST_SIZE), Range(above=0)

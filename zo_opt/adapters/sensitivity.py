@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from zo_opt.adapters.config import AdapterConfig
-from zo_opt.adapters.options import STEPS, Range, option
+from zo_opt.adapters.options import STEPS, option
+from zo_opt.choices import Range
 from zo_opt.errors import ZOError
 
 SHARE = Range(above=0, below=1)

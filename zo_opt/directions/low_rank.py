@@ -9,9 +9,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from zo_opt.choices import Range, check_numbers
 from zo_opt.directions.base import MatrixDirections, Stream
 from zo_opt.directions.gaussian import normal
-from zo_opt.errors import ZOError
 
 _CPU = torch.device("cpu")
 _U, _V, _Z, _VECTOR = 11, 12, 13, 14  # which of a parameter's random sequences
@@ -23,8 +23,7 @@ class _PlainVectors(MatrixDirections):
     interval: int
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or self.interval < 1:
-            raise ZOError(f"rank={self.rank} and interval={self.interval} are not possible; both must be at least 1.")
+        check_numbers(Range(least=1, whole=True), rank=self.rank, interval=self.interval)
 
     def vector(self, stream: Stream, parameter: int, size: int) -> Tensor:
         return _normal(*stream, parameter, _VECTOR, rows=size, columns=1).flatten()

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from zo_opt.choices import Range, check_numbers
 from zo_opt.directions.base import Directions, Shapes, Stream
 from zo_opt.directions.philox import words
 from zo_opt.directions.rademacher import Rademacher
-from zo_opt.errors import ZOError
 
 _PER_BLOCK = 16  # 16-bit numbers in a Philox block
 KIND = 2
@@ -31,10 +31,7 @@ class Sparse(Directions):
     density: float = 0.1
 
     def __post_init__(self) -> None:
-        if not 0 < self.density <= 1:
-            raise ZOError(
-                f"density={self.density} is not possible; give the share of entries to keep, above 0 and up to 1."
-            )
+        check_numbers(Range(above=0, most=1), density=self.density)
 
     def draw(self, stream: Stream, shapes: Shapes, start: int, stop: int, device: torch.device) -> Tensor:
         first, last = start // _PER_BLOCK, -(-stop // _PER_BLOCK)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from zo_opt.choices import Range, check_numbers
 from zo_opt.directions import StepDirections
 from zo_opt.errors import ZOError
 from zo_opt.estimators.base import Estimate, Estimator
@@ -191,12 +192,8 @@ class LearnedFeedback(Activations):
     foretold: float = 0.1
 
     def __post_init__(self) -> None:
-        for name, most in (("forgetting", 1.0), ("rate", 1.0), ("foretold", 1.0)):
-            if not 0 <= getattr(self, name) <= most:
-                raise ZOError(f"{name}={getattr(self, name)} is not possible; give a number from 0 to 1.")
-        for name in ("ridge", "noise"):
-            if not getattr(self, name) > 0:
-                raise ZOError(f"{name}={getattr(self, name)} is not possible; give a positive number.")
+        check_numbers(Range(least=0, most=1), forgetting=self.forgetting, rate=self.rate, foretold=self.foretold)
+        check_numbers(Range(above=0), ridge=self.ridge, noise=self.noise)
 
     def delta(self, memory: dict[str, Tensor], measured: Measured) -> Tensor:
         if not measured.own:

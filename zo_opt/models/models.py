@@ -126,6 +126,12 @@ def _source(name_or_path: str, say: Callable[[str], None]) -> tuple[str, dict[st
         raise ZOError(
             f"{path} holds no config.json; give a directory written by save_pretrained, a .gguf file, or a Hugging Face id."
         )
+    if not path.exists() and (
+        path.is_absolute() or name_or_path[0] in ".~" or len(path.parts) > 2
+    ):  # as no id of Hugging Face is
+        raise ZOError(
+            f"model {name_or_path!r} does not exist; give a local directory where it is, or a Hugging Face id."
+        )
     return name_or_path, {}
 
 

@@ -109,9 +109,12 @@ def trying(model: Any) -> Iterator[None]:
     except (ZOError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+        mixed = "dtype" in str(error) and str(getattr(model, "base_precision", "")).startswith("mixed")
+        mend = (
+            "give --precision fp32" if mixed else "load another checkpoint, or the tokenizer that belongs to this one"
+        )
         raise ZOError(
-            f"a {type(model).__name__} of this configuration cannot be run on this task's tokens ({reason_of(error)}); load another "
-            "checkpoint, or the tokenizer that belongs to this one."
+            f"a {type(model).__name__} of this configuration cannot be run on this task's tokens ({reason_of(error)}); {mend}."
         ) from error
 
 

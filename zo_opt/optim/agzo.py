@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from zo_opt.choices import Range, check_numbers
 from zo_opt.directions import Directions, Stream
 from zo_opt.directions.gaussian import normal
 from zo_opt.directions.spanned import Spanned, fresh_factor
@@ -70,8 +71,8 @@ class AGZO(ZerothOrderOptimizer):
     own_directions: ClassVar[bool] = True
 
     def __init__(self, params: Iterable[Any], *, rank: int = 1, iterations: int = 3, **options: Any) -> None:
-        if rank < 1 or iterations < 0:
-            raise ZOError(f"rank={rank} must be at least 1 and iterations={iterations} at least 0; give 1 and 3, say.")
+        check_numbers(Range(least=1, whole=True), rank=rank)
+        check_numbers(Range(least=0, whole=True), iterations=iterations)
         super().__init__(params, **options)
         if self.ranks is not None:
             raise ZOError("'agzo' takes its directions from one process's forward; use another optimizer in several.")

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from zo_opt.choices import check_numbers
 from zo_opt.directions import Directions, StepDirections
-from zo_opt.errors import ZOError
-from zo_opt.optim.choices import Choices, Setting
+from zo_opt.errors import ZOError, reason_of
+from zo_opt.optim.choices import RATE, Choices, Setting
 from zo_opt.optim.counting import CountingOptimizer, check_finite
 from zo_opt.optim.records import Update
 from zo_opt.optim.slots import Slots
+from zo_opt.optim.update_rules import UpdateRule
 from zo_opt.queries.trainables import Piece, Trainables, check_parameters
 
 Directed = Mapping[int, StepDirections]  # step -> its directions
+_OF_GROUPS = ("params", "param_names", "name", "lr", "initial_lr", "weight_decay")  # torch's, and what steps look at
 
 
 class AxisOptimizer(CountingOptimizer):
@@ -26,6 +29,16 @@ class AxisOptimizer(CountingOptimizer):
     setting: Setting
     own_directions: ClassVar[bool] = False  # they hang on what a forward showed: no journal can have them drawn again
     slot_values: ClassVar[Mapping[str, float]] = {}  # tensors of the parameters' shapes that it keeps, and their start
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+        try:
+            super().__init__(params, defaults)
+        except (TypeError, ValueError, LookupError) as error:
+            if isinstance(error, ZOError):
+                raise
+            raise ZOError(
+                f"these params are not possible ({reason_of(error)}); give trainable_parameters(model), or groups of them."
+            ) from error
 
     def start_axis(self) -> None:
         """Before the first step."""
@@ -59,6 +72,27 @@ class AxisOptimizer(CountingOptimizer):
             self._trainables = trainables
             self.forget_axis()
         return self._trainables
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """torch's.
+
+        Raises:
+            ZOError: the group has an option that is not looked at.
+        """
+        if unheeded := [name for name in param_group if name not in _OF_GROUPS]:
+            raise ZOError(
+                f"a parameter group has {unheeded[0]!r}, which no step looks at; groups may differ in lr and weight_decay."
+            )
+        super().add_param_group(param_group)
+
+    def check_groups(self) -> None:
+        """Whether each group can be moved; a scheduler may have changed it.
+
+        Raises:
+            ZOError: a learning rate or weight decay is no finite number, or negative.
+        """
+        for group in self.param_groups:
+            check_numbers(RATE, lr=group["lr"], weight_decay=group["weight_decay"])
 
     def _check_shapes(self, parameters: Sequence[Tensor]) -> None:
         """Whether trainables found anew have the shapes in which they were moved: directions and state are of those."""
@@ -109,6 +143,11 @@ class AxisOptimizer(CountingOptimizer):
     def all_directions(self, update: Update) -> Directed:
         """The directions that an update names."""
         return {step: self.directions_of(step) for step in {update.step, *(s for s, _ in update.older)}}
+
+    @property
+    def update_rule(self) -> UpdateRule:
+        """How the estimate moves the parameters."""
+        return self.choices.update_rule
 
     @property
     def lrs(self) -> tuple[float, ...]:

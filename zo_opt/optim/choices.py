@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from operator import index
 from typing import Any
 
 from torch import nn
 
-from zo_opt.choices import Table, did_you_mean
+from zo_opt.choices import Range, Table, check_numbers, did_you_mean, python_number
 from zo_opt.directions import DIRECTIONS, Directions, Gaussian, Rademacher
 from zo_opt.distributed import Distributed
 from zo_opt.errors import ZOError
@@ -22,6 +20,7 @@ from zo_opt.privacy.gaussian import GaussianPrivacy
 from zo_opt.queries.modes import QUERY_MODES
 from zo_opt.schedules import SCHEDULES, ConstantQueries, QueryMode, QuerySchedule
 
+RATE = Range(least=0)  # of lr and weight decay
 PARTS: Mapping[str, Table[Any]] = {
     "estimator": ESTIMATORS,
     "directions": DIRECTIONS,
@@ -66,13 +65,9 @@ class Choices:
 
     def __post_init__(self) -> None:
         for name in ("lr", "weight_decay", "zo_eps"):
-            if not hasattr(getattr(self, name), "__float__"):  # a text, None
-                raise ZOError(f"{name}={getattr(self, name)!r} is not possible; give a number.")
-        for name in ("lr", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ZOError(f"{name}={getattr(self, name)} is not possible; give a finite number of at least 0.")
-        if not 0 < self.zo_eps < math.inf:
-            raise ZOError(f"zo_eps={self.zo_eps} is not possible; give a positive perturbation scale such as 1e-3.")
+            object.__setattr__(self, name, python_number(getattr(self, name)))  # of numpy or torch: JSON keeps it
+        check_numbers(RATE, lr=self.lr, weight_decay=self.weight_decay)
+        check_numbers(Range(above=0), zo_eps=self.zo_eps)
         if self.query_mode not in QUERY_MODES:
             raise ZOError(f"query_mode={self.query_mode!r} is not known; choose one of {', '.join(QUERY_MODES)}.")
         modes = self.estimator.query_modes
@@ -103,9 +98,9 @@ class Choices:
         """
         made = {name: PARTS[name].make(value) if name in PARTS else value for name, value in given.items()}
         if "step_control" in made:
-            made["step_control"] = tuple(STEP_CONTROLS.make(control) for control in _listed(made["step_control"]))
+            made["step_control"] = tuple(map(STEP_CONTROLS.make, _listed("step_control", made["step_control"])))
         if made.get("line_search") is not None and not isinstance(made["line_search"], LineSearch):
-            made["line_search"] = LineSearch(tuple(made["line_search"]))
+            made["line_search"] = LineSearch(tuple(_listed("line_search", made["line_search"])))
         return cls(**made)
 
     @property
@@ -149,16 +144,18 @@ class Setting:
 
     def __post_init__(self) -> None:
         for name in ("seed", "steps_per_epoch", "max_failed_steps"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not hasattr(value, "__index__"):
-                raise ZOError(f"{name}={value!r} is not possible; give a whole number.")
-            object.__setattr__(self, name, index(value))  # of numpy, say
+            object.__setattr__(self, name, python_number(getattr(self, name)))
+        check_numbers(Range(whole=True), seed=self.seed)
         if not -(2**63) <= self.seed < 2**64:
             raise ZOError(f"seed={self.seed} is not possible; give a whole number of at most 64 bits, such as 0.")
-        if self.steps_per_epoch < 1:
-            raise ZOError(
-                f"steps_per_epoch={self.steps_per_epoch} is not possible; give ceil(examples / batch size), at least 1."
-            )
+        check_numbers(
+            Range(least=1, whole=True), steps_per_epoch=self.steps_per_epoch, max_failed_steps=self.max_failed_steps
+        )
+        for name, kind in (("module", nn.Module), ("privacy", GaussianPrivacy), ("distributed", Distributed)):
+            if not isinstance(getattr(self, name), kind | None):
+                raise ZOError(
+                    f"{name}={getattr(self, name)!r} is not possible; give a {kind.__name__}, or leave it out."
+                )
 
 
 CHOICES = tuple(f.name for f in fields(Choices))
@@ -200,11 +197,15 @@ class Method:
             )
         choices = dict(self.presets) | {k: v for k, v in options.items() if k in CHOICES}
         if "step_control" in self.presets and "step_control" in options:
-            choices["step_control"] = (*self.presets["step_control"], *_listed(options["step_control"]))
+            choices["step_control"] = (*self.presets["step_control"], *_listed("step_control", options["step_control"]))
         if "lr" not in choices:
             raise ZOError(f"{self.name!r} has no learning rate of its own; give lr.")
         return Choices.of(**choices), Setting(**{k: v for k, v in options.items() if k in SETTING})
 
 
-def _listed(controls: Any) -> list[Any]:
-    return [controls] if isinstance(controls, str | Mapping | StepControl) else list(controls)
+def _listed(name: str, given: Any) -> list[Any]:
+    if isinstance(given, str | Mapping | StepControl):
+        return [given]
+    if isinstance(given, Iterable):
+        return list(given)
+    raise ZOError(f"{name}={given!r} is not possible; give a tuple, () for none.")

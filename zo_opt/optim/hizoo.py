@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from zo_opt.errors import ZOError
+from zo_opt.choices import Range, check_numbers
 from zo_opt.estimators import Estimate, TwoSidedWithCurvature
 from zo_opt.optim.axis import Directed
 from zo_opt.optim.choices import Method
@@ -51,8 +51,7 @@ class HiZOO(ZerothOrderOptimizer):
     slot_values: ClassVar[Mapping[str, float]] = {"hessian": 1.0}
 
     def __init__(self, params: Iterable[Any], *, smoothing: float = 1e-6, **options: Any) -> None:
-        if not 0 < smoothing <= 1:
-            raise ZOError(f"smoothing={smoothing} is not possible; give a share of the new curvature, such as 1e-6.")
+        check_numbers(Range(above=0, most=1), smoothing=smoothing)
         super().__init__(params, **options)
         self.smoothing = smoothing
 

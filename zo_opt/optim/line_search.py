@@ -8,6 +8,7 @@ from math import isfinite
 
 from torch import Tensor
 
+from zo_opt.choices import Range, check_numbers
 from zo_opt.errors import ZOError
 from zo_opt.optim.records import Update
 from zo_opt.queries.modes import Evaluator
@@ -31,6 +32,7 @@ class LineSearch:
     def __post_init__(self) -> None:
         if len(self.multipliers) == 0:
             raise ZOError("a line search needs at least one multiplier, such as (0.0, 1.0).")
+        check_numbers(Range(), **{f"multipliers[{i}]": m for i, m in enumerate(self.multipliers)})
 
     def __call__(self, update: Update, parameter_lrs: Tensor, evaluators: Sequence[Evaluator]) -> tuple[Update, int]:
         """The update at its best length (0 where no loss is finite), and the forwards spent.

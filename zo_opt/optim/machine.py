@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from zo_opt.choices import python_number
 from zo_opt.directions import Stream
 from zo_opt.errors import ZOError
 from zo_opt.estimators import Estimate, combine
 from zo_opt.estimators.private import made_private
+from zo_opt.optim.asking import asking
 from zo_opt.optim.axis import Directed
 from zo_opt.optim.choices import Method
 from zo_opt.optim.counting import check_closure
@@ -21,7 +22,6 @@ from zo_opt.optim.records import StepRecord, Update
 from zo_opt.optim.repeatable import Repeatable
 from zo_opt.optim.rounding import round_into
 from zo_opt.optim.state import KeepsState
-from zo_opt.optim.update_rules import UpdateRule
 from zo_opt.optim.write_grad import WritesGrad
 from zo_opt.queries import modes
 from zo_opt.queries.copies import Limits
@@ -96,18 +96,16 @@ class ZerothOrderOptimizer(WritesGrad, KeepsState):
         self._control: list[dict[str, float]] = [{} for _ in choices.step_control]
         self.pending: list[tuple[Estimate, Evaluator]] = []
         self._queries, self._limits = 0, Limits()
+        self.asks = False  # whether a closure is being asked for losses
         self._repeatable = False  # whether the closure was seen to be
+        self._evaluated: tuple[nn.Module, ...] | None = None  # what it then ran in evaluation mode
         self.estimator_memory: dict[str, Tensor] = {}  # the estimator's, from step to step
         if setting.privacy is not None:
             setting.privacy.attach()  # last: who is refused has taken nothing into use
 
-    @property
-    def update_rule(self) -> UpdateRule:
-        """How the estimate moves the parameters."""
-        return self.choices.update_rule
-
     # --- the two phases ---
 
+    @torch.inference_mode(False)  # what is kept must outlast the caller's
     @torch.no_grad()
     def estimate(self, closure: Callable[..., Any], batch: Any = None) -> Tensor:
         """Evaluate this step's queries on one (micro-)batch, restore the trainables to the bit, remember the result.
@@ -133,13 +131,16 @@ class ZerothOrderOptimizer(WritesGrad, KeepsState):
             perturbed, first or closure, batch, self.mode, self.setting.module, self.ranks,
             limits=self._limits, memory=self.estimator_memory,
         )  # fmt: skip
-        with self._evaluation_mode():
+        with asking(self):
             estimate = self.estimate_from(evaluator, self._queries)
         if first is not None:
-            self._repeatable, estimate = True, replace(estimate, forwards=estimate.forwards + first.extra)
+            self._repeatable, self._evaluated = True, first.evaluated
+            if self.step_count == 0:  # later: a resumed run's, which counts what the whole one did
+                estimate = replace(estimate, forwards=estimate.forwards + first.extra)
         self.pending.append((estimate, evaluator))
         return torch.tensor(estimate.loss)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def step(self, closure: Callable[..., Any] | None = None, batch: Any = None) -> Tensor:  # type: ignore[override]
         """Apply the mean of the estimates made since the last step (a closure given here is estimated first).
@@ -153,6 +154,10 @@ class ZerothOrderOptimizer(WritesGrad, KeepsState):
         """
         if closure is not None:
             self.estimate(closure, batch)
+        elif batch is not None:
+            raise ZOError(
+                "step() was given a batch and no closure to call with it; give both, or neither after estimate()."
+            )
         loss, update = self.plan()
         self.move(update)
         if not update.coefficients:
@@ -182,7 +187,7 @@ class ZerothOrderOptimizer(WritesGrad, KeepsState):
         update = Update(self.step_count, self.lrs, tuple(coefficients.tolist()), lost=lost, gradient=estimate.gradient)
         update = self.update_from(estimate, update)
         if self.choices.line_search is not None:
-            with self._evaluation_mode():
+            with asking(self):
                 update, forwards = self.choices.line_search(update, self.parameter_lrs(), evaluators)
             self.history.forwards += forwards
         return estimate.loss, update
@@ -303,6 +308,7 @@ class ZerothOrderOptimizer(WritesGrad, KeepsState):
             ZOError: they are others; the estimates are let go.
         """
         try:
+            self.check_groups()
             trainables = self.trainables()
             if self.pending and not self.pending[0][1].perturbed.trainables.same_kinds(trainables.parameters):
                 raise ZOError(
@@ -315,9 +321,13 @@ class ZerothOrderOptimizer(WritesGrad, KeepsState):
         return trainables
 
     def _first(self, closure: Callable[..., Any]) -> Repeatable | None:
-        """The run's first closure, to be seen giving one loss at one point; copies in one forward need a module, whose dropout is off."""
+        """The run's first closure, to be seen giving one loss at one point; copies in one forward need a module, whose dropout is off.
+
+        Seen again once a module that it ran in evaluation mode trains.
+        """
         given = self.setting.module is not None
-        if self._repeatable or self.step_count or self.choices.estimator.gives_gradient:
+        seen = self._repeatable and not any(m.training for m in self._evaluated or ())
+        if seen or self.choices.estimator.gives_gradient:
             return None
         return Repeatable(closure, in_evaluation=given) if self.mode == "sequential" or not given else None
 
@@ -329,22 +339,9 @@ class ZerothOrderOptimizer(WritesGrad, KeepsState):
         )
 
     def _scheduled_queries(self, batch: Any) -> int:
-        queries = int(self.choices.query_schedule(self.step_count, self.epoch, self.history))
-        if queries < 1:
+        queries = python_number(self.choices.query_schedule(self.step_count, self.epoch, self.history))
+        if type(queries) is not int or queries < 1:
             raise ZOError(
-                f"the query schedule returned {queries} at step {self.step_count}; it must return at least 1."
+                f"the query schedule returned {queries!r} at step {self.step_count}; it must return a whole number of at least 1."
             )
         return min(queries, batch_size(batch)) if self.mode == "split" and batch is not None else queries
-
-    @contextmanager
-    def _evaluation_mode(self) -> Iterator[None]:
-        """Dropout off in both evaluations (arXiv 2305.17333, released code); all comes back as it was."""
-        module = self.setting.module
-        training = [m for m in module.modules() if m.training] if module is not None else []
-        try:
-            for m in training:
-                m.training = False
-            yield
-        finally:
-            for m in training:
-                m.training = True

@@ -9,9 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from zo_opt.choices import Range, check_numbers
 from zo_opt.errors import ZOError
 from zo_opt.estimators import Estimate, control_variate
 from zo_opt.optim.choices import Method
+from zo_opt.optim.counting import check_closure
 from zo_opt.optim.machine import ZerothOrderOptimizer
 from zo_opt.optim.records import Update
 from zo_opt.optim.repeatable import Repeatable
@@ -55,8 +57,9 @@ class MeZOSVRG(ZerothOrderOptimizer):
         full_closure: Callable[[], Any] | None = None,
         **options: Any,
     ) -> None:
-        if interval < 1:
-            raise ZOError(f"interval={interval} is not possible; give the steps between snapshots, at least 1.")
+        check_numbers(Range(least=1, whole=True), interval=interval)
+        if full_closure is not None:
+            check_closure(full_closure)
         super().__init__(params, **options)
         if full_closure is not None and self.choices.query_mode != "sequential":
             raise ZOError('a full_closure takes no batch, so that it needs query_mode="sequential".')

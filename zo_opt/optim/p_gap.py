@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from zo_opt.choices import Range, check_numbers
 from zo_opt.directions import Directions, Gaussian, Stream
 from zo_opt.directions.spanned import Spanned, fresh_factor
-from zo_opt.errors import ZOError
 from zo_opt.optim.choices import Method
 from zo_opt.optim.machine import ZerothOrderOptimizer
 from zo_opt.optim.records import Update
@@ -67,12 +67,8 @@ class PGAP(ZerothOrderOptimizer):
         delta: float = 1.0,
         **options: Any,
     ) -> None:
-        if min(rank, interval, probes) < 1:
-            raise ZOError(
-                f"rank={rank}, interval={interval} and probes={probes} are not possible; all must be at least 1."
-            )
-        if not 0 <= delta < float("inf"):
-            raise ZOError(f"delta={delta} is not possible; give a squared length, 1 for that of a Gaussian entry.")
+        check_numbers(Range(least=1, whole=True), rank=rank, interval=interval, probes=probes)
+        check_numbers(Range(least=0), delta=delta)
         super().__init__(params, **options)
         self.rank, self.interval, self.probes, self.delta = rank, interval, probes, delta
 

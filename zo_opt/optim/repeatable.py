@@ -30,10 +30,12 @@ class Repeatable:
 
     Attributes:
         extra: forward passes that this took.
+        evaluated: the modules that ran in evaluation mode, which may be left later.
     """
 
     def __init__(self, closure: Callable[..., Any], *, in_evaluation: bool) -> None:
         self.extra = 0
+        self.evaluated: tuple[torch.nn.Module, ...] = ()
         self._closure, self._in_evaluation, self._first = closure, in_evaluation, True
 
     def of(self, closure: Callable[..., Any]) -> Repeatable:
@@ -48,8 +50,9 @@ class Repeatable:
         if self._in_evaluation:
             loss = taken(self._closure(*batch))
         else:
-            with _no_moving_statistics():
+            with _no_moving_statistics() as evaluated:
                 loss = taken(self._closure(*batch))
+            self.evaluated = tuple(evaluated)
         self._first = False
         after = _random_states()
         drew = not _same(before, after)
@@ -69,10 +72,13 @@ class Repeatable:
 
 
 @contextmanager
-def _no_moving_statistics() -> Iterator[None]:
-    """Stop before a batch norm moves its running statistics."""
+def _no_moving_statistics() -> Iterator[set[torch.nn.Module]]:
+    """Stop before a batch norm moves its running statistics; yields the modules that run in evaluation mode."""
+    evaluated: set[torch.nn.Module] = set()
 
     def before_forward(module: torch.nn.Module, inputs: Any) -> None:
+        if not module.training:
+            evaluated.add(module)
         if module.training and getattr(module, "running_mean", None) is not None:
             raise ZOError(
                 f"the closure runs a {type(module).__name__} in training mode, whose running statistics would move at every query; give the "
@@ -83,7 +89,7 @@ def _no_moving_statistics() -> Iterator[None]:
     try:
         with warnings.catch_warnings():  # of a compiled module, that such hooks fire twice: this one may
             warnings.filterwarnings("ignore", message="Using `torch.compile")
-            yield
+            yield evaluated
     finally:
         handle.remove()
 

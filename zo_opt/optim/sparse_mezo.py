@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zo_opt.errors import ZOError
+from zo_opt.choices import Range, check_numbers
 from zo_opt.optim.choices import Method
 from zo_opt.optim.machine import ZerothOrderOptimizer
 from zo_opt.queries.perturbation import Transform
@@ -40,8 +40,7 @@ class SparseMeZO(ZerothOrderOptimizer):
     method = Method("sparse-mezo", {"lr": 1e-6}, frozenset(), ("density",))
 
     def __init__(self, params: Iterable[Any], *, density: float = 0.25, **options: Any) -> None:
-        if not 0 < density <= 1:
-            raise ZOError(f"density={density} is not possible; give the share of entries to tune, above 0 and up to 1.")
+        check_numbers(Range(above=0, most=1), density=density)
         super().__init__(params, **options)
         self.density = density
         self.thresholds: Tensor | None = None

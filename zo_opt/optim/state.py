@@ -20,7 +20,7 @@ _OF_RUN = ("steps", "steps_per_epoch", "forwards_per_query", "forwards_per_step"
 class KeepsState(AxisOptimizer):
     """The state of a zeroth-order optimizer: all that its next step depends on."""
 
-    caches: ClassVar[tuple[str, ...]] = ("_slots", "_pieces", "_directions", "_variances")
+    caches: ClassVar[tuple[str, ...]] = ("_slots", "_pieces", "_directions", "_variances", "_evaluated")
     ranks: Ranks | None
     pending: list[Any]
     update_count: int

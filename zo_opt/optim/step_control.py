@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from zo_opt.choices import Table
+from zo_opt.choices import Range, Table, check_numbers
 from zo_opt.errors import ZOError
 
 
@@ -50,8 +50,8 @@ class ClipProjectedGrads(StepControl):
     decay: float = 0.95
 
     def __post_init__(self) -> None:
-        if self.factor <= 0 or not 0 <= self.decay < 1:
-            raise ZOError(f"clipping needs factor > 0 and decay in [0, 1); got {self.factor} and {self.decay}.")
+        check_numbers(Range(above=0), factor=self.factor)
+        check_numbers(Range(least=0, below=1), decay=self.decay)
 
     def __call__(self, projected_grads: Tensor, memory: dict[str, float]) -> Tensor:
         mean_square = memory.get("mean_square")

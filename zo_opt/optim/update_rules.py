@@ -8,8 +8,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from zo_opt.choices import Table
-from zo_opt.errors import ZOError
+from zo_opt.choices import Range, Table, check_numbers
+
+DECAY = Range(least=0, below=1)
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class Adam(UpdateRule):
     lr_is_a_length: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _check_decays(beta1=self.beta1, beta2=self.beta2)
+        check_numbers(DECAY, beta1=self.beta1, beta2=self.beta2)
+        check_numbers(Range(above=0), eps=self.eps)
 
     def apply(self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], lr: float, step: int) -> None:
         m, v = state["exp_avg"], state["exp_avg_sq"]
@@ -103,7 +105,7 @@ class Momentum(UpdateRule):
     state_names: ClassVar[tuple[str, ...]] = ("momentum",)
 
     def __post_init__(self) -> None:
-        _check_decays(beta=self.beta)
+        check_numbers(DECAY, beta=self.beta)
 
     def apply(self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], lr: float, step: int) -> None:
         parameter.sub_(state["momentum"].mul_(self.beta).add_(gradient), alpha=lr)
@@ -125,7 +127,8 @@ class AMSGrad(UpdateRule):
     lr_is_a_length: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _check_decays(beta1=self.beta1, beta2=self.beta2)
+        check_numbers(DECAY, beta1=self.beta1, beta2=self.beta2)
+        check_numbers(Range(above=0), eps=self.eps)
 
     def apply(self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], lr: float, step: int) -> None:
         m, v, w = state["exp_avg"], state["exp_avg_sq"], state["max_exp_avg_sq"]
@@ -138,9 +141,3 @@ class AMSGrad(UpdateRule):
 UPDATE_RULES: Table[UpdateRule] = Table(
     "update_rule", UpdateRule, {"sgd": SGD, "adam": Adam, "sign": Sign, "momentum": Momentum, "amsgrad": AMSGrad}
 )
-
-
-def _check_decays(**decays: float) -> None:
-    for name, value in decays.items():
-        if not 0 <= value < 1:
-            raise ZOError(f"{name}={value} is outside [0, 1); give a decay such as 0.9.")

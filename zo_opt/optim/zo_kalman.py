@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from zo_opt.choices import Range, check_numbers
 from zo_opt.errors import ZOError
 from zo_opt.estimators import Estimate
 from zo_opt.optim.axis import Directed
@@ -54,8 +55,8 @@ class ZOKalman(ZerothOrderOptimizer):
     LIMIT: ClassVar[int] = 1 << 13
 
     def __init__(self, params: Iterable[Any], *, memory: float = 0.95, noise: float = 1.0, **options: Any) -> None:
-        if not 0 <= memory < 1 or not noise > 0:
-            raise ZOError(f"memory={memory} must be in [0, 1) and noise={noise} above 0.")
+        check_numbers(Range(least=0, below=1), memory=memory)
+        check_numbers(Range(above=0), noise=noise)
         super().__init__(params, **options)
         self.memory, self.noise = memory, noise
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, strided
 
 from zo_opt.errors import ZOError
 
@@ -23,6 +24,9 @@ def taken(value: Any) -> Tensor | float:
     if isinstance(value, Tensor):
         if value.is_complex():
             raise ZOError(f"the closure returned a complex tensor ({value.dtype}); {_REAL}.")
+        if value.is_meta or value.is_quantized or value.layout != strided:
+            kind = "meta" if value.is_meta else "quantised" if value.is_quantized else str(value.layout)
+            raise ZOError(f"the closure returned a {kind} tensor; return the loss as a plain one.")
         return value
     if isinstance(value, np.ndarray | np.generic):
         if value.size != 1:
@@ -30,8 +34,11 @@ def taken(value: Any) -> Tensor | float:
         value = value.item()
     if isinstance(value, complex):
         raise ZOError(f"the closure returned the complex number {value}; {_REAL}.")
-    if hasattr(value, "__float__"):
-        return float(value)
+    if hasattr(value, "__float__") and not isinstance(value, type):
+        try:
+            return float(value)
+        except OverflowError:  # a whole number beyond every float
+            return math.inf
     if getattr(value, "loss", None) is not None:
         return taken(value.loss)
     raise ZOError(f"the closure returned {_described(value)} (a float or a scalar tensor).")

@@ -19,6 +19,8 @@ def batch_size(batch: Any) -> int:
         raise ZOError(
             f"the batch's tensors have first axes {sorted(sizes)}; give one tensor or more, all with the example axis first."
         )
+    if sizes == {0}:
+        raise ZOError("the batch has no examples; leave empty batches out.")
     return sizes.pop()
 
 

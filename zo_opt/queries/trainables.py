@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from zo_opt.directions.base import Shapes, numel
 from zo_opt.errors import ZOError
@@ -41,6 +42,14 @@ def check_parameters(parameters: Sequence[Tensor]) -> None:
         ZOError: one is complex, or of a type that cannot be added to, or without values; or two share memory.
     """
     for p in parameters:
+        if is_lazy(p):
+            raise ZOError("a trainable has no shape yet (a lazy module's); run the model once before its first step.")
+        if p.layout != torch.strided:
+            raise ZOError(f"a trainable of shape {tuple(p.shape)} is {p.layout}; train a dense one (.to_dense()).")
+        if p.is_inference():
+            raise ZOError(
+                f"a trainable of shape {tuple(p.shape)} was made under torch.inference_mode(), and cannot be moved; make the model outside of it."
+            )
         if p.is_complex():
             raise ZOError(
                 f"a trainable of shape {tuple(p.shape)} is complex ({p.dtype}), and directions are real; train torch.view_as_real of it."

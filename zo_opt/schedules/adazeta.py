@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from zo_opt.choices import Range, check_numbers
 from zo_opt.errors import ZOError
 from zo_opt.schedules.base import History, RunLength, Schedule, check_range, check_whole
 
@@ -43,10 +44,8 @@ class AdaZetaQueries(Schedule):
 
     def __post_init__(self) -> None:
         for name, value in (("alpha", self.alpha), ("beta", self.beta)):
-            if value != "derived" and not 0 < value < 1:
-                raise ZOError(
-                    f"{name}={value} is outside AdaZeta's range; give a number between 0 and 1 (both excluded)."
-                )
+            if name == "alpha" or not (isinstance(value, str) and value == "derived"):
+                check_numbers(Range(above=0, below=1), **{name: value})
         check_range(self.min_queries, self.max_queries)
 
     def for_run(self, length: RunLength) -> AdaZetaQueries:
@@ -76,8 +75,7 @@ def derived_beta(alpha: float, epochs: int, queries_at_end: int = 20) -> float:
     >>> round(derived_beta(alpha=0.85, epochs=1000), 4)
     0.4572
     """
-    if not 0 < alpha < 1:
-        raise ZOError(f"alpha={alpha} is outside AdaZeta's range; give a number between 0 and 1 (both excluded).")
+    check_numbers(Range(above=0, below=1), alpha=alpha)
     check_whole(epochs=epochs, queries_at_end=queries_at_end)
     if epochs * alpha <= queries_at_end:
         raise ZOError(

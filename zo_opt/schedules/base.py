@@ -6,9 +6,9 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Literal, Self
 
+from zo_opt.choices import Range, check_numbers
 from zo_opt.errors import ZOError
 
 SIGNAL_DECAY = 0.9
@@ -152,9 +152,7 @@ def check_whole(least: int = 1, /, **values: int) -> None:
     Raises:
         ZOError: one is not.
     """
-    for name, value in values.items():
-        if not isinstance(value, Integral) or value < least:
-            raise ZOError(f"{name}={value} is not possible; give a whole number of at least {least}.")
+    check_numbers(Range(least=least, whole=True), **values)
 
 
 def check_range(min_queries: int, max_queries: int) -> None:

@@ -136,6 +136,10 @@ class StepwiseQueries(Schedule):
         if self.milestones is None:
             return
         given = parse_milestones(self.milestones) if isinstance(self.milestones, str) else self.milestones
+        if not isinstance(given, Mapping):
+            raise ZOError(
+                f"milestones={given!r} is not possible; give a mapping of steps to queries, such as {{0: 1, 100: 4}}."
+            )
         milestones = {int(step): given[step] for step in sorted(given, key=int)}  # JSON has its keys as text
         if not milestones or next(iter(milestones)) != 0:
             raise ZOError(f"milestones={milestones} do not begin at step 0; say how many queries the run starts with.")

@@ -17,7 +17,7 @@ from transformers import Trainer
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from zo_opt.adapters import AdapterModel, lora_plus_groups, trainable_parameters
-from zo_opt.errors import ZOError
+from zo_opt.errors import ZOError, reason_of
 from zo_opt.optim import ZerothOrderOptimizer
 from zo_opt.trainer.adapter_trainer import AdapterTrainerMixin
 from zo_opt.trainer.arguments import ZOArguments
@@ -196,8 +196,41 @@ class ZOTrainerMixin(AdapterTrainerMixin):
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The Trainer's, which goes on without a state that is not there.
+
+        Raises:
+            ZOError: the state is not there or damaged, or the arguments say other numbers than it.
+        """
+        if checkpoint is None or not self.args.zeroth_order:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        if missing := [name for name in ("optimizer.pt", "scheduler.pt") if not (Path(checkpoint) / name).is_file()]:
+            raise ZOError(
+                f"the checkpoint {checkpoint} holds no {missing[0]}, without which the run would draw its first directions anew; resume from "
+                "one that was saved whole (save_only_model=False)."
+            )
+        optimizer = self.zo_optimizer
+        wanted = {"zo_seed": optimizer.setting.seed, "zo_eps": optimizer.choices.zo_eps}
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (RuntimeError, EOFError, OSError) as error:
+            raise ZOError(
+                f"the optimizer's state in {checkpoint} cannot be read ({reason_of(error)}); resume from an earlier checkpoint."
+            ) from error
+        found = {"zo_seed": optimizer.setting.seed, "zo_eps": optimizer.choices.zo_eps}
+        for name, value in wanted.items():
+            if value != found[name]:
+                raise ZOError(
+                    f"the checkpoint's run has {name}={found[name]}, and this one {value}; give the checkpoint's, or start a new run."
+                )
+
     def _check_setting(self) -> None:
         """What only the launched Trainer knows: how accelerate runs, and on how many devices."""
+        if self.optimizer_cls_and_kwargs is not None:
+            raise ZOError(
+                "optimizer_cls_and_kwargs names another optimizer than zo_optimizer; leave it out, or give zo_optimizer='none' with it."
+            )
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ZOError(
                 "accelerate was launched with DeepSpeed or FSDP, which shard the weights that zeroth-order optimizers perturb where they "

@@ -24,10 +24,12 @@ class MaskedScorer(LabelScorer):
 
     def __init__(self, model: Any, tokenizer: Any, task: Task, max_length: int | None = None) -> None:
         super().__init__(model, tokenizer, task, max_length)
-        if self.probed.sees_ahead is False:
+        decodes = getattr(model.config, "is_decoder", None)
+        # An encoder may look ahead by less than the mixed form's rounding: its configuration has the last word.
+        if self.probed.sees_ahead is False and decodes is not False:
             raise ZOError(
-                f"this {type(model).__name__} lets a token see those before it alone (its config says is_decoder="
-                f"{getattr(model.config, 'is_decoder', None)}), and a mask would miss the rest; set is_decoder to false in its config.json."
+                f"this {type(model).__name__} lets a token see those before it alone (its config says is_decoder={decodes}), and a mask would "
+                "miss the rest; set is_decoder to false in its config.json."
             )
         if tokenizer.mask_token_id is None:
             raise ZOError("the tokenizer of this masked model has no mask token; choose another model.")
