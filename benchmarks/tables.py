@@ -323,7 +323,7 @@ def exact_match() -> None:
 
 def federated() -> None:
     """Federated tuning beside the same adapters in one place: TREC."""
-    names = {"federated": "federated", "mezo": "in one place, SGD (`mezo`)", "adam": "in one place, Adam"}
+    names = {"federated": "federated", "central": "in one place, the same rounds"}
     rows = []
     for run in lines("federated.jsonl"):
         curve, last = run["curve"], run["curve"][-1]

@@ -233,7 +233,7 @@ class Scorer(ABC):
                 if len(ids) < len(longer) and longer[: len(ids)] == ids:
                     raise ZOError(
                         f"the label words {other!r} begin with the tokens of {text!r}, another label's: a text is never likelier than its "
-                        f"beginning, so that {other!r} could never be predicted; choose other words with --verbalizers."
+                        f"beginning, so that {other!r} could never be predicted; choose other words with --verbalizers, or use --head classification."
                     )
 
     def words_of(self, example: Example) -> list[list[int]]:
