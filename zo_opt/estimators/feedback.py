@@ -13,9 +13,6 @@ The last takes u = g / |e| of a position as a draw from N(m, S): J is the mean J
 with it by expectation maximisation, one step of it a training step. S soon has few large directions, and in those the Q measurements say
 nearly all. Each row's own measurement then corrects the mean, where it is certain.
 
-The mean counts where it foretells: where, with J of the steps before, sum (y - v . m)^2 < (1 - foretold) sum y^2. Else m = 0, and the prior
-alone serves. For what a mean says wrong is the same in every step, and adds up, while noise cancels.
-
 Sources: SPSA, Spall 1992; node perturbation with a learned backward path, Lansdell et al., ICLR 2020; the prior is the factor model of
 Dempster, Laird and Rubin 1977 (section 4.7) for draws that are seen through random projections. [choice] One step of EM a training step.
 

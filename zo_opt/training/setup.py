@@ -167,6 +167,8 @@ def build_tools(config: TrainConfig, examples: Examples, reporter: Reporter) -> 
             f"queries are on weights and not on activations, which learn faster: {config.of_weights} asks for it."
         )
     recipe = resolve(config, base.model, scorer)
+    if recipe.estimator is not None:
+        reporter.say(f"a text is learned, by --estimator {recipe.estimator}; learned-feedback serves labels.")
     model = get_adapter_model(base.model, recipe.adapter)
     model.to(device)
     model.eval()
