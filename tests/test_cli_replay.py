@@ -209,7 +209,7 @@ CASES: dict[str, Case] = {
             (run / "run.json").read_text().replace("tiny-llama", "tiny-no-llama")
         ),
         [],
-        "tiny-no-llama.*could not be loaded",
+        "tiny-no-llama.*does not exist",
     ),
     "more steps than there are": (nothing, ["--steps", "13"], "steps=13"),
     "a negative number of steps": (nothing, ["--steps", "-1"], "steps=-1"),

@@ -26,7 +26,7 @@ from zo_opt.optim.write_grad import WritesGrad
 from zo_opt.queries import modes
 from zo_opt.queries.copies import Limits
 from zo_opt.queries.modes import Evaluator
-from zo_opt.queries.nesting import batch_size
+from zo_opt.queries.nesting import most_directions
 from zo_opt.queries.perturbation import Perturbed, Transform
 from zo_opt.queries.trainables import Piece, Trainables
 
@@ -344,4 +344,4 @@ class ZerothOrderOptimizer(WritesGrad, KeepsState):
             raise ZOError(
                 f"the query schedule returned {queries!r} at step {self.step_count}; it must return a whole number of at least 1."
             )
-        return min(queries, batch_size(batch)) if self.mode == "split" and batch is not None else queries
+        return min(queries, most_directions(batch)) if self.mode == "split" and batch is not None else queries

@@ -15,7 +15,7 @@ from zo_opt.directions.spanned import Spanned, fresh_factor
 from zo_opt.optim.choices import Method
 from zo_opt.optim.machine import ZerothOrderOptimizer
 from zo_opt.optim.records import Update
-from zo_opt.queries.nesting import batch_size
+from zo_opt.queries.nesting import most_directions
 
 Triplets = tuple[Tensor, Tensor, Tensor]  # U (m, r), sigma (r,), V (n, r)
 
@@ -89,7 +89,7 @@ class PGAP(ZerothOrderOptimizer):
     def _scheduled_queries(self, batch: Any) -> int:
         if not self.probing(self.step_count):
             return super()._scheduled_queries(batch)
-        return min(self.probes, batch_size(batch)) if self.mode == "split" and batch is not None else self.probes
+        return min(self.probes, most_directions(batch)) if self.mode == "split" and batch is not None else self.probes
 
     def prepare(self, update: Update) -> None:
         if not self.probing(update.step):

@@ -19,9 +19,14 @@ def batch_size(batch: Any) -> int:
         raise ZOError(
             f"the batch's tensors have first axes {sorted(sizes)}; give one tensor or more, all with the example axis first."
         )
-    if sizes == {0}:
-        raise ZOError("the batch has no examples; leave empty batches out.")
     return sizes.pop()
+
+
+def most_directions(batch: Any) -> int:
+    """Directions among which a batch can be split: one an example."""
+    if not (examples := batch_size(batch)):
+        raise ZOError("the batch has no examples; leave empty batches out.")
+    return examples
 
 
 def map_tensors(fn: Callable[[Tensor], Any], batch: Any) -> Any:
