@@ -322,16 +322,16 @@ def exact_match() -> None:
 
 
 def federated() -> None:
-    """Federated tuning beside the same adapters in one place: TREC."""
+    """Federated tuning beside the same adapters in one place."""
     names = {"federated": "federated", "central": "in one place, the same rounds"}
     rows = []
     for run in lines("federated.jsonl"):
         curve, last = run["curve"], run["curve"][-1]
         accuracies = ", ".join(f"{point['accuracy']:.1f}" for point in curve)
         rows.append(
-            f"{names[run['method']]} | {last['tokens']:,} | {last['bytes']:,} | {accuracies} % | {last['loss']:.3f}"
+            f"{NAMES[run['options']['task']]} | {names[run['method']]} | {last['tokens']:,} | {last['bytes']:,} | {accuracies} % | {last['loss']:.3f}"
         )
-    table("TREC | token evaluations | bytes of a client, to and fro | accuracy on the way | loss at the end", *rows)
+    table("set | by | token evaluations | bytes of a client, to and fro | accuracy on the way | loss at the end", *rows)
 
 
 def scaling() -> None:
