@@ -208,7 +208,7 @@ class LearnedFeedback(Activations):
             size_M = torch.ones(len(mean_MD), dtype=torch.float64)
         else:
             if len(v_QMD) < width:  # else the queries tell all, and a mean is not needed
-                self._look(memory, y_QM, torch.einsum("qmd,md->qm", v_QMD.double(), feedback.mean(e_MH.cpu())))
+                self._look(memory, feedback, v_QMD, y_QM, e_MH.cpu())
             feedback.learn(v_QMD, s_QMH.cpu(), self.forgetting)
             size_M = e_MH.double().norm(dim=1).cpu()
             mean_MD = feedback.mean(e_MH.cpu())
@@ -225,13 +225,14 @@ class LearnedFeedback(Activations):
         memory.update(vars(feedback))
         return found
 
-    def _look(self, memory: dict[str, Tensor], y_QM: Tensor, foretold_QM: Tensor) -> None:
-        """Warn, once, where the mean of the steps before says next to nothing of what is measured after."""
-        y_QM = y_QM.double()
-        now = torch.stack(
-            [(y_QM - foretold_QM).square().sum(), y_QM.square().sum(), torch.ones((), dtype=torch.float64)]
-        )
-        memory["foretold"] = sums = now + memory.get("foretold", torch.zeros_like(now))
+    def _look(self, memory: dict[str, Tensor], feedback: Feedback, v_QMD: Tensor, y_QM: Tensor, e_MH: Tensor) -> None:
+        """Warn, once, where the mean of the steps before says next to nothing of what is measured after; later steps are not looked at."""
+        known = memory.get("foretold", torch.zeros(3, dtype=torch.float64))
+        if known[2] == LOOKED_AT:
+            return
+        y_QM, foretold_QM = y_QM.double(), torch.einsum("qmd,md->qm", v_QMD.double(), feedback.mean(e_MH))
+        now = [(y_QM - foretold_QM).square().sum(), y_QM.square().sum(), torch.ones((), dtype=torch.float64)]
+        memory["foretold"] = sums = known + torch.stack(now)
         left, all_, steps = sums.tolist()
         if steps == LOOKED_AT and all_ - left < FORETOLD * all_:
             warnings.warn(
