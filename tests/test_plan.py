@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import csv
-import gc
 import json
 
 import pytest
 import torch
 import transformers
+from allocator import allocated
 from conftest import run_main
 from tiny_models import CONFIGS, MASKED, SEQ2SEQ, build
-from torch.profiler import ProfilerActivity, profile
 
 from zo_opt import MeZO, get_adapter_model, trainable_parameters
 from zo_opt.adapters import ADAPTERS
@@ -46,19 +45,6 @@ def wide(name):
             intermediate_size=384, architectures=["LlamaForCausalLM"],
         )  # fmt: skip
     return make_skeleton(config, "lm", name)
-
-
-def allocated(call):
-    """The most bytes allocated at once while it runs, by the allocator's record."""
-    gc.collect()  # what another test left must not be freed meanwhile, and count as less
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        call()
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = top = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        top = max(top, live)
-    return top
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])

@@ -8,9 +8,9 @@ import random
 import numpy as np
 import pytest
 import torch
+from allocator import allocated
 from tiny_models import build, padded_batch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 from zo_opt import MeZO
 from zo_opt.directions import DIRECTIONS, StepDirections
@@ -230,18 +230,6 @@ def test_global_random_state_is_left_alone():
 # --- memory ---
 
 
-def peak(call):
-    """The most bytes that were allocated at once while it ran, by the allocator's own record."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        call()
-    events = [(e.start_ns(), e.nbytes()) for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = top = 0
-    for _, change in sorted(events, key=lambda event: event[0]):
-        live += change
-        top = max(top, live)
-    return top
-
-
 def test_peak_sees_what_is_allocated():
     def call():
         a = torch.zeros(MIB)
@@ -250,7 +238,7 @@ def test_peak_sees_what_is_allocated():
         b.add_(1)
         return (b + 1).sum()
 
-    assert 8 * MIB <= peak(call) < 8.1 * MIB
+    assert 8 * MIB <= allocated(call) < 8.1 * MIB
 
 
 @pytest.mark.usefixtures("whole")
@@ -261,8 +249,8 @@ def test_no_copy_of_the_model(directions, monkeypatch):
     net = nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(5)])
     optimizer = MeZO(net.parameters(), lr=1e-6, directions=directions)
     x = torch.ones(2, 1024)
-    assert peak(lambda: optimizer.estimate(lambda: net(x).square().mean())) < (4 + 8) * MIB
-    assert peak(optimizer.step) < 8.5 * MIB
+    assert allocated(lambda: optimizer.estimate(lambda: net(x).square().mean())) < (4 + 8) * MIB
+    assert allocated(optimizer.step) < 8.5 * MIB
 
 
 @pytest.mark.usefixtures("whole")
@@ -275,7 +263,7 @@ def test_less_than_a_layer(directions, layer, monkeypatch):
     net = nn.Linear(1024, 4096, bias=False) if layer == "linear" else nn.Embedding(4096, 1024)
     x = torch.ones(2, 1024) if layer == "linear" else torch.arange(0, 4096, 100)
     optimizer = MeZO(net.parameters(), lr=1e-6, directions=directions)
-    assert peak(lambda: optimizer.estimate(lambda: net(x).square().mean())) < 8 * MIB
+    assert allocated(lambda: optimizer.estimate(lambda: net(x).square().mean())) < 8 * MIB
 
 
 @pytest.mark.usefixtures("whole")
@@ -289,4 +277,4 @@ def test_a_copy_only_of_what_is_moved_in_place():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StepDirections, "KEPT", 0)
         optimizer._directions._kept.clear()
-        assert peak(lambda: optimizer.estimate(closure)) < (4 + 4 + 8) * MIB
+        assert allocated(lambda: optimizer.estimate(closure)) < (4 + 4 + 8) * MIB
